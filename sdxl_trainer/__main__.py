@@ -1,0 +1,3 @@
+from sdxl_trainer.cli import main
+
+main()

@@ -1,0 +1,173 @@
+"""The run as a value: every option, typed, with its default. TOML in, TOML out; unknown keys are refused.
+
+Options are grouped as the sections of the file. A field's `description` is what `docs/config.md` and editors show.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Text = str | None
+
+
+def option(default: Any, description: str, **limits: Any) -> Any:
+    return Field(default=default, description=description, **limits)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    path: str = Field(description="hub id, diffusers folder, or one .safetensors file")
+    revision: Text = option(None, "branch, tag or commit of the hub repository")
+    variant: Text = option(None, "file variant such as fp16")
+    vae: Text = option(None, "another VAE: hub id or folder, for example madebyollin/sdxl-vae-fp16-fix")
+    vae_revision: Text = option(None, "branch, tag or commit of the VAE's repository")
+    configs: Text = option(None, "diffusers folder with the configs of a single file that is not full-size SDXL")
+    init: Literal["pretrained", "random"] = option("pretrained", "random: keep the sizes, forget the UNet's weights")
+    attention: Literal["sdpa", "xformers", "npu"] = option("sdpa", "attention kernel; sdpa is the fastest or equal")
+
+
+class Data(Section):
+    path: str = Field(description="folder of pictures, hub dataset, or local dataset folder")
+    name: Text = option(None, "configuration of a hub dataset")
+    folder: Text = option(None, "sub-folder of a hub dataset (its data_dir)")
+    split: str = option("train", "split of a dataset")
+    image_column: str = option("image", "column holding the picture")
+    caption_column: str = option("text", "column holding a caption or a list of captions")
+    caption: Text = option(None, "one caption for all pictures that have none")
+    max_samples: Positive | None = option(None, "use only this many pictures, drawn with the run's seed")
+    resolution: int = option(1024, "shorter side after resizing, and side of the crop, in pixels", ge=8)
+    interpolation: Literal["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest"] = option(
+        "lanczos", "resampling filter"
+    )
+    crop: Literal["center", "random"] = option("center", "where the crop is taken")
+    crops_per_image: Positive | None = option(None, "random crops kept in the cache per picture; default 4")
+    flip: bool = option(False, "mirror half of the time")
+    max_upscale: float = option(8.0, "pictures that would be enlarged by more are refused", gt=0)
+    caption_dropout: Fraction = option(0.0, "how often the caption is left out; drawn anew every time")
+    weight: float = option(1.0, "factor on the loss of these pictures", gt=0)
+
+
+class TextOptions(Section):
+    dropped_caption: Literal["pipeline", "empty", "zeros"] = option(
+        "pipeline", "what a dropped caption becomes: the embedding of '', zeros, or what the model's own pipeline uses"
+    )
+
+
+class Cache(Section):
+    path: Text = option(None, "folder of cached latents and embeddings; default: <output_dir>/cache")
+    batch_size: Positive = option(4, "pictures per forward pass of the VAE")
+    text_batch_size: Positive = option(32, "captions per forward pass of the text encoders")
+    vae_precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "type in which the VAE encodes")
+    workers: int | None = option(None, "processes that decode pictures; default: one per core, at most 8", ge=0)
+    datasets_dir: Text = option(None, "where hub datasets are kept")
+
+
+class Objective(Section):
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = option(
+        None, "what the UNet predicts; default: what the base model predicts"
+    )
+    snr_gamma: float | None = option(None, "Min-SNR gamma (Hang et al. 2023); 5.0 is usual", gt=0)
+    zero_terminal_snr: bool = option(False, "rescale the schedule to pure noise at its end (Lin et al. 2024)")
+    noise_offset: float = option(0.0, "strength of a constant added to the noise of each channel", ge=0)
+
+
+class Timesteps(Section):
+    bias: Literal["none", "earlier", "later", "range"] = option("none", "which timesteps are drawn more often")
+    multiplier: float = option(1.0, "how much more often", gt=0)
+    portion: float = option(0.25, "share of the timesteps that earlier and later favour", gt=0, le=1)
+    begin: int = option(0, "first timestep of range", ge=0)
+    end: int = option(1000, "timestep after the last of range", gt=0)
+
+
+class Learn(Section):
+    match: str = Field(description="regular expression over parameter names; the first rule that matches decides")
+    learning_rate: float | None = option(None, "base rate of these tensors; default: train.learning_rate", ge=0)
+    weight_decay: float | None = option(None, "default: optimizer.weight_decay", ge=0)
+
+
+class Train(Section):
+    steps: Positive | None = option(None, "optimizer steps; or give epochs")
+    epochs: Positive | None = option(None, "passes over the data; or give steps")
+    batch_size: Positive = option(1, "images per optimizer step, over all processes")
+    micro_batch: Positive | None = option(None, "images per forward pass; does not change the result")
+    learning_rate: float = option(1e-6, "base learning rate", gt=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this global norm; 0: never", ge=0)
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = option("auto", "compute type; auto: bf16 where it is fast")
+    weights: Literal["fp32", "bf16"] = option("fp32", "type in which the learning tensors are kept")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    tf32: bool = option(False, "TensorFloat-32 for fp32 matrix products (NVIDIA Ampere and later)")
+    checkpoint_every: int = option(500, "steps between checkpoints; 0: none", ge=0)
+    checkpoints_limit: Positive | None = option(None, "how many checkpoints to keep; default: all")
+    validate_every: Positive | None = option(None, "steps between validation pictures")
+    workers: int = option(1, "threads that read cached rows ahead", ge=0, le=16)
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "adamw8bit", "adafactor"] = option("adamw", "optimizer")
+    betas: tuple[Fraction, Fraction] = option((0.9, 0.999), "decay of the moments (adamw, adamw8bit)")
+    eps: float = option(1e-8, "added to the denominator (adamw, adamw8bit)", gt=0)
+    weight_decay: float = option(1e-2, "decoupled weight decay", ge=0)
+
+
+class LearningRate(Section):
+    name: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        option("constant", "shape of the learning rate over the run")
+    )
+    warmup_steps: int = option(0, "optimizer steps of linear warm-up (not used by constant)", ge=0)
+    cycles: Positive = option(1, "restarts of cosine_with_restarts")
+    power: float = option(1.0, "exponent of polynomial", gt=0)
+
+
+class Ema(Section):
+    enabled: bool = option(False, "keep an exponential moving average of the learning tensors")
+    decay: float = option(0.9999, "largest decay; the warm-up rule is min(decay, (1 + n) / (10 + n))", ge=0, lt=1)
+
+
+class Validation(Section):
+    prompts: tuple[str, ...] = option((), "prompts of the validation pictures")
+    negative: Text = option(None, "negative prompt; default: the pipeline's own unconditional embedding")
+    images: Positive = option(4, "pictures per prompt")
+    seed: int | None = option(None, "first seed of each prompt's pictures; default: the run's seed")
+    steps: Positive = option(25, "denoising steps")
+    guidance: float = option(5.0, "classifier-free guidance scale", ge=0)
+    height: Positive | None = option(None, "default: the first data set's resolution")
+    width: Positive | None = option(None, "default: the first data set's resolution")
+    every_epochs: Positive | None = option(None, "pictures after epochs 0, n, 2n, ... (counted from 0)")
+    at_end: bool = option(True, "pictures of the final model")
+
+
+class Log(Section):
+    trackers: tuple[str, ...] = option((), "any of tensorboard, wandb, or another tracker of accelerate")
+    dir: str = option("logs", "folder of the trackers, under output_dir")
+    project: str = option("sdxl-trainer", "project name for the trackers")
+    every: Positive | None = option(None, "steps between reading losses from the device; default: 1 on CPU, else 10")
+
+
+class Hub(Section):
+    push: bool = option(False, "upload the result to the Hugging Face hub at the end")
+    id: Text = option(None, "repository id; default: the name of output_dir")
+    private: bool = option(False, "make a new repository private")
+
+
+class Config(Section):
+    output_dir: str = Field(description="where everything of this run is written")
+    seed: int = option(0, "seed of every draw", ge=0, lt=1 << 63)
+    model: Model
+    data: tuple[Data, ...] = Field(min_length=1, description="one or many data sets")
+    text: TextOptions = TextOptions()
+    cache: Cache = Cache()
+    objective: Objective = Objective()
+    timesteps: Timesteps = Timesteps()
+    learn: tuple[Learn, ...] = option((Learn(match=r"unet\..*"),), "what learns, and how fast")
+    train: Train
+    optimizer: Optimizer = Optimizer()
+    schedule: LearningRate = LearningRate()
+    ema: Ema = Ema()
+    validation: Validation = Validation()
+    log: Log = Log()
+    hub: Hub = Hub()

@@ -1,0 +1,198 @@
+"""Reading and writing configs: TOML files, dotted overrides, error messages, JSON Schema."""
+
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from sdxl_trainer.config import Config
+from sdxl_trainer.errors import UserError, closest, shortened
+
+# (option, when it does nothing, why): an option that differs from its default but has no effect is refused.
+INERT: list[tuple[str, Callable[[Config], bool], str]] = [
+    ("timesteps.multiplier", lambda c: c.timesteps.bias == "none", "timesteps.bias is 'none'"),
+    (
+        "timesteps.portion",
+        lambda c: c.timesteps.bias not in {"earlier", "later"},
+        "timesteps.bias is not 'earlier' or 'later'",
+    ),
+    ("timesteps.begin", lambda c: c.timesteps.bias != "range", "timesteps.bias is not 'range'"),
+    ("timesteps.end", lambda c: c.timesteps.bias != "range", "timesteps.bias is not 'range'"),
+    ("schedule.warmup_steps", lambda c: c.schedule.name == "constant", "schedule.name is 'constant'"),
+    (
+        "schedule.cycles",
+        lambda c: c.schedule.name != "cosine_with_restarts",
+        "schedule.name is not 'cosine_with_restarts'",
+    ),
+    ("schedule.power", lambda c: c.schedule.name != "polynomial", "schedule.name is not 'polynomial'"),
+    ("ema.decay", lambda c: not c.ema.enabled, "ema.enabled is false"),
+    ("optimizer.betas", lambda c: c.optimizer.name == "adafactor", "adafactor has no betas"),
+    ("optimizer.eps", lambda c: c.optimizer.name == "adafactor", "adafactor has its own eps"),
+    ("hub.id", lambda c: not c.hub.push, "hub.push is false"),
+    ("hub.private", lambda c: not c.hub.push, "hub.push is false"),
+    ("model.vae_revision", lambda c: c.model.vae is None, "model.vae is not given"),
+    ("log.project", lambda c: not c.log.trackers, "log.trackers is empty"),
+    ("train.validate_every", lambda c: not c.validation.prompts, "validation.prompts is empty"),
+    ("validation.every_epochs", lambda c: not c.validation.prompts, "validation.prompts is empty"),
+    ("validation.negative", lambda c: not c.validation.prompts, "validation.prompts is empty"),
+    ("train.checkpoints_limit", lambda c: c.train.checkpoint_every == 0, "train.checkpoint_every is 0"),
+]
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a TOML file with `section.key=value` overrides (values as in TOML; bare words are strings)."""
+    if not path.is_file():
+        found = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        there = f"; there are: {shortened(found)}" if found else ""
+        raise UserError(f"there is no config file '{path}'", str(path.parent), f"give the path of a TOML file{there}")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"not valid TOML: {error}", str(path), "correct the line; strings need quotes") from None
+    for text in overrides:
+        _override(tree, text)
+    return validated(tree, str(path))
+
+
+def validated(tree: dict[str, Any], where: str) -> Config:
+    """A checked config from plain data; `where` names its origin in messages."""
+    try:
+        # Through JSON, since strict types there allow a list where the config holds a tuple.
+        config = Config.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        raise _user_error(error, where) from None
+    _refuse_contradictions(config, where)
+    return config
+
+
+def dumps(config: Config) -> str:
+    """The resolved config as TOML: every value that is set or defaulted, in the order of the schema."""
+    head: list[str] = []
+    sections: list[str] = []
+    for name, value in config.model_dump(mode="json", exclude_none=True).items():
+        if isinstance(value, dict):
+            sections += ["", f"[{name}]", *_lines(value)]
+        elif isinstance(value, list):
+            for entry in value:
+                sections += ["", f"[[{name}]]", *_lines(entry)]
+        else:
+            head.append(f"{name} = {_toml(value)}")
+    return "\n".join(head + sections) + "\n"
+
+
+def schema() -> str:
+    """JSON Schema of the config file, for editors."""
+    return json.dumps(Config.model_json_schema(), indent=1) + "\n"
+
+
+def _lines(section: dict[str, Any]) -> list[str]:
+    return [f"{key} = {_toml(value)}" for key, value in section.items()]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    # JSON's strings, numbers and booleans are TOML's, but for the escape of DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"'{text}' is not an override", "command line", "write section.key=value, e.g. train.steps=20")
+    try:
+        value = tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    node: Any = tree
+    *parents, last = key.strip().split(".")
+    for part in parents:
+        node = _child(node, part, text)
+    if isinstance(node, list):
+        raise UserError(f"'{key}' names a list", "command line", "name an entry by its number, e.g. data.0.resolution=512")
+    node[last] = value
+
+
+def _child(node: Any, part: str, text: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise UserError(f"'{part}' in '{text}' is not an entry", "command line", f"entries: 0 to {len(node) - 1}")
+        return node[int(part)]
+    child = node.setdefault(part, {})
+    if not isinstance(child, dict | list):
+        raise UserError(f"'{part}' in '{text}' is a value, not a section", "command line", "write section.key=value")
+    return child
+
+
+def _user_error(error: ValidationError, where: str) -> UserError:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" ({error.error_count() - 1} more problems after this one)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        fields = _fields(first["loc"][:-1])
+        return UserError(f"unknown key '{key}'{more}", where, closest(str(first["loc"][-1]), fields))
+    if first["type"] == "missing":
+        return UserError(f"'{key}' is missing{more}", where, f"add {first['loc'][-1]} = ... {_section(first['loc'])}")
+    allowed = first["msg"].removeprefix("Input should be ")
+    what = f"{key} = {_shown(first['input'])} is not allowed{more}"
+    fix = f"it should be {allowed}"
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        options = first["ctx"]["expected"].replace("' or '", "', '").strip("'").split("', '")
+        fix = f"{closest(first['input'], options)} (allowed: {', '.join(options)})"
+    return UserError(what, where, fix)
+
+
+def _section(location: tuple[Any, ...]) -> str:
+    parents = [part for part in location[:-1] if isinstance(part, str)]
+    if not parents:
+        return "at the top of the file"
+    return f"under [[{parents[0]}]]" if parents[0] in {"data", "learn"} else f"under [{parents[0]}]"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _fields(location: Iterable[Any]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def _refuse_contradictions(config: Config, where: str) -> None:
+    if (config.train.steps is None) == (config.train.epochs is None):
+        both = config.train.steps is not None
+        what = "train.steps and train.epochs are both given" if both else "neither train.steps nor train.epochs is given"
+        raise UserError(what, where, "give exactly one of them under [train]")
+    for key, inert, why in INERT:
+        section, name = key.split(".")
+        options = getattr(config, section)
+        if getattr(options, name) != type(options).model_fields[name].default and inert(config):
+            raise UserError(f"{key} = {_shown(getattr(options, name))} has no effect: {why}", where, f"remove {key}")
+    for index, data in enumerate(config.data):
+        if data.crops_per_image is not None and data.crop != "random":
+            what = f"data.{index}.crops_per_image has no effect: data.{index}.crop is 'center'"
+            raise UserError(what, where, "remove it, or set crop = \"random\"")
+    _refuse_objective(config, where)
+
+
+def _refuse_objective(config: Config, where: str) -> None:
+    if config.objective.zero_terminal_snr and config.objective.prediction == "epsilon":
+        what = "objective.zero_terminal_snr with prediction 'epsilon': at zero SNR the input says nothing of the picture"
+        raise UserError(what, where, 'set objective.prediction = "v_prediction"')
+    if config.timesteps.bias == "range" and config.timesteps.begin >= config.timesteps.end:
+        what = f"timesteps.begin = {config.timesteps.begin} is not before timesteps.end = {config.timesteps.end}"
+        raise UserError(what, where, "begin is the first timestep, end the one after the last")
+    batch, micro = config.train.batch_size, config.train.micro_batch
+    if micro is not None and micro > batch:
+        what = f"train.micro_batch = {micro} is more than train.batch_size = {batch}"
+        raise UserError(what, where, "batch_size counts the images of an optimizer step, micro_batch those of a pass")

@@ -1,0 +1,19 @@
+"""What a data source yields: pictures with their captions, not yet opened."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture and its captions.
+
+    `name` is what messages call it (a path, or dataset and row). `read` gives the encoded bytes of the
+    picture (JPEG, PNG, ...) and can be sent to a worker process. `stamp` changes when the bytes may have
+    changed (size and modification time of a file): while it stays, the hash of the bytes is not computed anew.
+    """
+
+    name: str
+    captions: tuple[str, ...]
+    read: Callable[[], bytes]
+    stamp: str

@@ -1,0 +1,29 @@
+"""The one error a user is meant to see."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """Something the user can fix: what is wrong, where, and how to fix it. Shown as three lines, exit 2."""
+
+    def __init__(self, what: str, where: str, fix: str) -> None:
+        super().__init__(what, where, fix)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        return f"error: {self.what}\n   at: {self.where}\n  fix: {self.fix}"
+
+
+def closest(name: str, allowed: Iterable[str]) -> str:
+    """A sentence part naming the nearest allowed name, or all of them if none is near."""
+    allowed = sorted(allowed)
+    near = get_close_matches(name, allowed, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(allowed)}"
+
+
+def shortened(names: Iterable[str], limit: int = 10) -> str:
+    """The first names of a list and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
