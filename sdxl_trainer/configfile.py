@@ -112,7 +112,9 @@ def _override(tree: dict[str, Any], text: str) -> None:
     for part in parents:
         node = _child(node, part, text)
     if isinstance(node, list):
-        raise UserError(f"'{key}' names a list", "command line", "name an entry by its number, e.g. data.0.resolution=512")
+        raise UserError(
+            f"'{key}' names a list", "command line", "name an entry by its number, e.g. data.0.resolution=512"
+        )
     node[last] = value
 
 
@@ -171,7 +173,9 @@ def _fields(location: Iterable[Any]) -> list[str]:
 def _refuse_contradictions(config: Config, where: str) -> None:
     if (config.train.steps is None) == (config.train.epochs is None):
         both = config.train.steps is not None
-        what = "train.steps and train.epochs are both given" if both else "neither train.steps nor train.epochs is given"
+        what = (
+            "train.steps and train.epochs are both given" if both else "neither train.steps nor train.epochs is given"
+        )
         raise UserError(what, where, "give exactly one of them under [train]")
     for key, inert, why in INERT:
         section, name = key.split(".")
@@ -181,13 +185,15 @@ def _refuse_contradictions(config: Config, where: str) -> None:
     for index, data in enumerate(config.data):
         if data.crops_per_image is not None and data.crop != "random":
             what = f"data.{index}.crops_per_image has no effect: data.{index}.crop is 'center'"
-            raise UserError(what, where, "remove it, or set crop = \"random\"")
+            raise UserError(what, where, 'remove it, or set crop = "random"')
     _refuse_objective(config, where)
 
 
 def _refuse_objective(config: Config, where: str) -> None:
     if config.objective.zero_terminal_snr and config.objective.prediction == "epsilon":
-        what = "objective.zero_terminal_snr with prediction 'epsilon': at zero SNR the input says nothing of the picture"
+        what = (
+            "objective.zero_terminal_snr with prediction 'epsilon': at zero SNR the input says nothing of the picture"
+        )
         raise UserError(what, where, 'set objective.prediction = "v_prediction"')
     if config.timesteps.bias == "range" and config.timesteps.begin >= config.timesteps.end:
         what = f"timesteps.begin = {config.timesteps.begin} is not before timesteps.end = {config.timesteps.end}"

@@ -10,7 +10,19 @@ import numpy as np
 PURPOSES = {
     name: number
     for number, name in enumerate(
-        ["order", "variant", "caption", "dropout", "posterior", "noise", "offset", "timestep", "crop", "subset", "split"]
+        [
+            "order",
+            "variant",
+            "caption",
+            "dropout",
+            "posterior",
+            "noise",
+            "offset",
+            "timestep",
+            "crop",
+            "subset",
+            "split",
+        ]
     )
 }
 _MASK = (1 << 64) - 1
