@@ -1,0 +1,98 @@
+"""The diffusers folder of an SDXL pipeline: which component lies where, and how its files are written.
+
+Every file is written under a temporary name, synced and renamed; `model_index.json` comes last, so a folder
+that has it is complete.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError
+
+SHIPPED = Path(__file__).parent.parent / "assets" / "sdxl"
+INDEX = "model_index.json"
+# Component -> its weight file, as `from_pretrained` of diffusers and transformers look for it.
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+}
+CONFIGS = {
+    **{name: "config.json" for name in WEIGHTS},
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
+}
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+def read_config(component: str, root: Path = SHIPPED) -> dict[str, Any]:
+    """The configuration of one component of the pipeline folder `root` (default: SDXL base 1.0)."""
+    path = root / component / CONFIGS[component]
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the pipeline has no configuration for '{component}'",
+            str(path),
+            "name a complete diffusers folder, one with model_index.json and a folder for each component",
+        ) from error
+
+
+def published_names(component: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names of published files.
+
+    transformers 5 drops the prefix `text_model.` from the first text encoder's module, not from the second's;
+    published files and transformers 4 have it in both, and every version reads those names.
+    """
+    if not component.startswith("text_encoder"):
+        return dict(weights)
+    bare = ("text_model.", "text_projection.")
+    return {name if name.startswith(bare) else f"text_model.{name}": value for name, value in weights.items()}
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all; the tensors are written from where they lie, not copied.
+
+    `format = pt` is always among the metadata: transformers refuses files without it.
+    """
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary, {"format": "pt", **(metadata or {})})
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
