@@ -1,0 +1,273 @@
+"""Encoded pictures to pixels: every format, mode and rotation becomes upright 8-bit RGB, or an error that names it.
+
+Decisions (each changes pixels; `DECODER` is part of the cache keys and must change with them):
+- Transparency is composited over white, the paper that most cut-out pictures were made for.
+- Pictures with an embedded ICC profile are converted to sRGB, which is what the VAE was trained on: shown without
+  conversion, wide-gamut photographs are dull. A profile that maps every colour to (nearly) itself is left alone, and
+  one that is broken or of another colour space than the picture is ignored, as browsers do.
+- 16-bit pictures are scaled to 8 bits, never clipped. 32-bit ones have no defined range: see `_full_scale`.
+- The first frame of animations is used.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageChops, UnidentifiedImageError, features
+
+from sdxl_trainer.data.geometry import Geometry
+from sdxl_trainer.errors import UserError
+
+DECODER = "1" if features.check("littlecms2") else "1 without ICC"
+# Pillow refuses to open more than this (twice its MAX_IMAGE_PIXELS); three bytes each make half a gigabyte.
+MAX_PIXELS = 178_956_970
+# Only what training pictures come in: other plug-ins of Pillow start programs (EPS) or are seldom looked after.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF") + (("AVIF",) if features.check("avif") else ())
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# EXIF orientation to what makes the picture upright. From 5 on, height and width change places.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION = 0x0112
+# What Pillow's plug-ins raise on damaged files.
+DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    NotImplementedError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+# Where a PNG keeps its orientation. Any of them may follow the pixels, so that Pillow has to decode to look.
+PNG_METADATA = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
+# Beginnings of what is often found in place of a picture: (offset, bytes, what it is, what to do).
+CONVERT = "convert it to JPEG or PNG"
+DOWNLOAD = "download the picture itself"
+FOREIGN = (
+    (0, b"version https://git-lfs", "a Git LFS pointer", "run 'git lfs pull' to get the picture itself"),
+    (0, b"<!", "a web page", DOWNLOAD),
+    (0, b"<html", "a web page", DOWNLOAD),
+    (0, b"<svg", "an SVG drawing", CONVERT),
+    (0, b"<?xml", "an XML or SVG file", CONVERT),
+    (0, b"%PDF", "a PDF document", CONVERT),
+    (0, b"%!PS", "a PostScript document", CONVERT),
+    (0, b"8BPS", "a Photoshop document", CONVERT),
+    (0, b"PK\x03\x04", "a zip archive", "unpack it"),
+    (4, b"ftyphei", "a HEIC photo", CONVERT),
+    (4, b"ftypmif", "a HEIC photo", CONVERT),
+    (4, b"ftypavif", "an AVIF picture, which this Pillow cannot read", CONVERT),
+    (4, b"ftyp", "a video", "take the frames out of it"),
+    (0, b"\xff\x0a", "a JPEG XL picture", CONVERT),
+    (0, b"\0\0\0\x0cJXL", "a JPEG XL picture", CONVERT),
+    (0, b"\0\0\0\x0cjP", "a JPEG 2000 picture", CONVERT),
+    (0, b"v/1\x01", "an OpenEXR picture", CONVERT),
+)
+REPLACE = "replace the file with a whole one, or take it out of the data set"
+
+
+def probe(content: bytes, name: str) -> tuple[int, int]:
+    """(height, width) in pixels after EXIF rotation, from the header alone. UserError names the picture."""
+    with warnings.catch_warnings():
+        # What Pillow warns of is either metadata nobody needs, or found to be an error when the pixels are read.
+        warnings.simplefilter("ignore")
+        image = _open(content, name)
+        try:
+            turned = _orientation(image, content) >= 5
+        except DAMAGED as error:
+            raise _damaged(error, name) from None
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def decode(content: bytes, name: str) -> Image.Image:
+    """The whole picture as upright RGB, 8 bits per channel. UserError names a picture that cannot be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open(content, name)
+        try:
+            orientation = _orientation(image, content)
+            image.load()
+            upright = UPRIGHT.get(orientation)
+            image = _rgb(image, name)
+            return image if upright is None else image.transpose(upright)
+        except DAMAGED as error:
+            raise _damaged(error, name) from None
+
+
+def pixels(image: Image.Image, geometry: Geometry, interpolation: str) -> np.ndarray:
+    """The training picture, uint8 [height, width, 3]: resized with a filter of `FILTERS`, mirrored, then cropped.
+
+    The geometry must be made for this picture: ValueError otherwise.
+    """
+    (rows, columns), (top, left), (height, width) = geometry.resized, geometry.crop, geometry.target
+    if (image.height, image.width) != geometry.original:
+        raise ValueError(f"the picture is {image.height} x {image.width}, its geometry is for {geometry.original}")
+    if top < 0 or left < 0 or top + height > rows or left + width > columns:
+        raise ValueError(f"the crop leaves the picture: {geometry}")
+    if image.size != (columns, rows):
+        image = image.resize((columns, rows), FILTERS[interpolation])
+    if geometry.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(image.crop((left, top, left + width, top + height)))
+
+
+def _open(content: bytes, name: str) -> Image.Image:
+    """The picture with its header read and its pixels not."""
+    if not content:
+        raise UserError("the picture is empty (zero bytes)", name, REPLACE)
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise _unidentified(content, name) from None
+    except Image.DecompressionBombError:
+        raise _too_large("more", name) from None
+    except DAMAGED as error:
+        raise _damaged(error, name) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(f"{image.width} x {image.height}, more", name)
+    return image
+
+
+def _unidentified(content: bytes, name: str) -> UserError:
+    start = content[:64].lstrip(b"\xef\xbb\xbf \t\r\n") if content[:1] in b"<\xef \t\r\n" else content[:64]
+    for offset, mark, what, fix in FOREIGN:
+        if start[offset : offset + len(mark)].lower() == mark.lower():
+            return UserError(f"not a picture but {what}", name, fix)
+    supported = ", ".join(FORMATS)
+    return UserError(f"not a picture that can be read ({supported}), or its beginning is damaged", name, REPLACE)
+
+
+def _too_large(size: str, name: str) -> UserError:
+    what = f"the picture has {size} than {MAX_PIXELS / 1e6:.0f} million pixels"
+    return UserError(what, name, "make the picture smaller; training uses a few million pixels at most")
+
+
+def _damaged(error: Exception, name: str) -> UserError:
+    return UserError(f"the picture is damaged: {error}", name, REPLACE)
+
+
+def _orientation(image: Image.Image, content: bytes) -> int:
+    """The EXIF (or XMP) orientation 1 to 8 that is still to be applied; 1 when there is none or it is unreadable."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns TIFF files itself and gives their size turned.
+    if image.format == "PNG" and "exif" not in image.info:
+        if not any(mark in content for mark in PNG_METADATA):
+            return 1
+        image.load()
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except DAMAGED:
+        return 1  # Damaged metadata; viewers show such a picture as it is stored, and so was it captioned.
+    return orientation if orientation in UPRIGHT else 1
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """Any mode to RGB: 8 bits, colours to sRGB, transparency over white."""
+    profile = image.info.get("icc_profile")
+    image, alpha = _opaque(_eight_bit(image, name))
+    image = _colours(image, profile)
+    if alpha is not None:
+        paper = Image.new("RGB", image.size, "white")
+        paper.paste(image, mask=alpha)
+        return paper
+    return image
+
+
+def _eight_bit(image: Image.Image, name: str) -> Image.Image:
+    """Grey pictures of 12, 16 or 32 bits or floats as mode L (LA where one value means transparent)."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    scale = _full_scale(image, values, name)
+    levels = np.rint(values * (255 / scale)).astype(np.uint8)
+    tags: Any = getattr(image, "tag_v2", {})
+    if tags.get(262) == 0 and image.mode != "F":
+        levels = 255 - levels  # TIFF's "white is zero", which Pillow heeds for 8 bits only.
+    grey = Image.fromarray(levels)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _full_scale(image: Image.Image, values: np.ndarray, name: str) -> int:
+    """The value of white. 32-bit integers and floats have none by definition: it is the smallest of 1 (floats only),
+    255 and 65535 that holds all values. Negative, larger and non-finite values are refused."""
+    if image.mode.startswith("I;16"):
+        tags: Any = getattr(image, "tag_v2", {})
+        bits = tags.get(258, (16,))
+        return int((1 << (bits[0] if isinstance(bits, tuple) else bits)) - 1)
+    low, high = float(values.min()), float(values.max())
+    scales = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+    if low >= 0:
+        for scale in scales:
+            if high <= scale:
+                return scale
+    what = f"pixel values from {low:g} to {high:g}; understood are 0 to 1 (floats), 255 or 65535"
+    raise UserError(what, name, "save the picture with 8 or 16 bits per channel")
+
+
+def _opaque(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The colours of a picture and its alpha channel (mode L) if it has any transparency."""
+    if not image.has_transparency_data:
+        return image.convert("RGB" if image.palette else "L") if image.mode in {"1", "P"} else image, None
+    grey = image.mode in {"1", "L", "LA", "La"}
+    image = image.convert("LA" if grey else "RGBA")
+    return image.convert("L" if grey else "RGB"), image.getchannel("A")
+
+
+def _colours(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Mode L, RGB, CMYK, YCbCr, LAB or HSV to RGB, through the embedded profile where that means something else."""
+    if image.mode not in {"L", "RGB", "CMYK"}:
+        return image.convert("RGB")
+    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        image = ImageChops.invert(image)  # Pillow takes Adobe's inversion for granted.
+    transform = _to_srgb(profile, image.mode) if profile else None
+    return image.convert("RGB") if transform is None else transform.apply(image)
+
+
+@lru_cache(maxsize=32)
+def _to_srgb(profile: bytes, mode: str) -> Any:
+    """An ImageCms transform from a profile to sRGB; None if it is not needed, not possible or makes no sense."""
+    if not features.check("littlecms2"):
+        return None
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
+            return None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+    if mode == "CMYK":
+        return transform
+    # Names of profiles cannot be trusted ("Linear sRGB"): look at what becomes of 4096 colours instead.
+    steps = np.arange(0, 256, 17, dtype=np.uint8)
+    grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(64, 64, 3)
+    probe_image = Image.fromarray(grid).convert(mode)
+    change = np.asarray(transform.apply(probe_image)).astype(int) - np.asarray(probe_image.convert("RGB"))
+    return transform if np.abs(change).max() > 3 else None
