@@ -4,7 +4,7 @@ The configurations are those of SDXL base 1.0 with the sizes replaced: a small p
 the same conditioning and the same files as the real one, and differs from it in numbers alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .errors import UserError, closest
-from .formats import folder, vocabulary
+from .formats import folder, modules, vocabulary
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Size:
 SIZES: dict[str, Size] = {
     "tiny": Size(
         UNetSize((32, 64, 64), (2, 4, 4), (1, 1, 1), layers=1, time_dim=16, groups=16),
-        TextSize(32, layers=2, heads=2, intermediate=64, projection=32),
-        TextSize(32, layers=3, heads=2, intermediate=64, projection=32),
+        # Two widths, as in SDXL: some readers of single files tell the encoders apart by nothing else.
+        TextSize(24, layers=2, heads=2, intermediate=48, projection=24),
+        TextSize(40, layers=3, heads=2, intermediate=80, projection=40),
         VaeSize((8, 16, 16, 32), layers=1, groups=8),
         resolution=64,
     ),
@@ -123,11 +124,6 @@ def configs(size: Size) -> dict[str, dict[str, Any]]:
     return {name: {**folder.read_config(name), **change} for name, change in changes.items()}
 
 
-def construct(component: str, config: dict[str, Any]) -> torch.nn.Module:
-    """The module of one component from its configuration, in the default dtype and on the default device."""
-    return _CONSTRUCT[component](config)
-
-
 def build(
     target: Path | str,
     size: str | Size,
@@ -158,7 +154,7 @@ def build(
     for index, (name, config) in enumerate(components.items()):
         with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
             torch.manual_seed(seed * len(components) + index)
-            weights = construct(name, config).state_dict()
+            weights = modules.construct(name, config).state_dict()
         folder.write_tensors(target / name / folder.WEIGHTS[name], folder.published_names(name, weights))
         folder.write_json(target / name / folder.CONFIGS[name], config)
         del weights
@@ -196,35 +192,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _unet(config: dict[str, Any]) -> torch.nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel.from_config(config)
-
-
-def _vae(config: dict[str, Any]) -> torch.nn.Module:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL.from_config(config)
-
-
-def _text_encoder(config: dict[str, Any]) -> torch.nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    return CLIPTextModel(CLIPTextConfig(**config))
-
-
-def _text_encoder_2(config: dict[str, Any]) -> torch.nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    return CLIPTextModelWithProjection(CLIPTextConfig(**config))
-
-
-_CONSTRUCT: dict[str, Callable[[dict[str, Any]], torch.nn.Module]] = {
-    "unet": _unet,
-    "vae": _vae,
-    "text_encoder": _text_encoder,
-    "text_encoder_2": _text_encoder_2,
-}

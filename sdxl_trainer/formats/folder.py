@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
+from .metadata import HASH, fill_hash
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "sdxl"
 INDEX = "model_index.json"
@@ -43,6 +44,28 @@ def read_config(component: str, root: Path = SHIPPED) -> dict[str, Any]:
             str(path),
             "name a complete diffusers folder, one with model_index.json and a folder for each component",
         ) from error
+
+
+def read_weights(component: str, root: Path) -> dict[str, Tensor]:
+    """The memory-mapped weights of one component of a pipeline folder, in one file or in shards."""
+    from safetensors.torch import load_file
+
+    whole = root / component / WEIGHTS[component]
+    index = whole.with_name(whole.name + ".index.json")
+    if whole.exists():
+        files = [whole]
+    elif index.exists():
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [whole.with_name(name) for name in sorted(set(shards))]
+    else:
+        raise UserError(
+            f"the pipeline has no weights for '{component}'",
+            str(whole),
+            "name a complete diffusers folder with safetensors weights",
+        )
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    weights.pop("text_model.embeddings.position_ids", None)  # a counter that older files hold
+    return published_names(component, weights)
 
 
 def published_names(component: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +102,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all; the tensors are written from where they lie, not copied.
 
-    `format = pt` is always among the metadata: transformers refuses files without it.
+    `format = pt` is always among the metadata: transformers refuses files without it. A place for a hash in the
+    metadata is filled.
     """
     from safetensors.torch import save_file
 
@@ -91,6 +115,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(whole, temporary, {"format": "pt", **(metadata or {})})
         temporary.chmod(mode)  # safetensors makes files that only their owner can read
+        if metadata and HASH in metadata:
+            fill_hash(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
