@@ -1,5 +1,6 @@
 """One `.safetensors` file with a whole SDXL in the original (SGM) layout, as ComfyUI and A1111 read it."""
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from torch import Tensor
 from ..errors import UserError, shortened
 from . import folder, modules, sgm, vocabulary
 from .metadata import modelspec
+
+LOG = logging.getLogger(__name__)
 
 Components = dict[str, dict[str, Tensor]]
 
@@ -91,6 +94,9 @@ def expand(path: Path | str, target: Path | str, configs: Path | str | None = No
         if component.startswith("text_encoder"):
             dtype = next(iter(weights.values())).dtype
             settings[component]["torch_dtype"] = str(dtype).removeprefix("torch.")  # what loaders take
+    if header.unused:
+        names = shortened(header.unused, 3)
+        LOG.warning("%s: %d tensors belong to no part of SDXL, left out: %s", path, len(header.unused), names)
     (target / folder.INDEX).unlink(missing_ok=True)
     for component, weights in components.items():
         folder.write_tensors(target / component / folder.WEIGHTS[component], weights)

@@ -210,10 +210,17 @@ def test_missing_part_is_named(tiny: Path, packed: Path, tmp_path: Path, part: s
     assert not (tmp_path / "never.safetensors").exists()
 
 
-def test_tensors_of_no_component_are_reported(packed: Path, tmp_path: Path) -> None:
-    save_file({**load_file(packed), "model_ema.decay": torch.ones(1)}, tmp_path / "more.safetensors")
+def test_tensors_of_no_component_are_reported(
+    tiny: Path, packed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = tmp_path / "more.safetensors"
+    save_file({**load_file(packed), "model_ema.decay": torch.ones(1)}, more)
     assert single_file.about(packed).unused == ()
-    assert single_file.about(tmp_path / "more.safetensors").unused == ("model_ema.decay",)
+    assert single_file.about(more).unused == ("model_ema.decay",)
+    single_file.expand(packed, tmp_path / "clean", configs=tiny)
+    assert not [record for record in caplog.records if record.name.startswith("sdxl_trainer")]
+    single_file.expand(more, tmp_path / "more", configs=tiny)
+    assert "model_ema.decay" in caplog.text
 
 
 @pytest.mark.parametrize("legacy", [False, True])
