@@ -1,0 +1,242 @@
+"""The words and tables of the page: what was trained from what on what, where the time went, how to use it."""
+
+import shlex
+import statistics
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sdxl_trainer.report import charts
+from sdxl_trainer.report.records import Run
+from sdxl_trainer.report.words import (
+    count,
+    duration,
+    grid,
+    large,
+    moment,
+    number,
+    part,
+    plural,
+    safe,
+    short,
+    table,
+    tables,
+)
+
+LONGEST_BLOCK = 100_000  # characters of a block such as the config
+
+
+def heading(run: Run, now: datetime) -> str:
+    """The name of the run, whether it is done, and one sentence about it."""
+    state = "done" if run.done else "stopped" if run.manifest.get("finished") else "not finished"
+    chip = f'<span class="chip {"good" if run.done else "open"}">{state}</span>'
+    title = f"<h1>{safe(run.name, 120)} {chip}</h1>"
+    return f'<header>{title}<p>{_sentence(run)}</p><p class="muted">{_when(run, now)}</p></header>'
+
+
+def _sentence(run: Run) -> str:
+    base = part(run.manifest, "base", "path") or part(run.config, "model", "path")
+    learning = number(part(run.manifest, "parameters", "learning"))
+    frozen = number(part(run.manifest, "parameters", "frozen"))
+    what = f"<b>{safe(_basename(base), 120)}</b> fine-tuned" if base else "Fine-tuned"
+    if learning is not None:
+        what += f" ({large(learning)}{f' of {large(learning + frozen)}' if frozen else ''} parameters)"
+    pictures = number(part(run.manifest, "data", "pictures"))
+    names = [safe(_basename(row.get("path", "?")), 120) for row in tables(run.manifest, "data", "sets")]
+    names = names or [safe(_basename(row.get("path", "?")), 120) for row in tables(run.config, "data")]
+    on = [f"<b>{plural(pictures, 'picture')}</b>"] if pictures is not None else []
+    on += [f"from {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"] if names else []
+    what += f" on {' '.join(on)}" if on else ""
+    device = part(run.manifest, "hardware", "device")
+    what += f", using {safe(device, 120)}" if device else ""
+    return f"{what}. {_progress(run)}"
+
+
+def _basename(path: Any) -> str:
+    """The last part of a path: a hub id or a folder without what stands before it."""
+    return str(path).rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] or str(path)
+
+
+def _progress(run: Run) -> str:
+    seconds = number(run.manifest.get("seconds"))
+    took = f" in {duration(seconds)}" if seconds is not None else ""
+    at = f"step {count(run.last_step)}" + (f" of {count(run.planned)}" if run.planned is not None else "")
+    if run.done:
+        return f"Finished after {plural(run.last_step, 'step')}{took}."
+    if run.manifest.get("finished"):
+        return f"Stopped at {at}{took}."
+    return f"Not finished when this page was written: at {at}."
+
+
+def _when(run: Run, now: datetime) -> str:
+    times = [("started", run.manifest.get("started")), ("ended", run.manifest.get("finished"))]
+    said = [f"{word} {moment(value)}" for word, value in times if moment(value)]
+    return " · ".join([*said, f"page written {now:%Y-%m-%d %H:%M}"])
+
+
+def figures(run: Run) -> str:
+    """The few numbers that people look for first."""
+    cards: list[tuple[str, str, str]] = []
+    if run.metrics or run.samples:
+        epoch = number(run.metrics[-1].get("epoch")) if run.metrics else None
+        beside = [f"of {count(run.planned)}"] if run.planned is not None and run.planned != run.last_step else []
+        beside += [f"epoch {count(epoch)}"] if epoch is not None else []
+        cards.append(("Steps", count(run.last_step), ", ".join(beside)))
+    seconds = number(run.manifest.get("seconds"))
+    if seconds is not None:
+        cards.append(("Time", duration(seconds), ""))
+    speeds = [value for _, value in charts.series(run.metrics, "samples_per_second")]
+    if speeds:
+        batch = number(part(run.config, "train", "batch_size"))
+        seen = f", {count(run.last_step * batch)} seen" if batch is not None else ""
+        cards.append(("Pictures per second", short(statistics.median(speeds)), f"median{seen}"))
+    losses = charts.smoothed(charts.series(run.metrics, "loss"))
+    if losses:
+        cards.append(("Smoothed loss", short(losses[-1][1]), f"over about {charts.window(len(losses)):,} steps"))
+    return _cards(cards)
+
+
+def _cards(cards: Sequence[tuple[str, str, str]]) -> str:
+    if not cards:
+        return ""
+    each = (f"<div><dt>{name}</dt><dd>{value}<small>{beside}</small></dd></div>" for name, value, beside in cards)
+    return f'<dl class="figures">{"".join(each)}</dl>'
+
+
+def notes(notices: Sequence[str]) -> str:
+    if not notices:
+        return ""
+    return f'<aside aria-label="Remarks"><ul>{"".join(f"<li>{safe(notice)}</li>" for notice in notices)}</ul></aside>'
+
+
+def data(run: Run) -> str:
+    """One row per data set, with every plain value that was recorded about it."""
+    sets = tables(run.manifest, "data", "sets")
+    plain = [{k: v for k, v in row.items() if isinstance(v, str | int | float)} for row in sets]
+    first = ["path", "pictures", "resolution"]
+    names = [name for name in first if any(name in row for row in plain)]
+    names += list(dict.fromkeys(k for row in plain for k in row if k not in first))[:7]
+    rows = [[_cell(row.get(name)) for name in names] for row in plain]
+    numeric = [i for i, name in enumerate(names) if all(number(row.get(name, 0)) is not None for row in plain)]
+    totals = [(word, number(part(run.manifest, "data", word))) for word in ("pictures", "captions")]
+    said = [plural(value, word[:-1]) for word, value in totals if value is not None]
+    total = f"<p>{' with '.join(said)}.</p>" if said else ""
+    return total + (grid([safe(name.replace("_", " "), 60) for name in names], rows, numeric) if rows else "")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return count(value) if value is None or number(value) is not None else safe(value)
+
+
+def learned(run: Run) -> str:
+    """The rules over parameter names and what each of them sets to learning."""
+    parameters = table(run.manifest, "parameters")
+    learning, frozen = number(parameters.get("learning")), number(parameters.get("frozen"))
+    text = ""
+    if learning is not None and frozen is not None and learning + frozen > 0:
+        share = 100 * learning / (learning + frozen)
+        text = f"{count(learning)} parameters learned, {count(frozen)} stayed as they were ({short(share)} % learned)."
+    rows = [
+        [
+            f"<code>{safe(rule.get('match', ''))}</code>",
+            count(rule.get("tensors")),
+            count(rule.get("parameters")),
+            short(rate) if (rate := number(rule.get("learning_rate"))) is not None else "–",
+        ]
+        for rule in tables(parameters, "rules")
+    ]
+    headings = ["names that match", "tensors", "parameters", "learning rate"]
+    return (f"<p>{text}</p>" if text else "") + (grid(headings, rows, (1, 2, 3)) if rows else "")
+
+
+def timings(run: Run) -> str:
+    """Where the time went, the longest first, with what no phase accounts for."""
+    known = ((name, number(value)) for name, value in table(run.manifest, "timings").items())
+    phases = sorted(((str(n), s) for n, s in known if s is not None and s >= 0), key=lambda phase: -phase[1])
+    if not phases:
+        return ""
+    total = max(number(run.manifest.get("seconds")) or 0.0, sum(seconds for _, seconds in phases))
+    rest = total - sum(seconds for _, seconds in phases)
+    if rest > 0.005 * total:
+        phases.append(("everything else", rest))
+    rows = []
+    for name, seconds in phases:
+        share = 100 * seconds / total if total else 0.0
+        bar = f'<span class="bar" style="width:{share:.1f}%"></span>'
+        rows.append([safe(name.replace("_", " "), 60), duration(seconds), f"{share:.1f} %", bar])
+    return grid(["phase", "time", "share", '<span class="hidden">share as a bar</span>'], rows, (1, 2))
+
+
+def use(run: Run) -> str:
+    """How to load the result, as text to copy; how to go on where there is no result yet."""
+    path = str(part(run.config, "output_dir") or run.folder)
+    again = _command(run)
+    if not run.done and again:
+        lead = "<p>The run is not complete. The same command continues it from its last checkpoint:</p>"
+        lead += _block("Command that continues the run", again)
+    else:
+        lead = ""
+    prompt = next((sample.prompt for sample in run.samples if 0 < len(sample.prompt) <= 300), "a photo")
+    python = _block("Python code", _python(run, path, prompt))
+    shell = f"sdxl sample {shlex.quote(path)} --prompt {shlex.quote(prompt)} --out pictures"
+    shell = _block("Command that draws pictures", shell)
+    when = "In" if run.done else "Once it is complete, in"
+    return f"{lead}<p>{when} Python, with diffusers:</p>{python}<p>On the command line:</p>{shell}"
+
+
+def _python(run: Run, path: str, prompt: str) -> str:
+    validation = table(run.config, "validation")
+    given = {"height": "height", "width": "width", "steps": "num_inference_steps", "guidance": "guidance_scale"}
+    options = "".join(f", {name}={number(validation[k])}" for k, name in given.items() if number(validation.get(k)))
+    lora = (run.folder / "pytorch_lora_weights.safetensors").is_file()
+    source = str(part(run.config, "model", "path") or part(run.manifest, "base", "path") or "") if lora else path
+    lines = [
+        "import torch",
+        "from diffusers import StableDiffusionXLPipeline",
+        "",
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        'dtype = torch.float16 if device == "cuda" else torch.float32',
+        f"pipeline = StableDiffusionXLPipeline.from_pretrained({source!r}, torch_dtype=dtype).to(device)",
+        *([f"pipeline.load_lora_weights({path!r})"] if lora else []),
+        "generator = torch.Generator().manual_seed(0)",
+        f"image = pipeline({prompt!r}, generator=generator{options}).images[0]",
+        'image.save("picture.png")',
+    ]
+    return "\n".join(lines)
+
+
+def _command(run: Run) -> str:
+    command = run.manifest.get("command")
+    return shlex.join(str(word) for word in command) if isinstance(command, list) else str(command or "")
+
+
+def _block(label: str, text: str) -> str:
+    code = f"<code>{safe(text, LONGEST_BLOCK)}</code>"
+    return (
+        f'<div class="block"><pre tabindex="0" role="region" aria-label="{label}">{code}</pre>'
+        '<button type="button" class="copy scripted">Copy</button></div>'
+    )
+
+
+def origin(run: Run) -> str:
+    """Command, config, hardware, versions and hashes: what it takes to do it again."""
+    command = _command(run)
+    parts = [f"<p>The command:</p>{_block('Command of the run', command)}" if command else ""]
+    if run.config_text:
+        text = _block("Config of the run", run.config_text.strip())
+        parts.append(f"<details><summary>Config with every option (config.toml)</summary>{text}</details>")
+    facts = list(table(run.manifest, "hardware").items())
+    hardware = [[safe(str(name).replace("_", " "), 60), _cell(value)] for name, value in facts]
+    versions = [[safe(name, 60), safe(value, 120)] for name, value in table(run.manifest, "versions").items()]
+    hashes = [
+        [safe(name, 60), f"<code>{safe(value, 80)}</code>"]
+        for name, value in table(run.manifest, "base", "hashes").items()
+    ]
+    base = part(run.manifest, "base", "path")
+    named = f" of {safe(base, 200)}" if base else ""
+    for title, rows in (("Hardware", hardware), ("Versions", versions), (f"SHA-256{named}", hashes)):
+        if rows:
+            parts.append(f"<details><summary>{title}</summary>{grid(['name', 'value'], rows)}</details>")
+    return "".join(parts)
