@@ -1,0 +1,140 @@
+"""The base model on disk: a diffusers folder, wherever it came from. No weights are loaded here."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdxl_trainer import files
+from sdxl_trainer.config import Model
+from sdxl_trainer.data.cache import key
+from sdxl_trainer.data.pictures import Memo
+from sdxl_trainer.errors import UserError, shortened
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+_WEIGHTLESS = ("tokenizer", "tokenizer_2", "scheduler")
+
+
+@dataclass(frozen=True)
+class Base:
+    """Folders of the base's parts. `vae` differs from `folder / "vae"` when another VAE was asked for."""
+
+    folder: Path
+    vae: Path
+    variant: str | None
+
+    def part(self, name: str) -> Path:
+        return self.vae if name == "vae" else self.folder / name
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The JSON config of a part; of the whole for part "model_index"."""
+        names = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
+        path = self.folder / names[part] if part in names else self.part(part) / "config.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError("this file is not valid JSON", str(path), "copy the model again") from None
+
+    def hash(self, part: str, memo: Memo) -> str:
+        """SHA-256 over a part's files: two models that encode alike have one hash."""
+        paths = sorted(
+            p for p in self.part(part).iterdir() if p.is_file() and p.suffix in {".safetensors", ".json", ".txt"}
+        )
+        return key(*[[path.name, _file_hash(path, memo)] for path in paths])
+
+
+def resolve(options: Model, cache: Path) -> Base:
+    """Find, download or unpack the base, and check that every part is there."""
+    folder = _folder(options, cache)
+    if not (folder / "model_index.json").is_file():
+        listed = shortened(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise UserError(
+            f"there is no diffusers model here (no model_index.json; found: {listed})",
+            str(folder),
+            "give a folder written by save_pretrained, a hub id, or a .safetensors file",
+        )
+    vae = _vae_folder(options) if options.vae else folder / "vae"
+    base = Base(folder, vae, options.variant)
+    for part in PARTS:
+        _check_part(base, part)
+    return base
+
+
+def weights_file(base: Base, part: str) -> str | None:
+    """The variant to load a part with: the wanted one where the part has it, as diffusers does for a VAE override."""
+    has_variant = base.variant and list(base.part(part).glob(f"*.{base.variant}*.safetensors"))
+    return base.variant if has_variant else None
+
+
+def _folder(options: Model, cache: Path) -> Path:
+    path = Path(options.path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        from sdxl_trainer.formats import single_file
+
+        stat = path.stat()
+        target = cache / f"base-{key(str(path.resolve()), stat.st_size, stat.st_mtime_ns, options.configs)[:16]}"
+        if not target.is_dir():
+            configs = Path(options.configs).expanduser() if options.configs else None
+            files.write_atomically(target, lambda temporary: single_file.expand(path, temporary, configs) and None)
+        return target
+    return _from_hub(options.path, options.revision, "model.path")
+
+
+def _vae_folder(options: Model) -> Path:
+    assert options.vae is not None
+    path = Path(options.vae).expanduser()
+    folder = path if path.is_dir() else _from_hub(options.vae, options.vae_revision, "model.vae")
+    return folder if (folder / "config.json").is_file() else folder / "vae"
+
+
+def _from_hub(name: str, revision: str | None, where: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"'{name}' does not exist", where, "give an existing folder or .safetensors file, or a hub id")
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    # Single-file checkpoints at the root of a repository would double the download.
+    ignored = ["sd_xl*.safetensors", "*lora*", "*onnx*", "*openvino*", "*flax*"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
+    except GatedRepoError:
+        raise UserError(
+            f"'{name}' is gated", where, "accept its terms on its page, then log in: hf auth login"
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        what = f"the hub has no {'revision ' + str(revision) + ' of ' if revision else ''}'{name}' ({type(error).__name__})"
+        raise UserError(what, where, "check the spelling; a private repository needs: hf auth login") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        what = f"'{name}' is neither a local folder nor can it be fetched from the hub ({type(error).__name__})"
+        raise UserError(what, where, "check the path or the network, or download the model first") from None
+
+
+def _check_part(base: Base, part: str) -> None:
+    folder = base.part(part)
+    if not folder.is_dir():
+        raise UserError(f"the model has no '{part}'", str(folder), "use a complete SDXL model (all seven parts)")
+    name = {"scheduler": "scheduler_config.json", "tokenizer": None, "tokenizer_2": None}.get(part, "config.json")
+    if name and not (folder / name).is_file():
+        raise UserError(f"'{part}' has no {name}", str(folder), "copy the model again: a file is missing")
+    if part not in _WEIGHTLESS and not list(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".ckpt", ".pt", ".pth"})
+        what = f"'{part}' has no .safetensors weights" + (f", only the pickle {pickles[0]}" if pickles else "")
+        fix = "pickles can run code and are not opened: convert it with diffusers' save_pretrained"
+        raise UserError(what, str(folder), fix if pickles else "copy the model again: the weights are missing")
+
+
+def _file_hash(path: Path, memo: Memo) -> str:
+    stat = path.stat()
+    stamp = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    known = memo.known.get(stamp)
+    return known if isinstance(known, str) else memo.remember(stamp, files.sha256(path))

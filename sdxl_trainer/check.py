@@ -1,0 +1,132 @@
+"""`sdxl check`: what a run will do and cost, before anything is spent."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdxl_trainer import base as bases
+from sdxl_trainer import files, parameters, setup, text
+from sdxl_trainer.base import Base
+from sdxl_trainer.config import Config
+from sdxl_trainer.data import plan, prepare
+from sdxl_trainer.data.prepare import Stock
+from sdxl_trainer.errors import shortened
+from sdxl_trainer.model import SDXL
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Bytes of optimizer state per learning parameter.
+_STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1}
+# Activation bytes per image and latent pixel and UNet channel of the widest level, counted on SDXL at 1024 pixels
+# (8.05 GiB with autocast, 0.62 GiB with gradient checkpointing, for 128 x 128 latents; half of that in bf16).
+_ACTIVATIONS = {False: 8.05 * 2**30 / (128 * 128), True: 0.62 * 2**30 / (128 * 128)}
+_SDXL_PARAMETERS = 2_567_463_684
+
+
+def run(config: Config) -> None:
+    """Print the report. Everything that a run would refuse is refused here too."""
+    notes: list[str] = []
+    precision = setup.computing(config, notes)
+    base = bases.resolve(config.model, prepare.cache_folder(config))
+    setup.noise_schedule(config, base)
+    stock = prepare.take_stock(config, base, precision)
+    order = plan.make(config.seed, config.train.batch_size, [p.geometries[0].target for p in stock.pictures])
+    groups, unet = learning(config, base)
+    for title, rows in (
+        ("what will learn", _learns(groups, unet)),
+        ("data", _data(config, base, stock, order)),
+        ("cache", _cache(config, stock)),
+        ("disk", _disk(config, unet)),
+        ("memory (a first estimate)", memory(config, stock, groups, unet, precision)),
+    ):
+        _table(title, rows)
+    for line in notes:
+        print(line)
+
+
+def learning(config: Config, base: Base) -> tuple[list[parameters.Group], int]:
+    """The rules' groups on a model without weights, and the UNet's number of parameters."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    with torch.device("meta"):
+        sdxl = SDXL(UNet2DConditionModel.from_config(base.config("unet")))
+    groups = parameters.apply_rules(sdxl, config.learn, config.train, config.optimizer)
+    return groups, sum(p.numel() for p in sdxl.parameters())
+
+
+def memory(
+    config: Config, stock: Stock, groups: list[parameters.Group], unet: int, precision: str
+) -> list[tuple[str, str]]:
+    """Bytes of weights, gradients, optimizer, averages and activations while training."""
+    learns = sum(group.size for group in groups)
+    weights = _BYTES[config.train.weights]
+    images = config.train.micro_batch or config.train.batch_size
+    rows, columns = max((p.geometries[0].target for p in stock.pictures), key=lambda t: t[0] * t[1])
+    per_pixel = _ACTIVATIONS[config.train.gradient_checkpointing] * (unet / _SDXL_PARAMETERS) ** 0.5
+    narrow = 1.0 if precision == "fp32" else 0.5 + 0.5 * (config.train.weights == "fp32")
+    parts = {
+        "weights": unet * weights,
+        "gradients": learns * weights,
+        "optimizer": learns * _STATE_BYTES[config.optimizer.name],
+        "averages (EMA)": learns * 4 if config.ema.enabled else 0,
+        "activations": images * rows * columns / 64 * per_pixel * narrow,
+    }
+    return [(name, size(value)) for name, value in {**parts, "together": sum(parts.values())}.items() if value]
+
+
+def size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _learns(groups: list[parameters.Group], unet: int) -> list[tuple[str, str]]:
+    rows = [
+        (group.rule, f"{group.size:,} parameters in {len(group.names)} tensors, learning rate {group.learning_rate:g}")
+        for group in groups
+    ]
+    frozen = unet - sum(group.size for group in groups)
+    return [*rows, ("frozen", f"{frozen:,} parameters of the UNet; VAE and text encoders")]
+
+
+def _data(config: Config, base: Base, stock: Stock, order: plan.Plan) -> list[tuple[str, str]]:
+    captions = list(dict.fromkeys(c for p in stock.pictures for c in p.captions))
+    cut = [c for c, over in zip(captions, text.overflows(text.tokenizers(base)[0], captions), strict=True) if over]
+    upscaled = [p.name for p in stock.pictures if p.geometries[0].resized > p.geometries[0].original]
+    variants = sum(len(p.geometries) for p in stock.pictures)
+    steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
+    rows = [
+        ("pictures", f"{len(stock.pictures)}, with {variants} crops and flips; {len(captions)} distinct captions"),
+        ("steps", f"{order.steps_per_epoch} per epoch; {steps} in all, {steps / order.steps_per_epoch:.3g} epochs"),
+        ("captions cut at 77 tokens", f"{len(cut)}: {shortened((repr(c[:30]) for c in cut), 2)}" if cut else "none"),
+        ("enlarged pictures", f"{len(upscaled)}: {shortened(upscaled, 3)}" if upscaled else "none"),
+    ]
+    doubles = len(stock.pictures) - len({p.content for p in stock.pictures})
+    return [*rows, ("duplicates", f"{doubles} pictures have the same bytes as another")] if doubles else rows
+
+
+def _cache(config: Config, stock: Stock) -> list[tuple[str, str]]:
+    latents, texts = stock.missing_latents(), stock.missing_texts()
+    wanted = len({stock.keys.latent(p, g) for p in stock.pictures for g in p.geometries})
+    bytes_ = sum(g.target[0] * g.target[1] / 64 * 16 for _, g in latents)
+    return [
+        ("latents", f"{wanted - len(latents)} cached, {len(latents)} to encode ({size(bytes_)})"),
+        ("captions", f"{len(stock.captions) - len(texts)} cached, {len(texts)} to encode"),
+    ]
+
+
+def _disk(config: Config, unet: int) -> list[tuple[str, str]]:
+    output = Path(config.output_dir).expanduser()
+    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    with files.explained(output):
+        free = shutil.disk_usage(existing).free
+    weights = unet * _BYTES[config.train.weights]
+    checkpoint = weights + unet * _STATE_BYTES[config.optimizer.name] + (unet * 4 if config.ema.enabled else 0)
+    return [("each checkpoint", f"up to {size(checkpoint)}"), ("free", f"{size(free)} at {existing}")]
+
+
+def _table(title: str, rows: list[tuple[str, Any]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+    print()

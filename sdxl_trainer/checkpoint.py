@@ -1,0 +1,164 @@
+"""Checkpoints: whole or absent, hashed, verified before they are trusted, nothing unpickled.
+
+checkpoint-N/  unet/  unet_ema/          as diffusers folders, in the type in which they are trained
+               optimizer.safetensors     tensors named <parameter>|<key>
+               state.json                step, counts, loss scale, the run's config
+               manifest.json             SHA-256 of every file above
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdxl_trainer import files
+from sdxl_trainer.ema import Ema
+from sdxl_trainer.errors import UserError
+from sdxl_trainer.parameters import Group
+
+PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    step: int
+
+    def state(self) -> dict[str, Any]:
+        return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+
+
+def found(output: Path) -> list[Checkpoint]:
+    """All checkpoints of an output folder, oldest first. Folders with other names are left alone."""
+    numbers = {p: p.name.removeprefix(PREFIX) for p in output.glob(f"{PREFIX}*") if p.is_dir()}
+    return sorted((Checkpoint(p, int(n)) for p, n in numbers.items() if n.isdigit()), key=lambda c: c.step)
+
+
+def verify(checkpoint: Checkpoint) -> Checkpoint:
+    """Compare every file with the manifest; UserError names the first that differs."""
+    where, fix = checkpoint.path, "delete this folder: the same command continues from the checkpoint before it"
+    try:
+        manifest = json.loads((where / "manifest.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError("the checkpoint has no readable manifest.json", str(where), fix) from None
+    for name, digest in manifest.items():
+        path = where / name
+        if not path.is_file():
+            raise UserError(f"the checkpoint lacks {name}", str(where), fix)
+        if files.sha256(path) != digest:
+            raise UserError(f"{name} is damaged: its bytes are not those that were written", str(where), fix)
+    return checkpoint
+
+
+def save(
+    output: Path,
+    step: int,
+    unet: Any,
+    ema: Ema | None,
+    optimizer: torch.optim.Optimizer,
+    groups: list[Group],
+    state: dict[str, Any],
+) -> Checkpoint:
+    """Write checkpoint-<step>, replacing one of that name."""
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        unet.save_pretrained(folder / "unet")
+        if ema is not None:
+            save_averaged(unet, ema, folder / "unet_ema")
+        save_file(dict(_optimizer_tensors(optimizer, groups)), folder / "optimizer.safetensors")
+        files.write_json(folder / "state.json", {**state, "step": step, "optimizer": _scalars(optimizer, groups)})
+        files.write_json(folder / "manifest.json", {"files": files.tree_hashes(folder)})
+
+    path = output / f"{PREFIX}{step}"
+    files.write_atomically(path, write)
+    return Checkpoint(path, step)
+
+
+def save_averaged(unet: Any, ema: Ema, folder: Path) -> None:
+    """The UNet with its averaged weights in fp32, beside what diffusers' EMAModel reads from a config."""
+    averages = {name.removeprefix("unet."): tensor for name, tensor in ema.state().items()}
+    with torch.device("meta"):
+        averaged = type(unet).from_config(unet.config)
+    averaged.load_state_dict({**unet.state_dict(), **averages}, assign=True)
+    averaged.register_to_config(
+        decay=ema.decay,
+        min_decay=0.0,
+        optimization_step=ema.updates,
+        update_after_step=0,
+        use_ema_warmup=False,
+        inv_gamma=1.0,
+        power=2 / 3,
+    )
+    averaged.save_pretrained(folder)
+
+
+def load_training_state(
+    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, groups: list[Group], ema: Ema | None
+) -> None:
+    """Optimizer moments and averages; the weights themselves were loaded with the model."""
+    state = checkpoint.state()
+    names = [name for group in groups for name in group.names]
+    loaded: dict[int, dict[str, Any]] = {names.index(n): dict(v) for n, v in state["optimizer"].items()}
+    with safe_open(checkpoint.path / "optimizer.safetensors", framework="pt") as tensors:
+        position = {name: index for index, name in enumerate(names)}
+        for entry in tensors.keys():
+            name, _, key = entry.rpartition("|")
+            loaded.setdefault(position[name], {})[key] = tensors.get_tensor(entry)
+    optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
+    if ema is not None:
+        averages = read_weights(checkpoint.path / "unet_ema")
+        ema.load({n: averages[n.removeprefix("unet.")] for n in ema.names}, state["ema_updates"])
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a diffusers folder, sharded or not."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            tensors.update({name: shard.get_tensor(name) for name in shard.keys()})
+    return tensors
+
+
+def prune(output: Path, limit: int) -> None:
+    """Delete the oldest checkpoints until `limit` are left."""
+    for old in found(output)[:-limit]:
+        files.remove(old.path)
+
+
+def sweep(output: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for pattern in (f".{PREFIX}*.tmp", f".{PREFIX}*.old"):
+        for path in output.glob(pattern):
+            files.remove(path)
+
+
+def _per_parameter(optimizer: torch.optim.Optimizer, groups: list[Group]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for group in groups:
+        for name, parameter in zip(group.names, group.parameters, strict=True):
+            yield name, optimizer.state.get(parameter, {})
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, groups: list[Group]) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for name, state in _per_parameter(optimizer, groups):
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                # 8-bit optimizers share their quantisation map among parameters; a file may not.
+                tensor = value.clone() if value.data_ptr() in seen else value.contiguous()
+                seen.add(value.data_ptr())
+                yield f"{name}|{key}", tensor
+
+
+def _scalars(optimizer: torch.optim.Optimizer, groups: list[Group]) -> dict[str, dict[str, float]]:
+    scalars = {
+        name: {key: value for key, value in state.items() if isinstance(value, int | float)}
+        for name, state in _per_parameter(optimizer, groups)
+    }
+    return {name: values for name, values in scalars.items() if values}

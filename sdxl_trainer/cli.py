@@ -1,0 +1,130 @@
+"""The command `sdxl`. Nothing heavy is imported before it is needed; the only place that catches UserError."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdxl_trainer.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fine-tune Stable Diffusion XL."
+)
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="the run's config file")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="options to change")]
+
+
+def main() -> None:
+    """Run the command; the exit status is 0 done, 2 the user can fix it, 130 or 143 interrupted after saving."""
+    sys.exit(guarded(app))
+
+
+def guarded(command: object) -> int:
+    """Run a command and turn what is meant for the user into lines and an exit status."""
+    assert callable(command)
+    try:
+        command()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        # Its class is named, not imported: a run has been loaded if this is one of its own.
+        if type(error).__name__ != "Interrupted":
+            raise
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 128 + error.args[0]
+    return 0
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="refuse an output folder that already holds a run")] = False,
+) -> None:
+    """Train, or continue: the same command resumes."""
+    loaded = _load(config, overrides)
+    from sdxl_trainer.run import Start
+    from sdxl_trainer.train import train as run
+
+    run(loaded, Start("new" if fresh else "continue"))
+
+
+@app.command()
+def cache(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    verify: Annotated[bool, typer.Option("--verify", help="find damaged files instead of encoding")] = False,
+    gc: Annotated[bool, typer.Option("--gc", help="delete rows that this config does not need")] = False,
+) -> None:
+    """Encode everything that is missing, then stop (train does it by itself)."""
+    loaded = _load(config, overrides)
+    from sdxl_trainer import inspect_cache
+
+    inspect_cache.run(loaded, verify=verify, gc=gc)
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Config, data, captions, cache, disk, memory: a report before anything is spent."""
+    loaded = _load(config, overrides)
+    from sdxl_trainer import check as checks
+
+    checks.run(loaded)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="diffusers folder, hub id or .safetensors file")],
+    prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
+    negative: Annotated[str | None, typer.Option(help="what not to draw")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the first picture of each prompt")] = 0,
+    images: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="denoising steps")] = 25,
+    guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance scale")] = 5.0,
+    height: Annotated[int | None, typer.Option(min=8, help="pixels; default: the model's own")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="pixels; default: the model's own")] = None,
+) -> None:
+    """Pictures from a base or trained model."""
+    from sdxl_trainer import sample as samples
+
+    settings = {"negative": negative, "steps": steps, "guidance": guidance, "height": height, "width": width}
+    for path in samples.from_disk(model, prompt, out, images, seed, settings):
+        print(path)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run's output folder")]) -> None:
+    """One self-contained HTML page about a run."""
+    from sdxl_trainer import report as reports
+
+    print(reports.write(run))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the config file, for editors."""
+    from sdxl_trainer.configfile import schema as text
+
+    print(text(), end="")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder of the demo")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 300,
+) -> None:
+    """The embedded default: a small SDXL, trained here on pictures drawn here."""
+    from sdxl_trainer import demo as demos
+
+    demos.run(out, steps)
+
+
+def _load(path: Path, overrides: list[str] | None) -> object:
+    from sdxl_trainer.configfile import load
+
+    return load(path, overrides or ())

@@ -1,0 +1,155 @@
+"""Rows on disk: immutable safetensors shards whose own headers are the index and whose names are their hashes.
+
+A row is one tensor; its name is a content key. Any number of processes may write side by side, since each makes
+its own shards; a shard that two of them made alike has one name.
+"""
+
+import hashlib
+import json
+import struct
+import uuid
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdxl_trainer import files
+from sdxl_trainer.errors import UserError, shortened
+
+SHARD_BYTES = 64 << 20
+_NAME_DIGITS = 32
+
+
+def key(*parts: Any) -> str:
+    """A content key: SHA-256 over what decides a row, as JSON."""
+    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass
+class Store:
+    """The rows of one folder. Reading is memory-mapped; nothing is decoded."""
+
+    folder: Path
+    shard_of: dict[str, Path] = field(default_factory=dict)
+    _opened: dict[Path, Any] = field(default_factory=dict)
+
+    def __contains__(self, row: str) -> bool:
+        return row in self.shard_of
+
+    def get(self, row: str) -> Tensor:
+        path = self.shard_of[row]
+        if path not in self._opened:
+            self._opened[path] = safe_open(path, framework="pt")
+        return self._opened[path].get_tensor(row)
+
+    def refresh(self) -> "Store":
+        """Read the headers of shards that are new since the last look, also those of other processes."""
+        known = set(self.shard_of.values())
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path not in known:
+                self.shard_of.update(dict.fromkeys(_header(path), path))
+        return self
+
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+
+def open_store(folder: Path) -> Store:
+    return Store(folder).refresh()
+
+
+@dataclass
+class Writer:
+    """Collects rows and writes them as shards of about 64 MB; `notes` (JSON) lie in the shard's header."""
+
+    store: Store
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    size: int = 0
+
+    def add(self, row: str, tensor: Tensor, note: Any = None) -> None:
+        self.rows[row] = tensor.contiguous()
+        self.size += tensor.numel() * tensor.element_size()
+        if note is not None:
+            self.notes[row] = json.dumps(note)
+        if self.size >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.rows:
+            write_shard(self.store.folder, self.rows, self.notes)
+            self.rows, self.notes, self.size = {}, {}, 0
+            self.store.refresh()
+
+
+def write_shard(folder: Path, rows: dict[str, Tensor], notes: dict[str, str]) -> Path:
+    """One shard, under the hash of its own bytes."""
+    with files.explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / f".{uuid.uuid4().hex}.tmp"
+        try:
+            save_file(rows, draft, metadata=notes or None)
+            path = folder / f"{files.sha256(draft)[:_NAME_DIGITS]}.safetensors"
+            files.write_atomically(path, lambda temporary: draft.rename(temporary) and None)
+        finally:
+            files.remove(draft)
+    return path
+
+
+def damaged(folder: Path) -> list[Path]:
+    """Shards whose bytes are not those that were written."""
+    return [p for p in sorted(folder.glob("*.safetensors")) if not p.stem == files.sha256(p)[:_NAME_DIGITS]]
+
+
+def collect_garbage(folder: Path, needed: Collection[str]) -> int:
+    """Delete rows that are not needed; gives the bytes freed. Shards holding both kinds are written anew."""
+    before = Store(folder).bytes()
+    for path in sorted(folder.glob("*.safetensors")):
+        names = _header(path)
+        live = [name for name in names if name in needed]
+        if len(live) == len(names):
+            continue
+        if live:
+            with safe_open(path, framework="pt") as shard:
+                notes = shard.metadata() or {}
+                write_shard(folder, {n: shard.get_tensor(n) for n in live}, {n: notes[n] for n in live if n in notes})
+        path.unlink()
+    return before - Store(folder).bytes()
+
+
+def finite(rows: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse rows that cannot be trained on. Pairs of (what the user calls it, tensor)."""
+    bad = [name for name, tensor in rows if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise UserError(
+            f"the encoder gives values that are not finite in 16 bits for {shortened(bad)}",
+            "cache",
+            'check the weights; a VAE that overflows in fp16 needs [cache] vae_precision = "fp32"',
+        )
+
+
+def _header(path: Path) -> list[str]:
+    """Names of a shard's rows, after checking that the file is as long as its header says."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        size = path.stat().st_size
+        try:
+            header = json.loads(file.read(length)) if 0 < length < size else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise _unreadable(path)
+    header.pop("__metadata__", None)
+    if 8 + length + max(entry["data_offsets"][1] for entry in header.values()) != size:
+        raise _unreadable(path)
+    return list(header)
+
+
+def _unreadable(path: Path) -> UserError:
+    return UserError("a cache file is cut short or damaged", str(path), "delete it: what it held is encoded anew")

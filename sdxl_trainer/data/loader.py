@@ -1,0 +1,125 @@
+"""From cached rows to the batches of a step. Every random choice about a sample is made here, by law 1."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdxl_trainer import keyed, noise
+from sdxl_trainer.data import cache, plan
+from sdxl_trainer.data.encode import Keys
+from sdxl_trainer.data.pictures import Picture
+
+# Steps prepared ahead of the one that trains.
+AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B samples with latents of size h x w. All random numbers are already drawn."""
+
+    names: tuple[str, ...]
+    mean: Tensor  # [B, 4, h, w] fp16: moments of the VAE's posterior, unscaled
+    std: Tensor  # [B, 4, h, w] fp16
+    posterior_noise: Tensor  # [B, 4, h, w] fp32
+    noise: Tensor  # [B, 4, h, w] fp32
+    timesteps: Tensor  # [B] int64
+    prompt_embeds: Tensor  # [B, 77, 2048] in the text encoders' type
+    pooled: Tensor  # [B, 1280]
+    time_ids: Tensor  # [B, 6] int64
+    weight: Tensor  # [B] fp32: factor on the loss
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Any) -> "Batch":
+        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "names"})
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Everything that batches are made of. `dropped` is (embeddings, pooled) of a caption that is left out."""
+
+    pictures: Sequence[Picture]
+    keys: Keys
+    latents: cache.Store
+    texts: cache.Store
+    dropped: tuple[Tensor, Tensor]
+    seed: int
+    noise_offset: float
+    timestep_probabilities: np.ndarray  # [T] cumulative
+
+    def text(self, caption: str) -> tuple[Tensor, Tensor]:
+        row = self.keys.text_row(caption)
+        return self.texts.get(f"{row}.states"), self.texts.get(f"{row}.pooled")
+
+
+def batch(samples: Samples, epoch: int, chosen: Sequence[tuple[int, bool]]) -> Batch:
+    """The micro-batch of (sample, counts) pairs; a sample that does not count gets weight 0."""
+    rows = [_row(samples, epoch, sample) for sample, _ in chosen]
+    columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    counts = [samples.pictures[s].data.weight if counted else 0.0 for s, counted in chosen]
+    names = tuple(samples.pictures[sample].name for sample, _ in chosen)
+    return Batch(names=names, weight=torch.tensor(counts), **columns)
+
+
+def _row(samples: Samples, epoch: int, sample: int) -> dict[str, Tensor]:
+    picture, seed = samples.pictures[sample], samples.seed
+
+    def draw(purpose: str) -> np.random.Generator:
+        return keyed.generator(seed, purpose, epoch, sample)
+
+    geometry = picture.geometries[draw("variant").integers(len(picture.geometries))]
+    moments = samples.latents.get(samples.keys.latent(picture, geometry))
+    shape = (moments.shape[0] // 2, *moments.shape[1:])
+    if draw("dropout").random() < picture.data.caption_dropout:
+        embeds, pooled = samples.dropped
+    else:
+        embeds, pooled = samples.text(picture.captions[draw("caption").integers(len(picture.captions))])
+    return {
+        "mean": moments[: shape[0]],
+        "std": moments[shape[0] :],
+        "posterior_noise": torch.from_numpy(noise.normal(seed, "posterior", epoch, sample, shape)),
+        "noise": torch.from_numpy(noise.draw(seed, epoch, sample, shape, samples.noise_offset)),
+        "timesteps": torch.tensor(noise.timestep(seed, epoch, sample, samples.timestep_probabilities)),
+        "prompt_embeds": embeds,
+        "pooled": pooled,
+        "time_ids": torch.tensor(geometry.time_ids()),
+    }
+
+
+def steps(
+    samples: Samples,
+    order: plan.Plan,
+    first: int,
+    last: int,
+    micro_batch: int,
+    rank: int,
+    processes: int,
+    workers: int,
+    pin: bool,
+) -> Iterator[tuple[int, int, list[Batch]]]:
+    """(epoch, images of all processes, this process's micro-batches) of the steps first..last-1, read ahead."""
+
+    def make(step: int) -> tuple[int, int, list[Batch]]:
+        epoch, chosen = order.step(step)
+        batches = [batch(samples, epoch, part) for part in plan.share(chosen, micro_batch, rank, processes)]
+        return epoch, len(chosen), [b.pinned() for b in batches] if pin else batches
+
+    if workers == 0:
+        yield from (make(step) for step in range(first, last))
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = [pool.submit(make, step) for step in range(first, min(first + AHEAD, last))]
+        for step in range(first, last):
+            ready = ahead.pop(0).result()
+            if step + AHEAD < last:
+                ahead.append(pool.submit(make, step + AHEAD))
+            yield ready

@@ -1,0 +1,103 @@
+"""Everything before the first step: read the data sets, fill the cache, hand out what batches are made of."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdxl_trainer import noise
+from sdxl_trainer.base import Base
+from sdxl_trainer.config import Config
+from sdxl_trainer.data import cache, encode
+from sdxl_trainer.data.loader import Samples
+from sdxl_trainer.data.pictures import Memo, Picture, load, open_memo
+from sdxl_trainer.errors import shortened
+
+EMPTY = ""
+
+
+@dataclass(frozen=True)
+class Stock:
+    """The data of a run beside what the cache holds of it."""
+
+    pictures: list[Picture]
+    captions: list[str]  # distinct, with validation prompts and the empty one
+    keys: encode.Keys
+    latents: cache.Store
+    texts: cache.Store
+    memo: Memo
+
+    def missing_latents(self) -> list:
+        return encode.missing_latents(self.latents, self.keys, self.pictures)
+
+    def missing_texts(self) -> list[str]:
+        return encode.missing_texts(self.texts, self.keys, self.captions)
+
+
+def cache_folder(config: Config) -> Path:
+    return Path(config.cache.path or Path(config.output_dir) / "cache").expanduser()
+
+
+def take_stock(config: Config, base: Base, text_precision: str) -> Stock:
+    """Read data sets, sizes and hashes; look up what is cached. Encodes nothing."""
+    folder = cache_folder(config)
+    memo = open_memo(folder)
+    pictures = load(config, memo)
+    prompts = [*config.validation.prompts, *([config.validation.negative] if config.validation.negative else [])]
+    captions = list(dict.fromkeys([EMPTY, *prompts, *(c for p in pictures for c in p.captions)]))
+    keys = encode.keys(base, config.cache, text_precision, memo)
+    latents, texts = cache.open_store(folder / "latents"), cache.open_store(folder / "texts")
+    return Stock(pictures, captions, keys, latents, texts, memo)
+
+
+def fill(
+    config: Config,
+    base: Base,
+    stock: Stock,
+    device: torch.device,
+    progress: encode.Progress,
+    say: Callable[[str], None],
+    rank: int = 0,
+    processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> None:
+    """Encode what is missing; several processes share the work and meet in `wait`."""
+    texts: Sequence[str] = stock.missing_texts()[rank::processes]
+    if texts:
+        cut = encode.fill_texts(base, config.cache, stock.texts, stock.keys, texts, device, progress)
+        if cut:
+            say(f"{len(cut)} captions are cut at 77 tokens: {shortened((repr(c[:40]) for c in cut), 3)}")
+    latents = stock.missing_latents()[rank::processes]
+    if latents:
+        encode.fill_latents(base, config.cache, stock.latents, stock.keys, latents, device, progress)
+    wait()
+    stock.texts.refresh()
+    stock.latents.refresh()
+
+
+def dropped_caption(config: Config, base: Base, stock: Stock) -> tuple[Tensor, Tensor]:
+    """What stands for a caption that is left out. The pipeline's own is zeros where the model says so
+    (`force_zeros_for_empty_prompt`, true for SDXL base), else the embedding of the empty caption."""
+    row = stock.keys.text_row(EMPTY)
+    states, pooled = stock.texts.get(f"{row}.states"), stock.texts.get(f"{row}.pooled")
+    zeros = bool(base.config("model_index").get("force_zeros_for_empty_prompt", True))
+    choice = config.text.dropped_caption
+    if choice == "zeros" or (choice == "pipeline" and zeros):
+        return torch.zeros_like(states), torch.zeros_like(pooled)
+    return states, pooled
+
+
+def samples(config: Config, base: Base, stock: Stock, timesteps: int) -> Samples:
+    """What batches are made of, for a schedule of that many timesteps."""
+    return Samples(
+        stock.pictures,
+        stock.keys,
+        stock.latents,
+        stock.texts,
+        dropped_caption(config, base, stock),
+        config.seed,
+        config.objective.noise_offset,
+        noise.cumulative(config.timesteps, timesteps),
+    )

@@ -1,0 +1,67 @@
+"""Where a run computes: device, precision and processes, as accelerate finds them. The only reader of the environment."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sdxl_trainer.config import Config
+from sdxl_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LAUNCHER_NAMES = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
+
+
+def device_type() -> str:
+    """Kind of device that accelerate will choose."""
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in {"1", "true", "yes"}:
+        return "cpu"
+    found = torch.accelerator.current_accelerator()
+    return found.type if found is not None else "cpu"
+
+
+def precision(wanted: str, say: Callable[[str], None]) -> str:
+    """The compute type that can be had: fp32, fp16 or bf16."""
+    device = device_type()
+    if wanted == "auto":
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        if launcher in _LAUNCHER_NAMES:
+            wanted = _LAUNCHER_NAMES[launcher]
+        elif device == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            return "fp32"
+    if wanted == "fp16" and device == "cpu":
+        say("fp16 training needs a GPU; computing in bf16, the nearest this CPU can do")
+        return "bf16"
+    if wanted == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        say("this GPU has no bf16; computing in fp16")
+        return "fp16"
+    return wanted
+
+
+def make(config: Config, computing: str) -> "Accelerator":
+    """accelerate's handle on devices and processes. Micro-batches are our own, so it accumulates nothing."""
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+
+    accumulate = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+    if accumulate != 1:
+        what = f"the launcher asks for {accumulate} gradient accumulation steps"
+        raise UserError(what, "accelerate config", "set train.batch_size and train.micro_batch instead")
+    if config.train.tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    # bf16 weights compute in bf16 by themselves; autocast is for fp32 weights.
+    autocast = "no" if computing == "fp32" or config.train.weights == "bf16" else computing
+    output = Path(config.output_dir).expanduser()
+    return Accelerator(
+        mixed_precision=autocast,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=list(config.log.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / config.log.dir)),
+    )

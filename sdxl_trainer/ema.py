@@ -1,0 +1,61 @@
+"""Exponential moving average of the learning tensors, in fp32."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdxl_trainer.parameters import Group
+
+
+@dataclass
+class Ema:
+    """`averages` by parameter name; `updates` counts the optimizer steps that went in."""
+
+    decay: float
+    names: list[str]
+    parameters: list[Tensor]
+    averages: list[Tensor]
+    updates: int = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        torch._foreach_lerp_(self.averages, [p.float() for p in self.parameters], 1.0 - self.decay_now())
+
+    def decay_now(self) -> float:
+        """Warm-up rule of the reference: 0 at first, then (1 + n) / (10 + n) up to `decay`."""
+        n = self.updates - 1
+        return 0.0 if n <= 0 else min(self.decay, (1 + n) / (10 + n))
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model with averaged weights; the raw ones are back afterwards, bit by bit."""
+        raw = [p.detach().clone() for p in self.parameters]
+        self._copy(self.averages)
+        try:
+            yield
+        finally:
+            self._copy(raw)
+
+    @torch.no_grad()
+    def _copy(self, source: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, source, strict=True):
+            parameter.copy_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.averages, strict=True))
+
+    def load(self, averages: dict[str, Tensor], updates: int) -> None:
+        if averages.keys() != set(self.names):
+            raise KeyError(f"averages of other tensors: {sorted(averages.keys() ^ set(self.names))[:3]}")
+        self.averages = [averages[n].to(a) for n, a in zip(self.names, self.averages, strict=True)]
+        self.updates = updates
+
+
+def make(groups: Sequence[Group], decay: float) -> Ema:
+    names = [name for group in groups for name in group.names]
+    parameters: list[Tensor] = [p for group in groups for p in group.parameters]
+    return Ema(decay, names, parameters, [p.detach().float().clone() for p in parameters])

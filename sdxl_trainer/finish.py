@@ -1,0 +1,85 @@
+"""What a finished run leaves: the pipeline in the reference's layout, its card and report, and the hub's copy."""
+
+import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from sdxl_trainer import checkpoint, files, manifest, publish, report
+from sdxl_trainer.base import Base
+from sdxl_trainer.ema import Ema
+from sdxl_trainer.run import Job
+
+_COPIED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_KINDS = {".json", ".txt", ".model", ".safetensors"}
+
+
+def conclude(job: Job) -> None:
+    """After the last step: pictures, the pipeline, manifest, card, report, and the copy on the hub."""
+    config, accelerator = job.run.config, job.run.accelerator
+    if config.validation.prompts and config.validation.at_end:
+        with job.watch.phase("validation pictures"):
+            draw_validation(job)
+    if accelerator.is_main_process:
+        with job.watch.phase("saving the pipeline"):
+            save_pipeline(job.output, job.base, job.run.unet, job.state.ema, job.scheduler)
+        manifest.end(job)
+        files.write_text(job.output / "README.md", publish.card(job.output, config))
+        page = report.write(job.output)
+        job.console.say(f"done: the trained pipeline is in {job.output}, the report in {page}")
+        if config.hub.push:
+            job.console.say(f"pushed to {publish.push(job.output, config.hub)}")
+    if config.log.trackers:
+        accelerator.end_training()
+    accelerator.wait_for_everyone()
+
+
+def draw_validation(job: Job) -> None:
+    """Validation pictures with the averaged weights where there are some."""
+    averages = job.state.ema
+    with averages.swapped_in() if averages else nullcontext():
+        job.validator(job.run.unet, job.state.step, "ema" if averages else "raw")
+
+
+def save_pipeline(output: Path, base: Base, unet: Any, ema: Ema | None, scheduler: dict[str, Any]) -> None:
+    """The pipeline at the folder's root. With EMA `unet/` holds the averaged weights and `unet_raw/` the last ones.
+
+    `model_index.json` comes last: while it is missing, the folder is not yet a pipeline.
+    """
+    index = base.config("model_index")
+    for part in _COPIED:
+        source, variant = base.part(part), base.variant
+        files.write_atomically(output / part, lambda folder, s=source, v=variant: _copy_part(s, folder, v))
+    if ema is None:
+        files.write_atomically(output / "unet", unet.save_pretrained)
+    else:
+        files.write_atomically(output / "unet_raw", unet.save_pretrained)
+        files.write_atomically(output / "unet", lambda folder: checkpoint.save_averaged(unet, ema, folder))
+    (output / "scheduler").mkdir(exist_ok=True)
+    files.write_json(output / "scheduler" / "scheduler_config.json", scheduler)
+    files.write_json(output / "model_index.json", index)
+
+
+def _copy_part(source: Path, folder: Path, variant: str | None) -> None:
+    """Copy a part's files; of the weights only those of the variant, under their plain names."""
+    folder.mkdir()
+    chosen = [p for p in source.iterdir() if p.is_file() and p.suffix in _KINDS and _variant(p.name) is None]
+    weights = [p for p in source.iterdir() if p.suffix == ".safetensors" and variant and _variant(p.name) == variant]
+    if weights:
+        chosen = [p for p in chosen if p.suffix != ".safetensors" and ".safetensors.index" not in p.name]
+        chosen += [p for p in source.iterdir() if p.is_file() and _variant(p.name) == variant and p.suffix in _KINDS]
+    for path in chosen:
+        name = path.name.replace(f".{variant}", "") if variant and _variant(path.name) == variant else path.name
+        if name.endswith(".safetensors.index.json") and variant:
+            text = path.read_text(encoding="utf-8").replace(f".{variant}-", "-").replace(f".{variant}.", ".")
+            (folder / name).write_text(text, encoding="utf-8")
+        else:
+            shutil.copyfile(path, folder / name)
+
+
+def _variant(name: str) -> str | None:
+    """fp16 of model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json."""
+    found = re.fullmatch(r"[\w]+\.(\w+?)(-\d+-of-\d+)?\.safetensors", name)
+    found = found or re.fullmatch(r"[\w]+\.safetensors\.index\.(\w+)\.json", name)
+    return found.group(1) if found else None

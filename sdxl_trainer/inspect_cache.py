@@ -1,0 +1,59 @@
+"""`sdxl cache`: fill, verify, and clean the cache of a config."""
+
+from pathlib import Path
+
+from sdxl_trainer import base as bases
+from sdxl_trainer import distributed, setup
+from sdxl_trainer.config import Config
+from sdxl_trainer.data import cache, prepare
+from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.log import Console
+
+
+def run(config: Config, *, verify: bool, gc: bool) -> None:
+    """Encode what is missing; or look for damage; or delete what this config does not need."""
+    folder = prepare.cache_folder(config)
+    if verify:
+        _verify(folder)
+        return
+    notes: list[str] = []
+    precision = setup.computing(config, notes)
+    accelerator = distributed.make(config, precision)
+    console = Console(accelerator.is_main_process)
+    for line in notes:
+        console.say(line)
+    with accelerator.main_process_first():
+        base = bases.resolve(config.model, folder)
+        stock = prepare.take_stock(config, base, precision)
+    if gc:
+        console.say(f"freed {_collect(stock) / 1e6:.1f} MB in {folder}")
+        return
+    new = len(stock.missing_latents()), len(stock.missing_texts())
+    prepare.fill(
+        config,
+        base,
+        stock,
+        accelerator.device,
+        console.progress,
+        console.say,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.wait_for_everyone,
+    )
+    size = (stock.latents.bytes() + stock.texts.bytes()) / 1e6
+    console.say(f"encoded {new[0]} latents and {new[1]} captions; {folder} holds {size:.1f} MB")
+
+
+def _verify(folder: Path) -> None:
+    bad = [path for kind in ("latents", "texts") for path in cache.damaged(folder / kind)]
+    count = sum(1 for kind in ("latents", "texts") for _ in (folder / kind).glob("*.safetensors"))
+    if bad:
+        listed = shortened(str(path) for path in bad)
+        raise UserError(f"{len(bad)} of {count} cache files are damaged", listed, "delete them: they are encoded anew")
+    Console().say(f"{count} cache files in {folder}: every byte is as it was written")
+
+
+def _collect(stock: prepare.Stock) -> int:
+    latents = {stock.keys.latent(p, g) for p in stock.pictures for g in p.geometries}
+    texts = {f"{stock.keys.text_row(c)}.{kind}" for c in stock.captions for kind in ("states", "pooled")}
+    return sum(cache.collect_garbage(s.folder, n) for s, n in ((stock.latents, latents), (stock.texts, texts)))

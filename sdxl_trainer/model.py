@@ -1,0 +1,96 @@
+"""What is trained: one module whose parameter names the rules speak of."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdxl_trainer.base import Base, weights_file
+from sdxl_trainer.config import Model
+from sdxl_trainer.errors import UserError
+
+
+class SDXL(nn.Module):
+    """The UNet with its two kinds of conditioning; parameters are named `unet.*`."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor, pooled: Tensor, time_ids: Tensor
+    ) -> Tensor:
+        """Prediction [B, 4, h, w] from x_t [B, 4, h, w], timesteps [B], embeddings [B, 77, 2048], pooled
+        [B, 1280] and integer time_ids [B, 6], whose sinusoids the UNet computes in fp32."""
+        conditions = {"text_embeds": pooled, "time_ids": time_ids}
+        return self.unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """From the VAE's latents z to those that the UNet sees: (z - mean) * factor."""
+
+    mean: Tensor  # [1, 4, 1, 1]
+    factor: Tensor
+
+    def to(self, device: torch.device) -> "LatentScale":
+        return LatentScale(self.mean.to(device), self.factor.to(device))
+
+    def sample(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """A posterior sample in the UNet's scale, fp32 [B, 4, h, w]."""
+        return (mean.float() + std.float() * noise - self.mean) * self.factor
+
+
+def latent_scale(config: dict[str, Any]) -> LatentScale:
+    """From a VAE's config: its scaling factor, and per-channel statistics where it has them (Playground 2.5)."""
+    channels = config.get("latent_channels", 4)
+    mean = torch.tensor(config.get("latents_mean") or [0.0] * channels).view(1, -1, 1, 1)
+    std = torch.tensor(config.get("latents_std") or [1.0] * channels).view(1, -1, 1, 1)
+    return LatentScale(mean, config.get("scaling_factor", 0.18215) / std)
+
+
+def load(options: Model, base: Base, folder: Path | None, dtype: torch.dtype, checkpointing: bool) -> SDXL:
+    """The model in `dtype`: from a checkpoint's folder if given, else the base's or random weights."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    if folder is None and options.init == "random":
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel.from_config(base.config("unet")).to(dtype)
+    else:
+        path, variant = (folder / "unet", None) if folder else (base.part("unet"), weights_file(base, "unet"))
+        unet = UNet2DConditionModel.from_pretrained(path, variant=variant, torch_dtype=dtype, use_safetensors=True)
+    if unet.config.in_channels != 4 or unet.config.addition_embed_type != "text_time":
+        what = f"this UNet is not that of SDXL ({unet.config.in_channels} input channels, {unet.config.addition_embed_type})"
+        raise UserError(what, str(base.part("unet")), "use an SDXL base model")
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    return SDXL(unet)
+
+
+def use_attention(model: SDXL, kind: str, device: torch.device) -> str | None:
+    """Choose the attention kernel; gives a line for the user where the wanted one cannot be had."""
+    if kind == "sdpa":
+        return None
+    try:
+        if kind == "xformers":
+            model.unet.enable_xformers_memory_efficient_attention()
+        else:
+            model.unet.set_attn_processor(_npu_processor())
+    except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"{kind} attention is not to be had here ({reason}); PyTorch's own SDPA does the same job"
+    return None
+
+
+def _npu_processor() -> Any:
+    import torch_npu  # noqa: F401  (its absence is the answer)
+    from diffusers.models.attention_processor import AttnProcessorNPU
+
+    return AttnProcessorNPU()
+
+
+def broken_weights(model: nn.Module) -> list[str]:
+    """Names of parameters that hold a value that is not finite."""
+    return [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]

@@ -1,0 +1,64 @@
+"""What learns is decided by rules over parameter names: the first rule that matches decides (law 5)."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from sdxl_trainer.config import Learn, Optimizer, Train
+from sdxl_trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that learn alike: one rule's."""
+
+    rule: str
+    learning_rate: float
+    weight_decay: float
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+
+def apply_rules(model: nn.Module, rules: Sequence[Learn], train: Train, optimizer: Optimizer) -> list[Group]:
+    """Freeze everything, then let learn what a rule names. A rule that decides nothing is an error."""
+    chosen: dict[int, dict[str, nn.Parameter]] = {index: {} for index in range(len(rules))}
+    patterns = [_compiled(rule, index) for index, rule in enumerate(rules)]
+    for name, parameter in model.named_parameters():
+        index = next((i for i, pattern in enumerate(patterns) if pattern.fullmatch(name)), None)
+        learns = index is not None and _rate(rules[index], train) > 0
+        parameter.requires_grad_(learns)
+        if index is not None:
+            chosen[index][name] = parameter
+    groups = []
+    for index, rule in enumerate(rules):
+        if not chosen[index]:
+            some = next(name for name, _ in model.named_parameters())
+            what = f"the rule '{rule.match}' decides nothing: no parameter name matches it that no earlier rule took"
+            raise UserError(what, f"learn.{index}.match", f"names look like {some}; the whole name must match")
+        if _rate(rule, train) > 0:
+            decay = optimizer.weight_decay if rule.weight_decay is None else rule.weight_decay
+            members = chosen[index]
+            groups.append(Group(rule.match, _rate(rule, train), decay, tuple(members), tuple(members.values())))
+    if not groups:
+        raise UserError("nothing learns: every rule has learning rate 0", "learn", "give a rule a positive rate")
+    return groups
+
+
+def _rate(rule: Learn, train: Train) -> float:
+    return train.learning_rate if rule.learning_rate is None else rule.learning_rate
+
+
+def _compiled(rule: Learn, index: int) -> re.Pattern[str]:
+    try:
+        return re.compile(rule.match)
+    except re.error as error:
+        what = f"'{rule.match}' is not a regular expression: {error}"
+        raise UserError(
+            what, f"learn.{index}.match", r"for example 'unet\..*attn.*' for all attention layers"
+        ) from None

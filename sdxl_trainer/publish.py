@@ -1,0 +1,294 @@
+"""The model card of a finished run, and its copy on the Hugging Face hub."""
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sdxl_trainer.config import Config, Data, Hub, Model
+from sdxl_trainer.errors import UserError
+
+# What stays here: states to resume from, caches, logs, unfinished files (and the old names of such folders).
+LEFT_OUT = ("checkpoint-*", "cache/*", "logs/*", "wandb/*", "step_*", "epoch_*", "*.tmp*")
+TAGS = ("text-to-image", "diffusers", "diffusers-training", "stable-diffusion-xl", "stable-diffusion-xl-diffusers")
+OPENRAIL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"
+LICENCE_KEYS = ("license", "license_name", "license_link")
+COLUMNS = 4  # pictures side by side
+# Options that say how a model was made, in the words of the config file.
+SETTINGS = (
+    "train.steps",
+    "train.epochs",
+    "train.batch_size",
+    "train.learning_rate",
+    "schedule.name",
+    "schedule.warmup_steps",
+    "optimizer.name",
+    "optimizer.weight_decay",
+    "train.max_grad_norm",
+    "train.precision",
+    "ema.enabled",
+    "objective.prediction",
+    "objective.snr_gamma",
+    "objective.zero_terminal_snr",
+    "objective.noise_offset",
+    "timesteps.bias",
+    "seed",
+)
+
+
+def card(run_dir: Path, config: Config, repo_id: str | None = None) -> str:
+    """The README.md of a run: what was trained on what, with which settings, what it draws, how to load it."""
+    name = repo_id or config.hub.id or run_dir.resolve().name
+    manifest, samples = _manifest(run_dir), _last_samples(run_dir)
+    licence = _licence(config.model)
+    sections = [
+        f"# {_escaped(name.rpartition('/')[2])}",
+        _introduction(config, manifest),
+        _gallery(samples),
+        _usage(name, config, samples),
+        _training(config, manifest),
+        _rights(config.model, licence),
+    ]
+    return _front_matter(config, licence, samples) + "\n" + "\n\n".join(part for part in sections if part) + "\n"
+
+
+def repository(output_dir: Path, hub: Hub) -> str:
+    """Make sure, before anything is spent, that the result can be uploaded; the full name of its repository."""
+    return _repository(output_dir, hub, "nothing has been trained yet")
+
+
+def push(folder: Path, hub: Hub, left_out: Sequence[str] = ()) -> str:
+    """Upload a run's result, without `left_out` and what only serves to continue it. The address of its page."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    name = hub.id or folder.resolve().name
+    ignored = [*LEFT_OUT, *left_out]
+    excluded = " ".join(f"'{pattern}'" for pattern in ignored)
+    later = f"the result is safe in {folder}; later: hf upload {name} {shlex.quote(str(folder))} . --exclude {excluded}"
+    repo_id = _repository(folder, hub, later)
+    try:
+        HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="End of training", ignore_patterns=ignored
+        )
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise _explained(error, repo_id, later) from None
+    return f"{HfApi().endpoint}/{repo_id}"
+
+
+def _repository(folder: Path, hub: Hub, safe: str) -> str:
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HTTPError
+
+    name = hub.id or folder.resolve().name
+    if not get_token():
+        raise UserError(f"no token to push '{name}' to the hub", "hub.push", f"hf auth login, or set HF_TOKEN; {safe}")
+    try:
+        return HfApi().create_repo(name, private=hub.private or None, exist_ok=True).repo_id
+    except (HTTPError, OSError, ValueError) as error:
+        raise _explained(error, name, safe) from None
+
+
+def _explained(error: Exception, name: str, safe: str) -> UserError:
+    """The error of a library as one for the user, who wants to know first that the result is not lost."""
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    known = {
+        401: ("the hub does not accept this token", "hf auth login with a token that may write"),
+        403: (f"this token may not write to '{name}'", "use a token that may, or another hub.id"),
+        404: (f"the hub has no repository '{name}', or hides it from this token", "use a token that may write to it"),
+    }
+    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    if status in known:
+        what, fix = known[status]
+    elif isinstance(cause, OfflineModeIsEnabled):
+        what, fix = "the hub is switched off by HF_HUB_OFFLINE", "unset HF_HUB_OFFLINE"
+    elif isinstance(cause, HFValidationError):
+        what, fix = f"'{name}' cannot be the name of a repository", "set hub.id to 'you/name' (letters, digits, -_.)"
+    elif isinstance(cause, HTTPError | ConnectionError) and status is None:
+        what, fix = f"the hub cannot be reached ({reason})", "check the network"
+    else:
+        what, fix = f"the hub refused '{name}' ({status or reason})", "try again"
+    return UserError(what, "hub.push", f"{fix}; {safe}")
+
+
+def _front_matter(config: Config, licence: dict[str, Any], samples: list[dict[str, Any]]) -> str:
+    from huggingface_hub import ModelCardData
+
+    base = config.model.path if _is_hub_id(config.model.path) else None
+    datasets = [data.path for data in config.data if _is_hub_id(data.path)]
+    more: dict[str, Any] = {"base_model_relation": "finetune"} if base else {}
+    if samples:
+        more["widget"] = [_widget(row) for row in samples]
+    data = ModelCardData(
+        **licence,
+        base_model=base,
+        datasets=list(dict.fromkeys(datasets)) or None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=list(TAGS),
+        **more,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _widget(row: dict[str, Any]) -> dict[str, Any]:
+    shown = {"text": row["prompt"], "output": {"url": f"samples/{row['file']}"}}
+    negative = row.get("negative")
+    return {**shown, "parameters": {"negative_prompt": negative}} if negative else shown
+
+
+def _introduction(config: Config, manifest: dict[str, Any]) -> str:
+    data = manifest.get("data")
+    pictures = data.get("pictures") if isinstance(data, dict) else None
+    counted = f"{pictures:,} pictures of " if isinstance(pictures, int) else ""
+    sets = " and ".join(_linked(item.path, "datasets/") for item in config.data)
+    trained = "trained from random weights in the shape of" if config.model.init == "random" else "fine-tuned from"
+    vae = f" Its VAE is {_linked(config.model.vae)}." if config.model.vae else ""
+    kind = config.objective.prediction
+    predicts = f" It predicts `{kind}`, as its scheduler's config says." if kind not in (None, "epsilon") else ""
+    return f"A Stable Diffusion XL pipeline, {trained} {_linked(config.model.path)} on {counted}{sets}.{vae}{predicts}"
+
+
+def _gallery(samples: list[dict[str, Any]]) -> str:
+    """The pictures of the last step, in rows; relative paths, so that it shows here and on the hub."""
+    if not samples:
+        return ""
+    lines = ["## Samples", "", f"Drawn after {samples[0]['step']:,} steps."]
+    for prompt in dict.fromkeys(row["prompt"] for row in samples):
+        rows = [row for row in samples if row["prompt"] == prompt]
+        width = min(COLUMNS, len(rows))
+        cells = [f"![seed {row['seed']}](samples/{row['file']})" for row in rows]
+        cells += [""] * (-len(cells) % width)
+        table = [f"| {' | '.join(cells[i : i + width])} |" for i in range(0, len(cells), width)]
+        lines += ["", f"*{_escaped(prompt)}*", "", table[0], "|" + "---|" * width, *table[1:]]
+    return "\n".join(lines)
+
+
+def _usage(name: str, config: Config, samples: list[dict[str, Any]]) -> str:
+    prompt = samples[0]["prompt"] if samples else "a photograph of a lighthouse at dusk"
+    settings = f"num_inference_steps={config.validation.steps}, guidance_scale={config.validation.guidance}"
+    averaged = (
+        "\n\n`unet/` holds the averaged weights, `unet_raw/` those of the last step." if config.ema.enabled else ""
+    )
+    return f"""## Use
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({json.dumps(name)}, torch_dtype=torch.float16).to("cuda")
+image = pipeline({json.dumps(prompt, ensure_ascii=False)}, {settings}).images[0]
+image.save("picture.png")
+```{averaged}"""
+
+
+def _training(config: Config, manifest: dict[str, Any]) -> str:
+    rows = [(path, _option(config, path)) for path in SETTINGS]
+    rows += [(f"data: {_short(data.path)}", _data_settings(data)) for data in config.data]
+    shown = [f"| {_code(key)} | {_escaped(str(value))} |" for key, value in rows if value not in (None, False)]
+    command = manifest.get("command")
+    text = shlex.join(str(word) for word in command) if isinstance(command, list) else str(command or "")
+    ran = f"\n\n```bash\n{_without_home(text)}\n```" if text and "```" not in text else ""
+    lines = ["## Training", "", "| setting | value |", "|---|---|", *shown]
+    return "\n".join(lines) + f"\n\n`config.toml` has every setting and repeats the run with sdxl-trainer.{ran}"
+
+
+def _data_settings(data: Data) -> str:
+    words = [f"{data.resolution} px", f"{data.crop} crop"]
+    words += ["mirrored half of the time"] if data.flip else []
+    words += [f"{data.caption_dropout:g} of the captions left out"] if data.caption_dropout else []
+    return ", ".join(words)
+
+
+def _rights(model: Model, licence: dict[str, Any]) -> str:
+    if not licence:
+        return f"## Licence\n\nThe licence of the base model, {_linked(model.path)}, holds for this model too."
+    name = licence.get("license_name") or licence["license"]
+    link = licence.get("license_link") or (OPENRAIL if licence["license"] == "openrail++" else None)
+    shown = f"[{_escaped(str(name))}]({link})" if isinstance(link, str) and "://" in link else f"{_escaped(str(name))}"
+    return f"## Licence\n\n{shown}, as the base model."
+
+
+def _licence(model: Model) -> dict[str, Any]:
+    """The base's own licence: from its card, else that of SDXL where it is known to be SDXL; else nothing is said."""
+    found = _card_data(model)
+    if found.get("license"):
+        return {key: found[key] for key in LICENCE_KEYS if found.get(key)}
+    known = re.search(
+        r"(stabilityai/)?(stable-diffusion-xl-(base|refiner)|sd_xl_(base|refiner)|sdxl-turbo)", model.path
+    )
+    return {"license": "openrail++"} if known and "turbo" not in model.path else {}
+
+
+def _card_data(model: Model) -> dict[str, Any]:
+    """The front matter of the base's README.md; empty where there is none to be had."""
+    import yaml
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.repocard import metadata_load
+
+    path = Path(model.path).expanduser()
+    readme = (path if path.is_dir() else path.parent) / "README.md"
+    try:
+        if _is_hub_id(model.path):
+            readme = Path(hf_hub_download(model.path, "README.md", revision=model.revision))
+        found = metadata_load(readme)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _manifest(run_dir: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _last_samples(run_dir: Path) -> list[dict[str, Any]]:
+    """The pictures of the last step for which there are any; of the averaged weights, if it has those."""
+    path = run_dir / "samples" / "samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    last = [row for row in rows if row["step"] == max(other["step"] for other in rows)]
+    return [row for row in last if row["weights"] == "ema"] or last
+
+
+def _is_hub_id(path: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists() and path[0] not in ".~"
+
+
+def _linked(path: str | None, kind: str = "") -> str:
+    """A hub id as a link to its page; of a local path only the name, which is all that others can use."""
+    if path and _is_hub_id(path):
+        return f"[{path}](https://huggingface.co/{kind}{path})"
+    return _code(_short(path or ""))
+
+
+def _short(path: str) -> str:
+    return path if _is_hub_id(path) else Path(path).expanduser().resolve().name
+
+
+def _option(config: Config, path: str) -> Any:
+    node: Any = config
+    for part in path.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def _without_home(text: str) -> str:
+    return text.replace(str(Path.home()), "~") if Path.home() != Path("/") else text
+
+
+def _code(text: str) -> str:
+    """One line of Markdown code, also in a table."""
+    return "`" + " ".join(text.replace("`", "'").split()).replace("|", "\\|") + "`"
+
+
+def _escaped(text: str) -> str:
+    """One line of Markdown that shows these characters, also in a table."""
+    return re.sub(r"([\\|*_\[\]<>`])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,139 @@
+"""Where a run begins: at its base, at a checkpoint, or not at all since it is done."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdxl_trainer import checkpoint
+from sdxl_trainer.checkpoint import Checkpoint
+from sdxl_trainer.config import Config
+from sdxl_trainer.data import cache
+from sdxl_trainer.data.plan import Plan
+from sdxl_trainer.data.prepare import Stock
+from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.run import Start
+
+# Options that may change when a run continues: they do not decide what a step computes.
+FREE = (
+    "output_dir",
+    "cache.",
+    "validation.",
+    "log.",
+    "hub.",
+    "train.steps",
+    "train.epochs",
+    "train.micro_batch",
+    "train.checkpoint",
+    "train.validate_every",
+    "train.workers",
+    "model.path",
+    "model.vae",
+    "model.attention",
+)
+
+
+@dataclass(frozen=True)
+class Begin:
+    checkpoint: Checkpoint | None
+    steps: int  # optimizer steps of the whole run
+    done: bool
+    data_hash: str
+
+
+def starting_point(
+    config: Config, start: Start, output: Path, stock: Stock, order: Plan, say: Callable[[str], None]
+) -> Begin:
+    """Choose the checkpoint, verify it, and refuse to continue another run's."""
+    steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
+    data_hash = cache.key(*[[picture.content, picture.captions] for picture in stock.pictures])
+    checkpoint.sweep(output)
+    last = _last_run(output)
+    if start.mode == "new" and (last or checkpoint.found(output)):
+        fix = "choose another output_dir, or delete this folder if you do not need it"
+        raise UserError("--fresh: this folder already holds a run", str(output), fix)
+    if start.mode == "restart" or start.mode == "new":
+        return Begin(None, steps, False, data_hash)
+    chosen = _named(output, start, say) if start.mode == "checkpoint" else _newest(output)
+    if start.mode == "continue" and last and last.get("finished") and last["steps"] >= steps:
+        _refuse_another(last["config"], last["data_hash"], config, data_hash, str(output))
+        return Begin(chosen, steps, True, data_hash)
+    if chosen is None:
+        return Begin(None, steps, False, data_hash)
+    checkpoint.verify(chosen)
+    state = chosen.state()
+    if start.mode == "continue":
+        _refuse_another(state["config"], state["data"], config, data_hash, str(chosen.path))
+    else:
+        changed = [key for key, _, _ in differences(state["config"], config)] + ["data"] * (state["data"] != data_hash)
+        if changed:
+            say(f"not an exact continuation, since these changed: {shortened(changed)}")
+    if start.at_least_one_step:
+        steps = max(steps, chosen.step + 1)
+    return Begin(chosen, steps, chosen.step >= steps, data_hash)
+
+
+def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:
+    """(option, then, now) of the options that decide what a step computes."""
+    then, now = dict(_flat(old)), dict(_flat(config.model_dump(mode="json")))
+    keys = [k for k in {**then, **now} if not k.startswith(FREE)]
+    return [(k, then.get(k), now.get(k)) for k in keys if then.get(k) != now.get(k)]
+
+
+def _refuse_another(old: dict[str, Any], old_data: str, config: Config, data_hash: str, where: str) -> None:
+    changed = differences(old, config)
+    if changed:
+        key, then, now = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        what = f"this folder holds a run with {key} = {json.dumps(then)}, not {json.dumps(now)}{more}"
+        raise UserError(what, where, f"set {key} back to continue that run, or choose another output_dir")
+    if old_data != data_hash:
+        what = "the pictures or captions changed since this run began"
+        raise UserError(what, where, "choose another output_dir for the changed data, or bring the old data back")
+
+
+def _last_run(output: Path) -> dict[str, Any] | None:
+    path = output / "manifest.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError:
+        raise UserError("this file is not valid JSON", str(path), "delete it, or choose another output_dir") from None
+
+
+def _newest(output: Path) -> Checkpoint | None:
+    found = checkpoint.found(output)
+    return found[-1] if found else None
+
+
+def _named(output: Path, start: Start, say: Callable[[str], None]) -> Checkpoint | None:
+    """A checkpoint by `latest`, by its name in the output folder, or by its path."""
+    assert start.checkpoint is not None
+    if start.checkpoint == "latest":
+        newest = _newest(output)
+        if newest is None:
+            say(f"there is no checkpoint in {output}: a new run begins")
+        return newest
+    given = Path(start.checkpoint).expanduser()
+    for path in (output / start.checkpoint, given):
+        if path.is_dir():
+            number = path.name.removeprefix(checkpoint.PREFIX)
+            if not number.isdigit():
+                raise UserError(
+                    f"'{path.name}' is not a checkpoint's name", str(path), "name a folder checkpoint-<step>"
+                )
+            return Checkpoint(path, int(number))
+    names = [c.path.name for c in checkpoint.found(output)]
+    there = f"there are: {shortened(names)}" if names else "there is none yet"
+    raise UserError(f"there is no checkpoint '{start.checkpoint}'", str(output), f"name one that exists; {there}")
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        for index, value in enumerate(tree):
+            yield from _flat(value, f"{prefix}.{index}")
+    else:
+        yield prefix, tree

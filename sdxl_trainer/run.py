@@ -1,0 +1,154 @@
+"""The parts of a run: what is fixed, what changes from step to step, how it starts and how it is stopped."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from sdxl_trainer.base import Base
+from sdxl_trainer.config import Config
+from sdxl_trainer.data.loader import Samples
+from sdxl_trainer.data.plan import Plan
+from sdxl_trainer.ema import Ema
+from sdxl_trainer.log import Console, Metrics
+from sdxl_trainer.model import LatentScale
+from sdxl_trainer.objective import Objective
+from sdxl_trainer.parameters import Group
+from sdxl_trainer.validate import Validator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where to begin. `continue`: at the newest checkpoint, if there is one. `new`: refuse a folder that holds a
+    run. `restart`: from the base, replacing files of an older run. `checkpoint`: at a named one, or `latest`.
+    With `at_least_one_step` a run that is already at its end takes one more."""
+
+    mode: Literal["continue", "new", "restart", "checkpoint"] = "continue"
+    checkpoint: str | None = None
+    at_least_one_step: bool = False
+
+
+CONTINUE = Start()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What does not change from step to step."""
+
+    config: Config
+    accelerator: "Accelerator"
+    model: Any  # SDXL, as accelerate wrapped it
+    optimizer: Any
+    groups: list[Group]
+    objective: Objective
+    scale: LatentScale
+    dtype: torch.dtype
+    steps: int
+
+    @property
+    def unet(self) -> Any:
+        return self.accelerator.unwrap_model(self.model).unet
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A step whose loss still lies on the device."""
+
+    row: dict[str, Any]
+    loss: Tensor
+    norm: Tensor
+    names: list[str]
+
+
+@dataclass
+class State:
+    """What changes: `step` counts optimizer steps. `broken` turns true on the device when a loss or gradient is
+    not finite, and stays so; from then on no step touches the weights."""
+
+    step: int
+    ema: Ema | None
+    broken: Tensor
+    unread: list[Unread] = field(default_factory=list)
+
+
+class Watch:
+    """Where the time goes: seconds per phase, and laps that leave the phases out."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self.began = self._lap = time.monotonic()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - began
+            self.phases[name] = self.phases.get(name, 0.0) + spent
+            self._lap += spent
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        spent, self._lap = now - self._lap, now
+        return max(spent, 1e-9)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with its state and everything around it."""
+
+    run: Run
+    state: State
+    base: Base
+    samples: Samples
+    order: Plan
+    validator: Validator
+    scheduler: dict[str, Any]
+    metrics: Metrics
+    console: Console
+    watch: Watch
+    output: Path
+    data_hash: str
+
+
+class Interrupted(Exception):
+    """A signal stopped the run."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@dataclass
+class Stop:
+    """The signal that asked to stop, 0 for none. `gently`: it is only noted, for the loop to save first."""
+
+    signal: int = 0
+    gently: bool = False
+
+    def note(self, number: int, frame: Any) -> None:
+        if not self.gently or (self.signal and number == signal.SIGINT):
+            raise Interrupted(number)
+        self.signal = number
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """SIGINT and SIGTERM stop the run; a second SIGINT stops it without saving."""
+    stop = Stop()
+    old = {number: signal.signal(number, stop.note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

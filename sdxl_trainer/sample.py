@@ -1,0 +1,118 @@
+"""Pictures from a model: during training from the live modules, and from any model on disk."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sdxl_trainer import files
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to draw. Its first noise is drawn on the CPU from `seed`, so that any device draws it alike."""
+
+    prompt: str
+    seed: int
+    negative: str | None = None
+    steps: int = 25
+    guidance: float = 5.0
+    height: int = 1024
+    width: int = 1024
+
+
+def scheduler_config(base: dict[str, Any], prediction: str, zero_terminal_snr: bool) -> dict[str, Any]:
+    """The scheduler that fits how the model was trained: used for previews and saved with the model."""
+    config = {**base, "prediction_type": prediction}
+    if zero_terminal_snr:
+        # Sampling must start at the terminal timestep, which only trailing spacing visits (Lin et al. 2024, 3.3).
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return config
+
+
+def live_pipeline(unet: Any, vae: Any, scheduler: dict[str, Any], zeros_for_empty: bool) -> Any:
+    """A pipeline around modules that are in memory; prompts come as embeddings."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline(
+        vae,
+        None,
+        None,
+        None,
+        None,
+        unet,
+        EulerDiscreteScheduler.from_config(scheduler),
+        force_zeros_for_empty_prompt=zeros_for_empty,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: Any, request: Request, **conditions: Tensor | None) -> "Image":
+    """One picture; `conditions` are prompt_embeds and the like for a pipeline without text encoders."""
+    words = {} if conditions else {"prompt": request.prompt, "negative_prompt": request.negative}
+    return pipeline(
+        **words,
+        **conditions,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        height=request.height,
+        width=request.width,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+    ).images[0]
+
+
+def from_disk(
+    model: str, prompts: Sequence[str], out: Path, images: int, seed: int, settings: dict[str, Any]
+) -> Iterator[Path]:
+    """Draw pictures with a model on disk or on the hub and save them with their settings in samples.jsonl."""
+    from diffusers import StableDiffusionXLPipeline
+
+    from sdxl_trainer import distributed
+    from sdxl_trainer.base import resolve, weights_file
+    from sdxl_trainer.config import Model
+
+    base = resolve(Model(path=model), Path.home() / ".cache" / "sdxl-trainer")
+    device, dtype = distributed.device_type(), distributed.DTYPES[distributed.precision("auto", print)]
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        base.folder, variant=weights_file(base, "unet"), torch_dtype=dtype, use_safetensors=True, add_watermarker=False
+    ).to(device)
+    side = pipeline.default_sample_size * pipeline.vae_scale_factor
+    settings = {**settings, "height": settings["height"] or side, "width": settings["width"] or side}
+    for name, request in requests(prompts, images, seed, **settings):
+        save(draw(pipeline, request), out / name)
+        record(out, [note(request, name, 0, model)])
+        yield out / name
+
+
+def requests(prompts: Sequence[str], images: int, seed: int, **settings: Any) -> Iterator[tuple[str, Request]]:
+    """`images` pictures per prompt, each prompt with the same seeds; named <prompt>-<image>.png."""
+    for number, prompt in enumerate(prompts):
+        for image in range(images):
+            yield f"{number}-{image}.png", Request(prompt, seed + image, **settings)
+
+
+def save(image: "Image", path: Path) -> None:
+    files.write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
+
+
+def record(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Note pictures in samples.jsonl; pictures of the same file replace an older note."""
+    path = folder / "samples.jsonl"
+    old = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    new = {row["file"] for row in rows}
+    kept = [row for row in old if row["file"] not in new]
+    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows]))
+
+
+def note(request: Request, file: str, step: int, weights: str) -> dict[str, Any]:
+    """A line of samples.jsonl."""
+    return {"step": step, "file": file, "weights": weights, **asdict(request)}

@@ -1,0 +1,180 @@
+"""From a config to a job that is ready for its next step."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdxl_trainer import base as bases
+from sdxl_trainer import (
+    checkpoint,
+    distributed,
+    ema,
+    files,
+    manifest,
+    model,
+    objective,
+    optim,
+    parameters,
+    resume,
+    sample,
+    schedule,
+)
+from sdxl_trainer.base import Base
+from sdxl_trainer.checkpoint import Checkpoint
+from sdxl_trainer.config import Config
+from sdxl_trainer.data import plan, prepare
+from sdxl_trainer.data.prepare import Stock
+from sdxl_trainer.errors import UserError, closest
+from sdxl_trainer.log import Console, Metrics
+from sdxl_trainer.run import Job, Run, Start, State, Watch
+from sdxl_trainer.validate import Validator
+
+
+def prepare_job(config: Config, start: Start) -> Job | None:
+    """Everything up to the first step; None if the run is already done."""
+    output, watch, notes = Path(config.output_dir).expanduser(), Watch(), list[str]()
+    with files.explained(output):
+        output.mkdir(parents=True, exist_ok=True)
+    precision = computing(config, notes)
+    _refuse_trackers(config)
+    accelerator = distributed.make(config, precision)
+    console = Console(accelerator.is_main_process)
+    for line in notes:
+        console.say(line)
+    with watch.phase("reading the data"), accelerator.main_process_first():
+        base = bases.resolve(config.model, prepare.cache_folder(config))
+        stock = prepare.take_stock(config, base, precision)
+    with watch.phase("encoding"):
+        prepare.fill(
+            config,
+            base,
+            stock,
+            accelerator.device,
+            console.progress,
+            console.say,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.wait_for_everyone,
+        )
+    order = plan.make(config.seed, config.train.batch_size, [p.geometries[0].target for p in stock.pictures])
+    begin = resume.starting_point(config, start, output, stock, order, console.say)
+    if begin.done:
+        console.say(f"already done: {begin.steps} steps, in {output}")
+        return None
+    with watch.phase("loading the model"):
+        job = _assemble(config, base, stock, order, begin, accelerator, precision, console, watch, output)
+    if accelerator.is_main_process:
+        manifest.begin(job, stock)
+    if config.log.trackers:
+        accelerator.init_trackers(config.log.project, manifest.flat(config))
+    return job
+
+
+def computing(config: Config, notes: list[str]) -> str:
+    """The compute type: fp32, fp16 or bf16."""
+    wanted = config.train.precision
+    if config.train.weights == "bf16":
+        if wanted not in {"auto", "bf16"}:
+            what = f"train.weights = 'bf16' with train.precision = '{wanted}'"
+            raise UserError(what, "train.precision", "bf16 weights compute in bf16: remove train.precision")
+        wanted = "bf16"
+    return distributed.precision(wanted, notes.append)
+
+
+def noise_schedule(config: Config, base: Base) -> tuple[schedule.Schedule, str]:
+    """The final schedule, and what the UNet predicts."""
+    scheduler = base.config("scheduler")
+    prediction = config.objective.prediction or scheduler.get("prediction_type", "epsilon")
+    if prediction not in objective.PREDICTIONS:
+        allowed = closest(prediction, objective.PREDICTIONS)
+        raise UserError(
+            f"the base predicts '{prediction}'", "scheduler_config.json", f"set objective.prediction; {allowed}"
+        )
+    made = schedule.from_scheduler_config(scheduler, config.objective.zero_terminal_snr)
+    if made.zero_terminal_snr and prediction == "epsilon":
+        what = "a schedule with zero terminal SNR and prediction 'epsilon': at its end the input says nothing of the picture"
+        raise UserError(what, "objective.prediction", 'set objective.prediction = "v_prediction"')
+    return made, prediction
+
+
+def _assemble(
+    config: Config,
+    base: Base,
+    stock: Stock,
+    order: plan.Plan,
+    begin: resume.Begin,
+    accelerator: Any,
+    precision: str,
+    console: Console,
+    watch: Watch,
+    output: Path,
+) -> Job:
+    noise, prediction = noise_schedule(config, base)
+    scheduler = sample.scheduler_config(base.config("scheduler"), prediction, noise.zero_terminal_snr)
+    samples = prepare.samples(config, base, stock, len(noise))
+    run, state = _model(config, base, begin, accelerator, precision, console, noise.to(accelerator.device), prediction)
+    return Job(
+        run=run,
+        state=state,
+        base=base,
+        samples=samples,
+        order=order,
+        validator=Validator(config, accelerator, base, samples, scheduler, console.say),
+        scheduler=scheduler,
+        metrics=Metrics(output / "metrics.jsonl", state.step, accelerator.is_main_process),
+        console=console,
+        watch=watch,
+        output=output,
+        data_hash=begin.data_hash,
+    )
+
+
+def _model(
+    config: Config,
+    base: Base,
+    begin: resume.Begin,
+    accelerator: Any,
+    precision: str,
+    console: Console,
+    noise: schedule.Schedule,
+    prediction: str,
+) -> tuple[Run, State]:
+    """The model, its optimizer and averages, as they are at the step to begin with."""
+    at: Checkpoint | None = begin.checkpoint
+    weights = distributed.DTYPES[config.train.weights]
+    sdxl = model.load(config.model, base, at.path if at else None, weights, config.train.gradient_checkpointing)
+    line = model.use_attention(sdxl, config.model.attention, accelerator.device)
+    if line:
+        console.say(line)
+    groups = parameters.apply_rules(sdxl, config.learn, config.train, config.optimizer)
+    sdxl.train()
+    prepared, optimizer = accelerator.prepare(sdxl, optim.make(groups, config.optimizer))
+    averages = ema.make(groups, config.ema.decay) if config.ema.enabled else None
+    if at is not None:
+        checkpoint.load_training_state(at, optimizer.optimizer, groups, averages)
+        if accelerator.scaler is not None and at.state()["scaler"]:
+            accelerator.scaler.load_state_dict(at.state()["scaler"])
+        console.say(f"continuing after step {at.step} ({at.path})")
+    scale = model.latent_scale(base.config("vae")).to(accelerator.device)
+    # Under autocast the inputs stay fp32 and each layer casts; bf16 weights want bf16 inputs.
+    goal = objective.Objective(noise, prediction, config.objective.snr_gamma)
+    run = Run(config, accelerator, prepared, optimizer, groups, goal, scale, weights, begin.steps)
+    broken = torch.zeros((), dtype=torch.bool, device=accelerator.device)
+    return run, State(at.step if at else 0, averages, broken)
+
+
+def _refuse_trackers(config: Config) -> None:
+    if not config.log.trackers:
+        return
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [str(kind.value) for kind in LoggerType if kind != LoggerType.ALL]
+    available = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
+    for tracker in config.log.trackers:
+        if tracker not in known:
+            raise UserError(f"there is no tracker '{tracker}'", "log.trackers", closest(tracker, known))
+        if tracker not in available:
+            what = f"the tracker '{tracker}' is not installed"
+            raise UserError(what, "log.trackers", f"pip install {tracker}, or remove it from log.trackers")

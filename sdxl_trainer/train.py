@@ -1,0 +1,188 @@
+"""The run: set up, step, loop. A run is a value: what step k trains on depends on (config, data, k) alone."""
+
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdxl_trainer import checkpoint, finish, model, optim, setup
+from sdxl_trainer.config import Config
+from sdxl_trainer.data import loader
+from sdxl_trainer.data.loader import Batch
+from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.run import CONTINUE, Interrupted, Job, Run, Start, State, Stop, Unread, stopping
+
+
+def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tuple[Tensor, Tensor, float]:
+    """One optimizer step on this process's micro-batches of a step with `images` images over all processes.
+
+    Gives this process's part of the mean loss, the gradient norm, and the learning rate; no sync with the device.
+    """
+    accelerator, total = run.accelerator, torch.zeros((), device=run.accelerator.device)
+    for number, batch in enumerate(batches):
+        batch = batch.to(accelerator.device)
+        last = number == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(run.model):
+            latents = run.scale.sample(batch.mean, batch.std, batch.posterior_noise)
+            noisy = run.objective.schedule.add_noise(latents, batch.noise, batch.timesteps)
+            prediction = run.model(
+                noisy.to(run.dtype),
+                batch.timesteps,
+                batch.prompt_embeds.to(run.dtype),
+                batch.pooled.to(run.dtype),
+                batch.time_ids,
+            )
+            loss = run.objective.loss(prediction, latents, batch.noise, batch.timesteps)  # [B]
+            loss = (loss * batch.weight).sum() / images
+            # Processes average their gradients; the loss is already divided by the images of all of them.
+            accelerator.backward(loss * accelerator.num_processes)
+        total += loss.detach()
+
+    factor = optim.factor(run.config.schedule, state.step, run.steps)
+    rate = optim.set_learning_rates(run.optimizer, factor)
+    limit = run.config.train.max_grad_norm or float("inf")
+    norm = accelerator.clip_grad_norm_([p for group in run.groups for p in group.parameters], limit)
+    _guard(run, state, total, norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if state.ema is not None:
+        state.ema.update()
+    state.step += 1
+    return total, norm, rate
+
+
+def _guard(run: Run, state: State, loss: Tensor, norm: Tensor) -> None:
+    """Keep a step that is not finite from the weights. Fused optimizers look at `found_inf` on the device; for the
+    others the host has to look. Under fp16 the loss scaler skips such steps itself."""
+    if run.accelerator.scaler is not None:
+        return
+    state.broken |= ~(torch.isfinite(loss) & torch.isfinite(norm))
+    optimizer = run.optimizer.optimizer
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = state.broken.float()
+    elif bool(state.broken):
+        optimizer.zero_grad()
+
+
+def train(config: Config, start: Start = CONTINUE) -> Path:
+    """Train, or continue to train, what the config describes; gives the output folder.
+
+    Raises UserError for what the user can fix and Interrupted after a signal, when everything is saved.
+    """
+    with stopping() as stop:
+        job = setup.prepare_job(config, start)
+        if job is None:
+            return Path(config.output_dir).expanduser()
+        stop.gently = True
+        try:
+            _loop(job, stop)
+        finally:
+            job.console.end()
+            job.metrics.close()
+        stop.gently = False
+        if stop.signal:
+            raise Interrupted(stop.signal)
+        finish.conclude(job)
+    return job.output
+
+
+def _loop(job: Job, stop: Stop) -> None:
+    """Steps, and between them what is due: reading losses, checkpoints, pictures."""
+    run, state, config, accelerator = job.run, job.state, job.run.config, job.run.accelerator
+    read_every = config.log.every or (1 if accelerator.device.type == "cpu" else 10)
+    micro_batch = config.train.micro_batch or config.train.batch_size
+    batches = loader.steps(
+        job.samples,
+        job.order,
+        state.step,
+        run.steps,
+        micro_batch,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.train.workers,
+        pin=accelerator.device.type == "cuda",
+    )
+    job.console.progress(state.step, run.steps, "steps")
+    job.watch.lap()
+    for epoch, images, micro_batches in batches:
+        loss, norm, rate = train_step(run, state, micro_batches, images)
+        names = [name for batch in micro_batches for name in batch.names]
+        row = {"step": state.step, "epoch": epoch, "learning_rate": rate, "images": images}
+        state.unread.append(Unread(row, loss, norm, names))
+        done = state.step == run.steps
+        stopping = _agreed(accelerator, stop) if state.step % read_every == 0 or done else False
+        saving = stopping or (config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0)
+        if saving or done or state.step % read_every == 0:
+            _read(job)
+        if saving:
+            _save(job)
+        if stopping:
+            return
+        if job.validator.due(state.step, run.steps, job.order.steps_per_epoch) and not done:
+            with job.watch.phase("validation pictures"):
+                finish.draw_validation(job)
+
+
+def _agreed(accelerator: Any, stop: Stop) -> bool:
+    """Whether any process was told to stop: they all stop after the same step."""
+    if accelerator.num_processes == 1:
+        return stop.signal != 0
+    told = torch.tensor(float(stop.signal), device=accelerator.device)
+    stop.signal = int(accelerator.gather(told.reshape(1)).max())
+    return stop.signal != 0
+
+
+def _read(job: Job) -> None:
+    """Bring the losses since the last reading from the device: the one place where training waits for it."""
+    state, accelerator = job.state, job.run.accelerator
+    losses = accelerator.reduce(torch.stack([u.loss for u in state.unread]), "sum").tolist()
+    norms = torch.stack([u.norm for u in state.unread]).tolist()
+    seconds = job.watch.lap() / len(state.unread)
+    rows = []
+    for unread, loss, norm in zip(state.unread, losses, norms, strict=True):
+        if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(norm)):
+            job.metrics.write(rows)
+            raise _diverged(job, unread)
+        row = {**unread.row, "loss": loss, "grad_norm": norm if math.isfinite(norm) else None}
+        rows.append(row | {"samples_per_second": unread.row["images"] / seconds})
+    state.unread.clear()
+    if accelerator.is_main_process:
+        job.metrics.write(rows)
+        for row in rows if accelerator.trackers else []:
+            accelerator.log({k: v for k, v in row.items() if k not in {"step", "images"}}, step=row["step"])
+    last = rows[-1]
+    rate = f"{last['samples_per_second']:.3g} images/s"
+    job.console.progress(
+        last["step"], job.run.steps, "steps", f"loss {last['loss']:.4f}  lr {last['learning_rate']:.3g}  {rate}"
+    )
+
+
+def _diverged(job: Job, unread: Unread) -> UserError:
+    broken = model.broken_weights(job.run.unet)
+    if broken:
+        what = f"the model's weights hold values that are not finite: {shortened(broken, 3)}"
+        return UserError(what, job.run.config.model.path, "use an undamaged base or an earlier checkpoint")
+    what = f"the loss or gradient of step {unread.row['step']} is not finite; the weights were not touched"
+    fix = "look at these pictures and captions; a lower train.learning_rate or precision fp32 may help"
+    return UserError(what, shortened(unread.names), fix)
+
+
+def _save(job: Job) -> None:
+    run, state = job.run, job.state
+    with job.watch.phase("checkpoints"):
+        if run.accelerator.is_main_process:
+            job.metrics.sync()
+            record = {
+                "ema_updates": state.ema.updates if state.ema else 0,
+                "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
+                "config": run.config.model_dump(mode="json"),
+                "data": job.data_hash,
+            }
+            optimizer = run.optimizer.optimizer
+            checkpoint.save(job.output, state.step, run.unet, state.ema, optimizer, run.groups, record)
+            if run.config.train.checkpoints_limit:
+                checkpoint.prune(job.output, run.config.train.checkpoints_limit)
+        run.accelerator.wait_for_everyone()

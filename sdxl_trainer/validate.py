@@ -1,0 +1,117 @@
+"""Validation pictures from the live modules, shared among the processes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sdxl_trainer import sample
+from sdxl_trainer.base import Base, weights_file
+from sdxl_trainer.config import Config
+from sdxl_trainer.data.loader import Samples
+from sdxl_trainer.data.prepare import EMPTY
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Validator:
+    """What is needed to draw the validation pictures of a run at any step."""
+
+    config: Config
+    accelerator: "Accelerator"
+    base: Base
+    samples: Samples
+    scheduler: dict[str, Any]
+    say: Callable[[str], None]
+
+    def due(self, step: int, steps: int, steps_per_epoch: int) -> bool:
+        """Is it time after `step` steps?"""
+        options, every = self.config.validation, self.config.train.validate_every
+        if not options.prompts:
+            return False
+        if step == steps:
+            return options.at_end
+        if every and step % every == 0:
+            return True
+        epoch, position = divmod(step, steps_per_epoch)
+        return bool(options.every_epochs and position == 0 and (epoch - 1) % options.every_epochs == 0)
+
+    def __call__(self, unet: Any, step: int, weights: str) -> None:
+        """Draw all prompts with `unet` as it is now into samples/step-N/ and hand them to the trackers."""
+        options, accelerator = self.config.validation, self.accelerator
+        folder = Path(self.config.output_dir).expanduser() / "samples"
+        pipeline, training = self._pipeline(unet), unet.training
+        unet.eval()
+        named = list(sample.requests(options.prompts, options.images, self._seed(), **self._settings()))
+        for name, request in named[accelerator.process_index :: accelerator.num_processes]:
+            with accelerator.autocast(), torch.no_grad():
+                image = sample.draw(pipeline, request, **self._conditions(request, unet.dtype))
+            sample.save(image, folder / f"step-{step:06}" / name)
+        unet.train(training)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            rows = [sample.note(request, f"step-{step:06}/{name}", step, weights) for name, request in named]
+            sample.record(folder, rows)
+            self._track(folder, rows, step)
+            self.say(f"step {step}: {len(rows)} validation pictures in {folder / f'step-{step:06}'}")
+
+    def _pipeline(self, unet: Any) -> Any:
+        from diffusers import AutoencoderKL
+
+        # The VAE decodes in fp32: the original one overflows in fp16.
+        vae = AutoencoderKL.from_pretrained(
+            self.base.vae, variant=weights_file(self.base, "vae"), torch_dtype=torch.float32, use_safetensors=True
+        ).to(self.accelerator.device)
+        pipeline = sample.live_pipeline(unet, vae, self.scheduler, zeros_for_empty=True)
+        return pipeline
+
+    def _seed(self) -> int:
+        seed = self.config.validation.seed
+        return self.config.seed if seed is None else seed
+
+    def _settings(self) -> dict[str, Any]:
+        options, side = self.config.validation, self.config.data[0].resolution
+        return {
+            "negative": options.negative,
+            "steps": options.steps,
+            "guidance": options.guidance,
+            "height": options.height or side,
+            "width": options.width or side,
+        }
+
+    def _conditions(self, request: sample.Request, dtype: torch.dtype) -> dict[str, Tensor]:
+        embeds, pooled = self.samples.text(request.prompt)
+        negative, negative_pooled = self._unconditional(request.negative)
+        conditions = {
+            "prompt_embeds": embeds,
+            "pooled_prompt_embeds": pooled,
+            "negative_prompt_embeds": negative,
+            "negative_pooled_prompt_embeds": negative_pooled,
+        }
+        return {name: tensor[None].to(self.accelerator.device, dtype) for name, tensor in conditions.items()}
+
+    def _unconditional(self, negative: str | None) -> tuple[Tensor, Tensor]:
+        """The pipeline's own: zeros if the model says so and no negative prompt is given."""
+        embeds, pooled = self.samples.text(negative or EMPTY)
+        if negative is None and self.base.config("model_index").get("force_zeros_for_empty_prompt", True):
+            return torch.zeros_like(embeds), torch.zeros_like(pooled)
+        return embeds, pooled
+
+    def _track(self, folder: Path, rows: list[dict[str, Any]], step: int) -> None:
+        from PIL import Image
+
+        for tracker in self.accelerator.trackers:
+            if tracker.name in {"tensorboard", "wandb"}:
+                images: list[Any] = [Image.open(folder / row["file"]) for row in rows]
+                if tracker.name == "tensorboard":
+                    import numpy as np
+
+                    images = [np.asarray(image) for image in images]
+                    tracker.log_images({"validation": np.stack(images)}, step=step, dataformats="NHWC")
+                else:
+                    tracker.log_images({"validation": images}, step=step, caption=[row["prompt"] for row in rows])
