@@ -2,7 +2,7 @@
 document.documentElement.classList.add("js");
 
 // Curves: pointer or arrow keys move a cross through the measured points and read them out.
-const wide = (value) => (Math.abs(value) >= 10000 ? value.toLocaleString("en") : String(value));
+const said = (value) => (value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential() : value.toLocaleString("en", { maximumSignificantDigits: 4 }));
 for (const chart of document.querySelectorAll(".chart")) {
   const data = JSON.parse(chart.dataset.points);
   const [plot, cross, output] = [".plot", ".cross", "output"].map((name) => chart.querySelector(name));
@@ -13,7 +13,7 @@ for (const chart of document.querySelectorAll(".chart")) {
     cross.style.display = "block";
     cross.style.left = `${data.places[at] / 10}%`;
     cross.style.setProperty("--height", `${data.heights[at] / 10}%`);
-    const [first, smooth] = data.values.map((values) => wide(values[at]));
+    const [first, smooth] = data.values.map((values) => said(values[at]));
     output.textContent = `step ${data.x[at].toLocaleString("en")}: ${first}${smooth ? ` (smoothed ${smooth})` : ""}`;
   };
   const hide = () => {
@@ -84,9 +84,9 @@ steps?.addEventListener("input", () => {
   document.querySelector(".steps output").textContent = `step ${step.toLocaleString("en")}`;
   for (const card of cards) {
     const row = (card.querySelector('.pick[aria-pressed="true"]') || card.querySelector(".pick")).closest(".row");
-    // A row need not have every step: the latest one up to the chosen step stands for it.
-    const upTo = [...row.querySelectorAll(".pick")].filter((pick) => Number(pick.dataset.step) <= step);
-    if (upTo.length) compare(upTo.at(-1));
+    // A row need not have every step: the latest one up to the chosen step, or its first, stands for it.
+    const picks = [...row.querySelectorAll(".pick")];
+    compare(picks.filter((pick) => Number(pick.dataset.step) <= step).at(-1) || picks[0]);
   }
 });
 

@@ -132,8 +132,8 @@ def _slider(steps: Sequence[int]) -> str:
     last = len(steps) - 1
     return (
         f'<div class="steps scripted"><label for="steps">Compare step {count(steps[0])} with</label>'
-        f'<input type="range" id="steps" min="0" max="{last}" value="{last}">'
-        f'<output for="steps">step {count(steps[-1])}</output></div>'
+        f'<output for="steps">step {count(steps[-1])}</output>'
+        f'<input type="range" id="steps" min="0" max="{last}" value="{last}"></div>'
     )
 
 
@@ -174,8 +174,8 @@ def _table(shown: Gallery, pictures: dict[Path, Picture], rows: Sequence[Row], s
 
 def _words(row: Row) -> str:
     _, seed, weights = row
-    kind = "averaged weights (EMA)" if weights == "ema" else f"{safe(weights, 40)} weights"
-    return f"seed {safe(seed) or '–'}<small> {kind}</small>"
+    kind = "EMA" if weights == "ema" else safe(weights, 40)
+    return f"seed&nbsp;{safe(seed) or '–'}<small> {kind} weights</small>"
 
 
 def _pick(shown: Gallery, pictures: dict[Path, Picture], row: Row, step: int) -> str:
