@@ -77,7 +77,7 @@ def _folder(options: Model, cache: Path) -> Path:
         target = cache / f"base-{key(str(path.resolve()), stat.st_size, stat.st_mtime_ns, options.configs)[:16]}"
         if not target.is_dir():
             configs = Path(options.configs).expanduser() if options.configs else None
-            files.write_atomically(target, lambda temporary: single_file.expand(path, temporary, configs) and None)
+            files.write_atomically(target, lambda temporary: single_file.expand(path, temporary, configs))
         return target
     return _from_hub(options.path, options.revision, "model.path")
 
@@ -112,7 +112,8 @@ def _from_hub(name: str, revision: str | None, where: str) -> Path:
             f"'{name}' is gated", where, "accept its terms on its page, then log in: hf auth login"
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        what = f"the hub has no {'revision ' + str(revision) + ' of ' if revision else ''}'{name}' ({type(error).__name__})"
+        wanted = f"revision {revision} of '{name}'" if revision else f"'{name}'"
+        what = f"the hub has no {wanted} ({type(error).__name__})"
         raise UserError(what, where, "check the spelling; a private repository needs: hf auth login") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         what = f"'{name}' is neither a local folder nor can it be fetched from the hub ({type(error).__name__})"

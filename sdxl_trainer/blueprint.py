@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from .errors import UserError, closest
-from .formats import folder, modules, vocabulary
+from sdxl_trainer import files
+from sdxl_trainer.errors import UserError, closest
+from sdxl_trainer.formats import folder, modules, vocabulary
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,10 @@ def build(
             torch.manual_seed(seed * len(components) + index)
             weights = modules.construct(name, config).state_dict()
         folder.write_tensors(target / name / folder.WEIGHTS[name], folder.published_names(name, weights))
-        folder.write_json(target / name / folder.CONFIGS[name], config)
+        files.write_json(target / name / folder.CONFIGS[name], config)
         del weights
-    folder.write_json(target / "scheduler" / folder.CONFIGS["scheduler"], folder.read_config("scheduler"))
-    folder.write_bytes(target / folder.INDEX, (folder.SHIPPED / folder.INDEX).read_bytes())
+    files.write_json(target / "scheduler" / folder.CONFIGS["scheduler"], folder.read_config("scheduler"))
+    files.write_bytes(target / folder.INDEX, (folder.SHIPPED / folder.INDEX).read_bytes())
     return target
 
 

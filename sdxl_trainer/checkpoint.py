@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sdxl_trainer import files
@@ -72,7 +71,7 @@ def save(
         unet.save_pretrained(folder / "unet")
         if ema is not None:
             save_averaged(unet, ema, folder / "unet_ema")
-        save_file(dict(_optimizer_tensors(optimizer, groups)), folder / "optimizer.safetensors")
+        files.save_tensors(folder / "optimizer.safetensors", dict(_optimizer_tensors(optimizer, groups)))
         files.write_json(folder / "state.json", {**state, "step": step, "optimizer": _scalars(optimizer, groups)})
         files.write_json(folder / "manifest.json", {"files": files.tree_hashes(folder)})
 

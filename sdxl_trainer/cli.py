@@ -2,11 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sdxl_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from sdxl_trainer.config import Config
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fine-tune Stable Diffusion XL."
@@ -124,7 +127,7 @@ def demo(
     demos.run(out, steps)
 
 
-def _load(path: Path, overrides: list[str] | None) -> object:
+def _load(path: Path, overrides: list[str] | None) -> "Config":
     from sdxl_trainer.configfile import load
 
     return load(path, overrides or ())

@@ -1,4 +1,4 @@
-"""Where a run computes: device, precision and processes, as accelerate finds them. The only reader of the environment."""
+"""Where a run computes: device, precision, processes, as accelerate finds them; the only reader of the environment."""
 
 import os
 from collections.abc import Callable

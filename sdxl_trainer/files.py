@@ -5,12 +5,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdxl_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FIXES = {
     errno.ENOSPC: "free some space, or choose another folder on a larger disk",
@@ -35,7 +38,7 @@ def explained(path: Path) -> Iterator[None]:
         raise UserError(what, str(error.filename or path), _FIXES[error.errno]) from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file or folder under a temporary name beside `path`, then put it in `path`'s place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explained(path):
@@ -49,12 +52,28 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         _sync(path.parent)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, not atomically: for use inside of `write_atomically`. Tensors are written from where they
+    lie; `format = pt` is among the metadata, since transformers refuses files without it."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, path, {"format": "pt", **(metadata or {})})
+    path.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 def remove(path: Path) -> None:

@@ -3,6 +3,7 @@
 import re
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,7 @@ def save_pipeline(output: Path, base: Base, unet: Any, ema: Ema | None, schedule
     """
     index = base.config("model_index")
     for part in _COPIED:
-        source, variant = base.part(part), base.variant
-        files.write_atomically(output / part, lambda folder, s=source, v=variant: _copy_part(s, folder, v))
+        files.write_atomically(output / part, partial(_copy_part, base.part(part), variant=base.variant))
     if ema is None:
         files.write_atomically(output / "unet", unet.save_pretrained)
     else:
@@ -61,7 +61,7 @@ def save_pipeline(output: Path, base: Base, unet: Any, ema: Ema | None, schedule
     files.write_json(output / "model_index.json", index)
 
 
-def _copy_part(source: Path, folder: Path, variant: str | None) -> None:
+def _copy_part(source: Path, folder: Path, *, variant: str | None) -> None:
     """Copy a part's files; of the weights only those of the variant, under their plain names."""
     folder.mkdir()
     chosen = [p for p in source.iterdir() if p.is_file() and p.suffix in _KINDS and _variant(p.name) is None]

@@ -15,6 +15,8 @@ from sdxl_trainer.errors import UserError
 class SDXL(nn.Module):
     """The UNet with its two kinds of conditioning; parameters are named `unet.*`."""
 
+    unet: Any
+
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
@@ -62,7 +64,8 @@ def load(options: Model, base: Base, folder: Path | None, dtype: torch.dtype, ch
         path, variant = (folder / "unet", None) if folder else (base.part("unet"), weights_file(base, "unet"))
         unet = UNet2DConditionModel.from_pretrained(path, variant=variant, torch_dtype=dtype, use_safetensors=True)
     if unet.config.in_channels != 4 or unet.config.addition_embed_type != "text_time":
-        what = f"this UNet is not that of SDXL ({unet.config.in_channels} input channels, {unet.config.addition_embed_type})"
+        kind = f"{unet.config.in_channels} input channels, {unet.config.addition_embed_type} conditioning"
+        what = f"this UNet is not that of SDXL ({kind})"
         raise UserError(what, str(base.part("unet")), "use an SDXL base model")
     if checkpointing:
         unet.enable_gradient_checkpointing()

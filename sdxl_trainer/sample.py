@@ -41,7 +41,7 @@ def live_pipeline(unet: Any, vae: Any, scheduler: dict[str, Any], zeros_for_empt
     """A pipeline around modules that are in memory; prompts come as embeddings."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    pipeline = StableDiffusionXLPipeline(
+    pipeline: Any = StableDiffusionXLPipeline(
         vae,
         None,
         None,

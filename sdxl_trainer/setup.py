@@ -93,7 +93,7 @@ def noise_schedule(config: Config, base: Base) -> tuple[schedule.Schedule, str]:
         )
     made = schedule.from_scheduler_config(scheduler, config.objective.zero_terminal_snr)
     if made.zero_terminal_snr and prediction == "epsilon":
-        what = "a schedule with zero terminal SNR and prediction 'epsilon': at its end the input says nothing of the picture"
+        what = "zero terminal SNR with prediction 'epsilon': at its end the input says nothing of the picture"
         raise UserError(what, "objective.prediction", 'set objective.prediction = "v_prediction"')
     return made, prediction
 

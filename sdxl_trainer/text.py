@@ -34,10 +34,10 @@ def load(base: Base, dtype: torch.dtype, device: torch.device) -> TextEncoders:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    encoders = []
+    encoders: list[Any] = []
     for part, model in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
         variant = weights_file(base, part)
-        encoder = model.from_pretrained(base.part(part), variant=variant, dtype=dtype, use_safetensors=True)
+        encoder: Any = model.from_pretrained(base.part(part), variant=variant, dtype=dtype, use_safetensors=True)
         encoders.append(encoder.to(device).eval().requires_grad_(False))
     return TextEncoders(tokenizers(base), (encoders[0], encoders[1]))
 

@@ -141,7 +141,7 @@ def _read(job: Job) -> None:
     losses = accelerator.reduce(torch.stack([u.loss for u in state.unread]), "sum").tolist()
     norms = torch.stack([u.norm for u in state.unread]).tolist()
     seconds = job.watch.lap() / len(state.unread)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for unread, loss, norm in zip(state.unread, losses, norms, strict=True):
         if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(norm)):
             job.metrics.write(rows)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sdxl_trainer import files
@@ -93,9 +92,9 @@ def write_shard(folder: Path, rows: dict[str, Tensor], notes: dict[str, str]) ->
         folder.mkdir(parents=True, exist_ok=True)
         draft = folder / f".{uuid.uuid4().hex}.tmp"
         try:
-            save_file(rows, draft, metadata=notes or None)
+            files.save_tensors(draft, rows, notes)
             path = folder / f"{files.sha256(draft)[:_NAME_DIGITS]}.safetensors"
-            files.write_atomically(path, lambda temporary: draft.rename(temporary) and None)
+            files.write_atomically(path, draft.rename)
         finally:
             files.remove(draft)
     return path

@@ -5,15 +5,15 @@ that has it is complete.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import UserError
-from .metadata import HASH, fill_hash
+from sdxl_trainer import files
+from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats.metadata import HASH, fill_hash
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "sdxl"
 INDEX = "model_index.json"
@@ -53,17 +53,17 @@ def read_weights(component: str, root: Path) -> dict[str, Tensor]:
     whole = root / component / WEIGHTS[component]
     index = whole.with_name(whole.name + ".index.json")
     if whole.exists():
-        files = [whole]
+        found = [whole]
     elif index.exists():
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [whole.with_name(name) for name in sorted(set(shards))]
+        found = [whole.with_name(name) for name in sorted(set(shards))]
     else:
         raise UserError(
             f"the pipeline has no weights for '{component}'",
             str(whole),
             "name a complete diffusers folder with safetensors weights",
         )
-    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    weights = {name: tensor for file in found for name, tensor in load_file(file).items()}
     weights.pop("text_model.embeddings.position_ids", None)  # a counter that older files hold
     return published_names(component, weights)
 
@@ -80,45 +80,12 @@ def published_names(component: str, weights: Mapping[str, Tensor]) -> dict[str, 
     return {name if name.startswith(bare) else f"text_model.{name}": value for name, value in weights.items()}
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all; the tensors are written from where they lie, not copied.
+    """Write a safetensors file whole or not at all. A place for a hash in the metadata is filled."""
 
-    `format = pt` is always among the metadata: transformers refuses files without it. A place for a hash in the
-    metadata is filled.
-    """
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(whole, temporary, {"format": "pt", **(metadata or {})})
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
+    def write(temporary: Path) -> None:
+        files.save_tensors(temporary, tensors, metadata)
         if metadata and HASH in metadata:
             fill_hash(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    files.write_atomically(path, write)

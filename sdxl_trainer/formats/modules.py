@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, shortened
-from .folder import published_names
+from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.formats.folder import published_names
 
 
 def construct(component: str, config: dict[str, Any]) -> nn.Module:

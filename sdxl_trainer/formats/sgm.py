@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..errors import UserError, shortened
-from .folder import published_names
+from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.formats.folder import published_names
 
 Weights = Mapping[str, Tensor]
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, shortened
-from . import folder, modules, sgm, vocabulary
-from .metadata import modelspec
+from sdxl_trainer import files
+from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.formats import folder, modules, sgm, vocabulary
+from sdxl_trainer.formats.metadata import modelspec
 
 LOG = logging.getLogger(__name__)
 
@@ -100,14 +101,14 @@ def expand(path: Path | str, target: Path | str, configs: Path | str | None = No
     (target / folder.INDEX).unlink(missing_ok=True)
     for component, weights in components.items():
         folder.write_tensors(target / component / folder.WEIGHTS[component], weights)
-        folder.write_json(target / component / folder.CONFIGS[component], settings[component])
+        files.write_json(target / component / folder.CONFIGS[component], settings[component])
     for name in folder.TOKENIZERS:
         if configs is None:
             vocabulary.write(target / name, vocabulary.clip_merges(), root / name)
         else:
             shutil.copytree(root / name, target / name, dirs_exist_ok=True)
-    folder.write_json(target / "scheduler" / folder.CONFIGS["scheduler"], schedule)
-    folder.write_bytes(target / folder.INDEX, (root / folder.INDEX).read_bytes())
+    files.write_json(target / "scheduler" / folder.CONFIGS["scheduler"], schedule)
+    files.write_bytes(target / folder.INDEX, (root / folder.INDEX).read_bytes())
     return target
 
 

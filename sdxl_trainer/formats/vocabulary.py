@@ -14,7 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import folder
+from sdxl_trainer import files
+from sdxl_trainer.formats import folder
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -88,11 +89,11 @@ def learn_merges(captions: Iterable[str], limit: int) -> list[Merge]:
 def write(target: Path, merges: list[Merge], template: Path) -> None:
     """Write a tokenizer folder: the vocabulary, and the two configuration files of the folder `template`."""
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-    folder.write_bytes(target / "merges.txt", ("\n".join(lines) + "\n").encode("utf-8"))
+    files.write_bytes(target / "merges.txt", ("\n".join(lines) + "\n").encode("utf-8"))
     ids = json.dumps(token_ids(merges), ensure_ascii=False)
-    folder.write_bytes(target / "vocab.json", ids.encode("utf-8"))
+    files.write_bytes(target / "vocab.json", ids.encode("utf-8"))
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        folder.write_bytes(target / name, (template / name).read_bytes())
+        files.write_bytes(target / name, (template / name).read_bytes())
 
 
 def _merged(word: list[str], pair: Merge) -> list[str]:

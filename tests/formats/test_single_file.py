@@ -1,6 +1,7 @@
 """Single files: equal to what diffusers reads from them, whole or absent, and refused when they are not safe."""
 
 import hashlib
+import os
 import shlex
 import struct
 import subprocess
@@ -181,7 +182,7 @@ def test_failed_write_leaves_what_was_there(tiny: Path, tmp_path: Path, monkeypa
     def fail(_: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(folder.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         single_file.write(path, parts, {})
     assert path.read_bytes() == b"before"
