@@ -121,7 +121,9 @@ def data(run: Run) -> str:
     totals = [(word, number(part(run.manifest, "data", word))) for word in ("pictures", "captions")]
     said = [plural(value, word[:-1]) for word, value in totals if value is not None]
     total = f"<p>{' with '.join(said)}.</p>" if said else ""
-    return total + (grid([safe(name.replace("_", " "), 60) for name in names], rows, numeric) if rows else "")
+    return total + (
+        grid("Data sets", [safe(name.replace("_", " "), 60) for name in names], rows, numeric) if rows else ""
+    )
 
 
 def _cell(value: Any) -> str:
@@ -148,7 +150,7 @@ def learned(run: Run) -> str:
         for rule in tables(parameters, "rules")
     ]
     headings = ["names that match", "tensors", "parameters", "learning rate"]
-    return (f"<p>{text}</p>" if text else "") + (grid(headings, rows, (1, 2, 3)) if rows else "")
+    return (f"<p>{text}</p>" if text else "") + (grid("Rules", headings, rows, (1, 2, 3)) if rows else "")
 
 
 def timings(run: Run) -> str:
@@ -166,7 +168,7 @@ def timings(run: Run) -> str:
         share = 100 * seconds / total if total else 0.0
         bar = f'<span class="bar" style="width:{share:.1f}%"></span>'
         rows.append([safe(name.replace("_", " "), 60), duration(seconds), f"{share:.1f} %", bar])
-    return grid(["phase", "time", "share", '<span class="hidden">share as a bar</span>'], rows, (1, 2))
+    return grid("Time by phase", ["phase", "time", "share", '<span class="hidden">share as a bar</span>'], rows, (1, 2))
 
 
 def use(run: Run) -> str:
@@ -238,5 +240,5 @@ def origin(run: Run) -> str:
     named = f" of {safe(base, 200)}" if base else ""
     for title, rows in (("Hardware", hardware), ("Versions", versions), (f"SHA-256{named}", hashes)):
         if rows:
-            parts.append(f"<details><summary>{title}</summary>{grid(['name', 'value'], rows)}</details>")
+            parts.append(f"<details><summary>{title}</summary>{grid(title, ['name', 'value'], rows)}</details>")
     return "".join(parts)

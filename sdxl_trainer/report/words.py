@@ -102,7 +102,7 @@ def spread(values: Sequence[Any], limit: int) -> list[Any]:
     return [values[math.floor(i * (len(values) - 1) / (limit - 1) + 0.5)] for i in range(limit)]
 
 
-def grid(headings: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> str:
+def grid(label: str, headings: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> str:
     """A table of ready HTML cells; the columns in `numeric` are set flush right."""
     right = set(numeric)
     mark = [' class="number"' if i in right else "" for i in range(len(headings))]
@@ -111,7 +111,7 @@ def grid(headings: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterab
         "<tr>" + "".join(f"<td{mark[i]}>{cell}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
     )
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
