@@ -1,0 +1,40 @@
+# make demo and make test set up .venv on the first call and reuse it afterwards.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-large test-learning lint format bench schema clean
+
+demo: $(READY)
+	$(BIN)/sdxl demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-large: $(READY)  # a full-size SDXL on the CPU: 20 GB of memory, about ten minutes
+	$(BIN)/python -m pytest -m large -s
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/loop.py
+
+schema: $(READY)
+	$(BIN)/sdxl schema > docs/config.schema.json
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or later is needed; set PYTHON=..." && exit 1)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
