@@ -226,17 +226,17 @@ def _licence(model: Model) -> dict[str, Any]:
 
 
 def _card_data(model: Model) -> dict[str, Any]:
-    """The front matter of the base's README.md; empty where there is none to be had."""
+    """The front matter of the base's README.md on this disk; empty where there is none."""
     import yaml
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.repocard import metadata_load
 
     path = Path(model.path).expanduser()
-    readme = (path if path.is_dir() else path.parent) / "README.md"
+    readme: Any = (path if path.is_dir() else path.parent) / "README.md"
+    if _is_hub_id(model.path):
+        readme = try_to_load_from_cache(model.path, "README.md", revision=model.revision)
     try:
-        if _is_hub_id(model.path):
-            readme = Path(hf_hub_download(model.path, "README.md", revision=model.revision))
-        found = metadata_load(readme)
+        found = metadata_load(readme) if isinstance(readme, str | Path) else None
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}

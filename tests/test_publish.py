@@ -1,0 +1,267 @@
+"""The model card, and uploads to a stand-in for the hub on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from compat import hub as standin
+from huggingface_hub import ModelCard, constants
+from PIL import Image
+
+from sdxl_trainer.config import Config, Hub
+from sdxl_trainer.errors import UserError
+from sdxl_trainer.publish import card, push, repository
+
+ROOT = Path(__file__).parents[1]
+
+TOKEN = "hf_standin_secret"
+# huggingface_hub uploads LFS files in a way that its HTTP library deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+def config(**changes: Any) -> Config:
+    tree: dict[str, Any] = {
+        "output_dir": "run",
+        "model": {"path": "stabilityai/stable-diffusion-xl-base-1.0"},
+        "data": [{"path": "lambdalabs/naruto-blip-captions", "flip": True, "caption_dropout": 0.1}],
+        "train": {"steps": 250, "batch_size": 4, "precision": "bf16"},
+    }
+    return Config.model_validate_json(json.dumps({**tree, **changes}))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run: two steps with pictures, a checkpoint, logs and a cache."""
+    folder = tmp_path / "my-model"
+    rows = [
+        {"step": step, "file": f"step-{step:06}/0-{i}.png", "prompt": prompt, "seed": 7 + i, "weights": "raw"}
+        for step in (100, 250)
+        for i, prompt in enumerate(["a cat | two [dogs]", "a cat | two [dogs]", "a *star*"])
+    ]
+    for row in rows:
+        path = folder / "samples" / row["file"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(path)
+    (folder / "samples" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "manifest.json").write_text(
+        json.dumps({"command": ["sdxl", "train", f"{Path.home()}/my run.toml"], "data": {"pictures": 1221}})
+    )
+    for name in [
+        "model_index.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "checkpoint-250/unet/diffusion_pytorch_model.safetensors",
+        "cache/latents.safetensors",
+        "logs/text2image/events.out",
+        "wandb/run.log",
+        "step_1/a.png",
+        ".manifest.json.12.tmp",
+        "unet/.part.12.tmp",
+        "tensorboard-logs/events.out",
+    ]:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return folder
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_front_matter(run_dir: Path) -> None:
+    text = card(run_dir, config())
+    data = front_matter(text)
+    assert ModelCard(text).data.license == "openrail++"
+    assert data["base_model"] == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert data["base_model_relation"] == "finetune"
+    assert (data["library_name"], data["pipeline_tag"]) == ("diffusers", "text-to-image")
+    assert data["datasets"] == ["lambdalabs/naruto-blip-captions"]
+    assert {"text-to-image", "diffusers", "diffusers-training", "stable-diffusion-xl"} <= set(data["tags"])
+    assert len(data["tags"]) == len(set(data["tags"]))
+    assert data["widget"][0] == {"text": "a cat | two [dogs]", "output": {"url": "samples/step-000250/0-0.png"}}
+    assert len(data["widget"]) == 3
+
+
+def test_body(run_dir: Path) -> None:
+    text = card(run_dir, config())
+    assert "# my-model" in text
+    assert "1,221 pictures of [lambdalabs/naruto-blip-captions](https://huggingface.co/datasets/" in text
+    assert "| `train.steps` | 250 |" in text
+    assert "| `train.precision` | bf16 |" in text
+    assert "train.epochs" not in text
+    assert "mirrored half of the time, 0.1 of the captions left out" in text
+    assert "sdxl train '~/my run.toml'" in text
+    assert str(Path.home()) not in text
+    assert 'DiffusionPipeline.from_pretrained("my-model"' in text
+    assert "samples/step-000100" not in text
+
+
+def test_pictures_are_where_the_card_looks(run_dir: Path) -> None:
+    text = card(run_dir, config())
+    urls = [entry["output"]["url"] for entry in front_matter(text)["widget"]]
+    assert all((run_dir / url).is_file() and f"]({url})" in text for url in urls)
+    assert "| ![seed 7](samples/step-000250/0-0.png) | ![seed 8](samples/step-000250/0-1.png) |" in text
+    assert "*a cat \\| two \\[dogs\\]*" in text
+    assert "*a \\*star\\**" in text
+
+
+def test_averaged_pictures_are_preferred(run_dir: Path) -> None:
+    rows = [{"step": 250, "file": f"{w}.png", "prompt": "p", "seed": 1, "weights": w} for w in ("raw", "ema")]
+    (run_dir / "samples" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = card(run_dir, config(ema={"enabled": True}))
+    assert [entry["output"]["url"] for entry in front_matter(text)["widget"]] == ["samples/ema.png"]
+    assert "`unet_raw/`" in text
+
+
+def test_a_run_without_pictures_or_records(tmp_path: Path) -> None:
+    text = card(tmp_path, config(), repo_id="me/mine")
+    assert "widget" not in front_matter(text)
+    assert "## Samples" not in text
+    assert 'from_pretrained("me/mine"' in text
+
+
+LICENCES: list[tuple[str, dict[str, str]]] = [
+    ("license: openrail++", {"license": "openrail++"}),
+    (
+        "license: other\nlicense_name: faipl-1.0-sd\nlicense_link: https://freedevproject.org/faipl-1.0-sd/",
+        {
+            "license": "other",
+            "license_name": "faipl-1.0-sd",
+            "license_link": "https://freedevproject.org/faipl-1.0-sd/",
+        },
+    ),
+    ("tags: [a]", {}),
+    ("license: [unclosed", {}),
+]
+
+
+@pytest.mark.parametrize(("head", "expected"), LICENCES)
+def test_the_licence_is_that_of_a_local_base(tmp_path: Path, head: str, expected: dict[str, str]) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text(f"---\n{head}\n---\n# Base\n")
+    text = card(tmp_path, config(model={"path": str(base)}))
+    data = front_matter(text)
+    assert {key: data[key] for key in data if key.startswith("license")} == expected
+    assert "base_model" not in data
+    assert "base_model_relation" not in data
+    assert "fine-tuned from `base`" in text
+    assert "## Licence" in text
+    if "license_link" in expected:
+        assert f"[faipl-1.0-sd]({expected['license_link']})" in text
+
+
+def test_local_names_stay_private(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    text = card(tmp_path, config(data=[{"path": str(tmp_path / "photos")}], model={"path": str(tmp_path / "base")}))
+    assert "`photos`" in text
+    assert str(tmp_path) not in text
+    assert "datasets" not in front_matter(text)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[standin.Hub]:
+    with standin.running(TOKEN) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_push_uploads_the_result_and_nothing_else(run_dir: Path, hub: standin.Hub) -> None:
+    (run_dir / "README.md").write_text(card(run_dir, config()))
+    before = files_of(run_dir)
+    page = push(run_dir, Hub(push=True), left_out=["tensorboard-logs/*"])
+    assert page == f"{hub.url}/me/my-model"
+    arrived = hub.repositories["me/my-model"]
+    kept = {"README.md", "model_index.json", "manifest.json", "unet/diffusion_pytorch_model.safetensors"}
+    pictures = {f"samples/step-{step:06}/0-{i}.png" for step in (100, 250) for i in range(3)}
+    assert set(arrived) == kept | pictures | {"samples/samples.jsonl"}
+    assert all(before[name] == data for name, data in arrived.items())
+    assert len(hub.objects) == 2  # the weights, and the one picture that all six are
+    assert files_of(run_dir) == before
+    assert not any(TOKEN.encode() in data for data in [*before.values(), *arrived.values()])
+    assert hub.private == set()
+
+
+def test_push_again_and_elsewhere(run_dir: Path, hub: standin.Hub) -> None:
+    first = push(run_dir, Hub(push=True, id="team/other", private=True))
+    assert push(run_dir, Hub(push=True, id="team/other", private=True)) == first
+    assert set(hub.repositories) == {"team/other"} == hub.private
+
+
+def test_the_environment_decides_in_a_process_of_its_own(run_dir: Path, hub: standin.Hub) -> None:
+    code = "import sys; from pathlib import Path; from sdxl_trainer.config import Hub; from sdxl_trainer import publish"
+    code += "; publish.push(Path(sys.argv[1]), Hub(push=True)); assert 'torch' not in sys.modules"
+    environment = {**os.environ, **hub.environment(), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, str(run_dir)], check=True, env=environment, capture_output=True)
+    assert "model_index.json" in hub.repositories["me/my-model"]
+
+
+def test_the_repository_is_made_before_training(tmp_path: Path, hub: standin.Hub) -> None:
+    assert repository(tmp_path / "new", Hub(push=True)) == "me/new"
+    assert hub.repositories == {"me/new": {}}
+
+
+FAILURES: list[tuple[dict[str, int], str]] = [
+    ({"/api/repos/create": 401}, "does not accept this token"),
+    ({"/api/repos/create": 403, "/api/models/": 403}, "may not write to 'my-model'"),
+    ({"/preupload/": 404}, "no repository 'me/my-model'"),
+    ({"/lfs/": 403}, "may not write to 'me/my-model'"),
+    ({"/commit/": 403}, "may not write to 'me/my-model'"),
+    ({"/commit/": 413}, "refused 'me/my-model' (413)"),
+]
+
+
+@pytest.mark.parametrize(("status", "what"), FAILURES)
+def test_refusals_say_that_the_result_is_safe(
+    run_dir: Path, hub: standin.Hub, status: dict[str, int], what: str
+) -> None:
+    hub.status.update(status)
+    with pytest.raises(UserError) as caught:
+        push(run_dir, Hub(push=True))
+    assert what in caught.value.what
+    assert f"the result is safe in {run_dir}; later: hf upload" in caught.value.fix
+    assert TOKEN not in str(caught.value)
+
+
+def test_a_wrong_token(run_dir: Path, hub: standin.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(UserError, match="does not accept this token"):
+        repository(run_dir, Hub(push=True))
+
+
+def test_no_token(run_dir: Path, hub: standin.Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="no token") as caught:
+        push(run_dir, Hub(push=True))
+    assert "hf auth login" in caught.value.fix
+    assert hub.requests == []
+
+
+def test_no_network(run_dir: Path, hub: standin.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="cannot be reached"):
+        push(run_dir, Hub(push=True))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        push(run_dir, Hub(push=True))
+
+
+@pytest.mark.parametrize("name", ["a b", "one/two/three", "--x"])
+def test_a_name_that_cannot_be(run_dir: Path, hub: standin.Hub, name: str) -> None:
+    with pytest.raises(UserError, match="cannot be the name of a repository") as caught:
+        repository(run_dir, Hub(push=True, id=name))
+    assert "nothing has been trained yet" in caught.value.fix
