@@ -15,7 +15,6 @@ import pytest
 from PIL import Image, ImageDraw
 
 from sdxl_trainer import report
-from sdxl_trainer.errors import UserError
 from sdxl_trainer.report import charts, words
 
 HOSTILE = '<script>alert("1")</script> \'"><img src=x onerror=alert(2)> & a cat'
@@ -398,22 +397,3 @@ def test_a_long_run_stays_mailable(tmp_path: Path) -> None:
     data = json.loads(found.all("figure")[0]["data-points"])
     assert len(data["x"]) <= charts.LIMIT + 2
     assert max(data["values"][0]) == pytest.approx(max(losses), rel=1e-3)
-
-
-def test_no_run_is_the_users_to_fix(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run in"):
-        report.write(tmp_path)
-    with pytest.raises(UserError, match="there is no folder"):
-        report.write(tmp_path / "nowhere")
-
-
-def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_metrics(tmp_path, metrics(3))
-    before = report.write(tmp_path).read_bytes()
-    write_metrics(tmp_path, metrics(30))
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-        with pytest.raises(UserError, match="no space"):
-            report.write(tmp_path)
-    assert (tmp_path / "report.html").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]

@@ -1,10 +1,12 @@
-"""Pieces of the report page: axes, smoothing, numbers as words, the choice of pictures."""
+"""Pieces of the report page: axes, smoothing, numbers as words, the choice of pictures, failing to write."""
 
 import math
 from pathlib import Path
 
 import pytest
 
+from sdxl_trainer import report
+from sdxl_trainer.errors import UserError
 from sdxl_trainer.report import charts, pictures, records, words
 
 
@@ -91,3 +93,23 @@ def test_thinning_keeps_ends_and_peaks_in_order() -> None:
     assert kept == sorted(set(kept))
     assert {0, 7777, 19_999} <= set(kept)
     assert len(kept) <= charts.LIMIT + 2
+
+
+def test_no_run_is_the_users_to_fix(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run in"):
+        report.write(tmp_path)
+    with pytest.raises(UserError, match="there is no folder"):
+        report.write(tmp_path / "nowhere")
+
+
+def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 1}\n', encoding="utf-8")
+    before = report.write(tmp_path).read_bytes()
+    metrics.write_text('{"step": 2, "loss": 2}\n', encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(UserError, match="no space"):
+            report.write(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]
