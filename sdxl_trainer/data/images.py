@@ -10,6 +10,7 @@ Decisions (each changes pixels; `DECODER` is part of the cache keys and must cha
 """
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -86,35 +87,32 @@ FOREIGN = (
     (0, b"\0\0\0\x0cjP", "a JPEG 2000 picture", CONVERT),
     (0, b"v/1\x01", "an OpenEXR picture", CONVERT),
 )
+NO_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 REPLACE = "replace the file with a whole one, or take it out of the data set"
 
 
 def probe(content: bytes, name: str) -> tuple[int, int]:
     """(height, width) in pixels after EXIF rotation, from the header alone. UserError names the picture."""
-    with warnings.catch_warnings():
-        # What Pillow warns of is either metadata nobody needs, or found to be an error when the pixels are read.
-        warnings.simplefilter("ignore")
-        image = _open(content, name)
-        try:
-            turned = _orientation(image, content) >= 5
-        except DAMAGED as error:
-            raise _damaged(error, name) from None
+    _quiet()
+    image = _open(content, name)
+    try:
+        turned = _orientation(image, content) >= 5
+    except DAMAGED as error:
+        raise _damaged(error, name) from None
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def decode(content: bytes, name: str) -> Image.Image:
     """The whole picture as upright RGB, 8 bits per channel. UserError names a picture that cannot be read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = _open(content, name)
-        try:
-            orientation = _orientation(image, content)
-            image.load()
-            upright = UPRIGHT.get(orientation)
-            image = _rgb(image, name)
-            return image if upright is None else image.transpose(upright)
-        except DAMAGED as error:
-            raise _damaged(error, name) from None
+    _quiet()
+    image = _open(content, name)
+    try:
+        upright = UPRIGHT.get(_orientation(image, content))
+        image.load()
+        rgb = _rgb(image, name)
+    except DAMAGED as error:
+        raise _damaged(error, name) from None
+    return rgb if upright is None else rgb.transpose(upright)
 
 
 def pixels(image: Image.Image, geometry: Geometry, interpolation: str) -> np.ndarray:
@@ -132,6 +130,13 @@ def pixels(image: Image.Image, geometry: Geometry, interpolation: str) -> np.nda
     if geometry.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.array(image.crop((left, top, left + width, top + height)))
+
+
+def _quiet() -> None:
+    """No warnings from Pillow: they speak of metadata that nobody needs, of large pictures, for which there is a limit
+    here, or of what becomes an error when the pixels are read. (`catch_warnings` is not for threads.)"""
+    if NO_WARNINGS not in warnings.filters:
+        warnings.filterwarnings("ignore", module=NO_WARNINGS[3].pattern)
 
 
 def _open(content: bytes, name: str) -> Image.Image:

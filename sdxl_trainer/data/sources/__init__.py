@@ -1,0 +1,101 @@
+"""Where pictures and captions come from: a folder of pictures, a local dataset folder, or a dataset on the hub.
+
+A new kind of source is one module with a function that gives records, and one line in `records`.
+"""
+
+import logging
+import re
+import stat
+from pathlib import Path
+
+import numpy as np
+
+from sdxl_trainer import keyed
+from sdxl_trainer.config import Data
+from sdxl_trainer.data.records import Record
+from sdxl_trainer.data.sources import dataset, folder
+from sdxl_trainer.data.sources.tree import scan
+from sdxl_trainer.errors import UserError, shortened
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+log = logging.getLogger("sdxl_trainer")
+
+
+def records(
+    data: Data, *, seed: int, where: str, datasets_dir: str | None = None, split: str | None = None
+) -> list[Record]:
+    """The pictures of one data set with their captions, in a fixed order; no picture is opened.
+
+    `where` names the option in messages (data.0.path), `datasets_dir` is where hub datasets are kept, `split`
+    takes the place of `data.split`. UserError names everything that is wrong with the data set at once.
+    """
+    found = _records(data, split or data.split, where, datasets_dir)
+    if data.max_samples is None:
+        return found
+    if data.max_samples > len(found):
+        log.info("%s: max_samples is %d, there are %d pictures: all are used", where, data.max_samples, len(found))
+    return [found[index] for index in subset(len(found), data.max_samples, seed)]
+
+
+def subset(count: int, wanted: int, seed: int) -> list[int]:
+    """`wanted` of the numbers 0..count-1, ascending. A larger subset of the same seed contains a smaller one."""
+    draw = keyed.generator(seed, "subset").random(count)
+    return sorted(np.argsort(draw, kind="stable")[:wanted].tolist())
+
+
+def _records(data: Data, split: str, where: str, datasets_dir: str | None) -> list[Record]:
+    place = f"{where} = '{data.path}'"
+    path = _folder(data.path, place)
+    if path is None:
+        return _remote(data, split, place, datasets_dir)
+    if dataset.is_saved(path):
+        _refuse(data, ("name", "folder"), "the dataset was saved with save_to_disk", place)
+        return dataset.saved(data, path, split, place)
+    root = path / (data.folder or "")
+    if not root.is_dir():
+        raise UserError(
+            f"there is no sub-folder '{data.folder}'", place, f"allowed: {shortened(_folders(path)) or 'none'}"
+        )
+    tree = scan(root, place)
+    if tree.tables and (not tree.pictures or dataset.holds(tree.tables[0], data.image_column)):
+        return dataset.loaded(data, split, place, datasets_dir, local=path)
+    _refuse(data, ("name",), "this is a folder of pictures", place)
+    return folder.records(data, tree, split, place)
+
+
+def _folder(text: str, place: str) -> Path | None:
+    """The local folder that a path names, None if there is nothing of that name."""
+    try:
+        path = Path(text).expanduser()
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError, RuntimeError):
+        return None  # The last two: a zero byte in the path, or the home of an unknown user.
+    except OSError as error:
+        raise UserError(
+            f"the folder cannot be opened: {error.strerror}", place, "check the path and its rights"
+        ) from None
+    if not text:
+        return None  # To Path, the empty path is the current folder.
+    if not stat.S_ISDIR(mode):
+        raise UserError("the path of a data set is a file, not a folder", place, "give the folder that holds it")
+    return path
+
+
+def _remote(data: Data, split: str, place: str, datasets_dir: str | None) -> list[Record]:
+    if HUB_ID.fullmatch(data.path):
+        return dataset.loaded(data, split, place, datasets_dir, local=None)
+    raise UserError(
+        "there is no such folder, and it is not the id of a dataset on the hub either",
+        place,
+        f"check the spelling (relative paths start at {Path.cwd()}); hub ids are written owner/name",
+    )
+
+
+def _refuse(data: Data, options: tuple[str, ...], reason: str, place: str) -> None:
+    for option in options:
+        if getattr(data, option) is not None:
+            raise UserError(f"'{option}' has no effect: {reason}", place, f"remove '{option}'")
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))

@@ -1,0 +1,282 @@
+"""Records of a dataset: saved by `datasets.save_to_disk`, a folder of parquet or arrow files, or on the hub.
+
+The `datasets` library finds, downloads and converts; what it leaves are Arrow files, and a record reads its row from
+there. A worker process therefore needs neither the library nor the network, and a record is a few strings.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from sdxl_trainer.config import Data
+from sdxl_trainer.data.records import Record
+from sdxl_trainer.data.sources.folder import clean, read_file, refuse
+from sdxl_trainer.errors import UserError, closest
+
+PROBLEMS = {
+    "outside": ("rows name pictures outside of the dataset", "put the pictures into the dataset's folder"),
+    "missing": ("rows name pictures that do not exist", "restore the files, or remove the rows"),
+    "none": ("rows have no picture", "remove the rows"),
+    "type": ("captions are not text", "choose a caption_column of strings or lists of strings"),
+    "empty": ("captions are empty", "write them, or give 'caption' for all pictures that have none"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows first..last-1 of one Arrow file; `offset` is the number of its first row within the split."""
+
+    path: str
+    split: str
+    offset: int
+    first: int
+    last: int
+    fingerprint: str
+
+
+def is_saved(root: Path) -> bool:
+    """Whether a folder was written by save_to_disk."""
+    return (root / "dataset_dict.json").is_file() or all(
+        (root / name).is_file() for name in ("dataset_info.json", "state.json")
+    )
+
+
+def holds(table: Path, column: str) -> bool:
+    """Whether a parquet file has a column, so that pictures beside it are only illustrations of the dataset."""
+    import pyarrow.parquet
+
+    try:
+        return table.suffix == ".parquet" and column in pyarrow.parquet.read_schema(table).names
+    except (pyarrow.ArrowException, OSError):
+        return False
+
+
+def saved(data: Data, root: Path, split: str, place: str) -> list[Record]:
+    """Records of a dataset or dict of datasets written by save_to_disk."""
+    import datasets
+    import pyarrow
+
+    try:
+        found: Any = datasets.load_from_disk(root, keep_in_memory=False)
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise UserError(f"the saved dataset cannot be opened: {error}", place, "save or copy it once more") from None
+    if not isinstance(found, dict):
+        own = str(found.split or "train")
+        found = {own if own.isidentifier() else "train": found}
+    return _records(data, found, split, place, root)
+
+
+def loaded(data: Data, split: str, place: str, datasets_dir: str | None, local: Path | None) -> list[Record]:
+    """Records of what `datasets.load_dataset` opens: a local folder, or a dataset on the hub where that is None."""
+    import datasets
+    import pyarrow
+
+    path = str(local or data.path)
+    try:
+        # All splits, for slices such as train[:90%] are taken below, where the rows' places are known.
+        found = datasets.load_dataset(
+            path, name=data.name, data_dir=data.folder, cache_dir=datasets_dir, keep_in_memory=False
+        )
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, pyarrow.ArrowException) as error:
+        raise _not_loaded(error, place, local) from None
+    return _records(data, found, split, place, local, datasets_dir)
+
+
+def read_row(path: str, column: str, row: int, name: str) -> bytes:
+    """The bytes of the picture in one row of an Arrow file. UserError names it if the file is gone or damaged."""
+    import pyarrow
+
+    try:
+        value = _table(path).column(column)[row]
+        return (value["bytes"] if pyarrow.types.is_struct(value.type) else value).as_py()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"the row cannot be read: {error}", name, "make or download the dataset once more") from None
+
+
+@lru_cache(maxsize=256)
+def _table(path: str) -> Any:
+    """A memory-mapped Arrow file; opened once per process."""
+    import pyarrow
+
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()
+
+
+def _not_loaded(error: Exception, place: str, local: Path | None) -> UserError:
+    """The library's error in our words."""
+    said = " ".join(str(error).split())
+    if isinstance(error, ConnectionError):
+        return UserError(
+            f"there is no such folder, and the dataset cannot be fetched from the hub: {said}",
+            place,
+            "check spelling and network, unset HF_HUB_OFFLINE if it is set, or give the path of a local folder",
+        )
+    if "gated" in said:
+        return UserError(said, place, "ask for access on the dataset's page, then log in with 'hf auth login'")
+    if type(error).__name__ == "DatasetNotFoundError":
+        return UserError(
+            f"there is no such folder, and no such dataset on the hub: {said}",
+            place,
+            "check the spelling; log in with 'hf auth login' if the dataset is private",
+        )
+    if "BuilderConfig" in said or "Config name is missing" in said:
+        return UserError(said, place, "set 'name' to one of the configurations")
+    if "scripts are no longer supported" in said:
+        return UserError(said, place, "use a copy of the dataset in parquet files")
+    if "data file" in said:
+        return UserError(said, place, "set 'folder' to the sub-folder with the data files, or remove it")
+    cause = f" ({error.__cause__})" if error.__cause__ else ""
+    what = "the files cannot be opened as a dataset" if local else "the dataset cannot be opened"
+    return UserError(f"{what}: {said}{cause}", place, "download or make the damaged files once more")
+
+
+def _records(
+    data: Data,
+    splits: dict[str, Any],
+    split: str,
+    place: str,
+    root: Path | None,
+    datasets_dir: str | None = None,
+) -> list[Record]:
+    roots = [root] if root else _caches(datasets_dir)
+    found: list[Record] = []
+    problems: dict[str, list[str]] = defaultdict(list)
+    for part in _parts(splits, split, place):
+        _require_columns(data, splits[part.split], place)
+        table = _table(part.path).slice(part.first, part.last - part.first)
+        captions = _captions(data, table)
+        for index, outer in enumerate(_paths(table.column(data.image_column))):
+            row = part.first + index
+            name = f"{data.path}[{part.split}] row {part.offset + row}"
+            read: Any = partial(read_row, part.path, data.image_column, row, name)
+            stamp = f"{part.fingerprint}:{part.offset + row}"
+            if outer is None:
+                problems["none"].append(name)
+            elif outer:
+                path = _within(outer, roots, name, problems)
+                if path:
+                    read, stamp = partial(read_file, path, name), _stamp(path)
+            found.append(Record(name, _cleaned(data, captions[index], name, problems), read, stamp))
+    refuse(problems, PROBLEMS, place)
+    if not found:
+        raise UserError(f"split '{split}' has no rows", place, "choose another split, or remove the data set")
+    return found
+
+
+def _parts(splits: dict[str, Any], split: str, place: str) -> Iterator[Part]:
+    """The Arrow files behind a split such as train, train[:90%] or train+validation, in order."""
+    import datasets
+
+    try:
+        lengths = {name: len(rows) for name, rows in splits.items()}
+        chosen = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        fix = closest(split, [str(name) for name in splits])
+        raise UserError(f"no split '{split}': {error}", place, f"set 'split'; {fix}") from None
+    for piece in chosen:
+        rows = splits[piece.splitname]
+        begin, end = piece.from_ or 0, len(rows) if piece.to is None else piece.to
+        offset = 0
+        for file in rows.cache_files:
+            count = _table(file["filename"]).num_rows
+            first, last = max(begin - offset, 0), min(end - offset, count)
+            if first < last:
+                yield Part(file["filename"], piece.splitname, offset, first, last, rows._fingerprint)
+            offset += count
+        if offset != len(rows):
+            raise RuntimeError(f"{len(rows)} rows, but {offset} in the Arrow files of {piece.splitname}")
+
+
+def _require_columns(data: Data, rows: Any, place: str) -> None:
+    wanted = [("image_column", data.image_column)]
+    if data.caption is None:
+        wanted.append(("caption_column", data.caption_column))
+    there = ", ".join(rows.column_names)
+    for option, name in wanted:
+        if name not in rows.column_names:
+            raise UserError(
+                f"the dataset has no column '{name}'; columns: {there}", place, _fitting(option, name, rows.features)
+            )
+    kind = rows.features.arrow_schema.field(data.image_column).type
+    if not _is_picture(kind):
+        raise UserError(
+            f"column '{data.image_column}' holds {kind}, not pictures; columns: {there}",
+            place,
+            _fitting("image_column", data.image_column, rows.features),
+        )
+
+
+def _fitting(option: str, name: str, features: Any) -> str:
+    """How to set a column option: to the one column of the right type, or to the nearest name."""
+    kind = "Image" if option == "image_column" else "Value"
+    fitting = [
+        column
+        for column, feature in features.items()
+        if type(feature).__name__ == kind and (kind == "Image" or feature.dtype in {"string", "large_string"})
+    ]
+    return f"set {option} = '{fitting[0]}'" if len(fitting) == 1 else f"set {option}; {closest(name, features)}"
+
+
+def _is_picture(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    if types.is_struct(kind):
+        return {"bytes", "path"} <= {field.name for field in kind}
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_string(kind) or types.is_large_string(kind)
+
+
+def _paths(column: Any) -> list[str | None]:
+    """Per row: "" where the picture is stored in it, the path where it is a file, None where there is nothing."""
+    import pyarrow.compute as compute
+    import pyarrow.types as types
+
+    if types.is_string(column.type) or types.is_large_string(column.type):
+        return [path or None for path in column.to_pylist()]
+    stored = compute.struct_field(column, "bytes") if types.is_struct(column.type) else column
+    sizes = compute.binary_length(stored).to_pylist()
+    if not types.is_struct(column.type):
+        return ["" if size else None for size in sizes]
+    paths = compute.struct_field(column, "path").to_pylist()
+    return ["" if size else (path or None) if size is None else None for size, path in zip(sizes, paths, strict=True)]
+
+
+def _caches(datasets_dir: str | None) -> list[Path]:
+    """Where the library puts the files of hub datasets."""
+    import datasets
+    import huggingface_hub
+
+    folders = [datasets_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE]
+    return [Path(folder).resolve() for folder in folders if folder]
+
+
+def _within(path: str, roots: Sequence[Path], name: str, problems: dict[str, list[str]]) -> Path | None:
+    """The file that a row names; a problem is noted where it lies outside of the dataset or does not exist."""
+    inside = [found for root in roots if (found := (root / path).resolve()).is_relative_to(root.resolve())]
+    existing = [found for found in inside if found.is_file()]
+    if existing:
+        return existing[0]
+    problems["missing" if inside else "outside"].append(f"{path} ({name})")
+    return None
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{path}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def _captions(data: Data, table: Any) -> list[object]:
+    if data.caption_column not in table.column_names:
+        return [None] * table.num_rows
+    return table.column(data.caption_column).to_pylist()
+
+
+def _cleaned(data: Data, value: object, name: str, problems: dict[str, list[str]]) -> tuple[str, ...]:
+    captions = clean(value)
+    if captions:
+        return captions
+    if captions is not None and data.caption is not None:
+        return (data.caption.strip(),)
+    problems["type" if captions is None else "empty"].append(name)
+    return ()

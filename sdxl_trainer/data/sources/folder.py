@@ -1,0 +1,231 @@
+"""Records of a folder of pictures: captions from metadata files, or from text files beside the pictures."""
+
+import logging
+import os
+import posixpath
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+
+from sdxl_trainer.config import Data
+from sdxl_trainer.data.records import Record
+from sdxl_trainer.data.sources import metadata
+from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES, Tree, natural
+from sdxl_trainer.errors import UserError, shortened
+
+# Sub-folders that may lie beside the one of the wanted split. Any other name there may be a subject's.
+SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+log = logging.getLogger("sdxl_trainer")
+# What is wrong with the captions of a folder: what is said of the names that are listed, and how to fix it.
+PROBLEMS = {
+    "outside": ("metadata rows name files outside of the folder", "move the pictures into the folder"),
+    "unreadable": ("caption files are not UTF-8 text", "save them as UTF-8"),
+    "unnamed": ("metadata rows have no file_name", "give the picture's path, relative to the metadata file"),
+    "foreign": (
+        "metadata rows name files that are not pictures of a known kind",
+        f"convert the pictures; known are {' '.join(sorted(PICTURES))}",
+    ),
+    "missing": ("metadata rows name pictures that do not exist", "correct file_name, or remove the rows"),
+    "twice": ("pictures are named by more than one metadata row", "keep one row for each; captions may be a list"),
+    "type": ("captions are not text", "write each caption as a string or a list of strings"),
+    "empty": ("captions are empty", "write them, or give 'caption' for all pictures that have none"),
+    "unlisted": (
+        "pictures are named by no metadata row",
+        "add a row for each, take them out of the folder, or give 'caption' for all pictures that have none",
+    ),
+    "uncaptioned": (
+        "pictures have no caption",
+        "write a .txt file beside each, add a metadata.jsonl, or give 'caption' for all pictures that have none",
+    ),
+    "zero": ("pictures are empty (zero bytes)", "restore the files, or take them out of the folder"),
+}
+
+
+def records(data: Data, tree: Tree, split: str, place: str) -> list[Record]:
+    """The pictures of a folder in natural order of their names. UserError lists everything that is wrong."""
+    if not tree.pictures:
+        raise _no_pictures(tree, place)
+    names = _in_split(tree, split, place)
+    problems: dict[str, list[str]] = defaultdict(list)
+    problems["zero"] = [name for name in tree.empty if name in names]
+    listed = _listed(data, tree, names, place, problems)
+    governed = [posixpath.dirname(name) for name in tree.metadata]
+    found = []
+    for name in names:
+        if name in listed:
+            captions = _listed_captions(data, listed[name][0], f"{name} ({listed[name][1]})", problems)
+        elif any(_below(name, base) for base in governed) and data.caption is None:
+            problems["unlisted"].append(name)
+            continue
+        else:
+            captions = _beside(data, tree, name, problems)
+        found.append(Record(name, captions, partial(read_file, tree.root / name, name), tree.pictures[name]))
+    refuse(problems, PROBLEMS, place)
+    _tell(tree, found, place, set(listed))
+    return found
+
+
+def read_file(path: Path, name: str) -> bytes:
+    """The bytes of a picture. UserError names it if it cannot be read any more."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"the picture cannot be read: {error.strerror}", name, "restore the file and make it readable"
+        ) from None
+
+
+def clean(value: object) -> tuple[str, ...] | None:
+    """Captions without surrounding white space; empty if there is none; None if it is not text."""
+    if value is None:
+        return ()
+    values = value if isinstance(value, list | tuple) else [value]
+    stripped = tuple(text.strip() for text in values if isinstance(text, str))
+    if len(stripped) < len(values):
+        return None
+    return stripped if all(stripped) else ()
+
+
+def refuse(problems: dict[str, list[str]], table: dict[str, tuple[str, str]], place: str) -> None:
+    """One error for all that was found, kind by kind in the order of the table; nothing if there is nothing."""
+    found = [kind for kind in table if problems.get(kind)]
+    if found:
+        what = "; ".join(f"{len(problems[kind])} {table[kind][0]}: {shortened(problems[kind])}" for kind in found)
+        raise UserError(what, place, "; ".join(dict.fromkeys(table[kind][1] for kind in found)))
+
+
+def _no_pictures(tree: Tree, place: str) -> UserError:
+    if tree.archives:
+        return UserError(
+            f"no pictures in the folder, but archives: {shortened(tree.archives)}", place, "unpack them there"
+        )
+    counts = Counter({kind: count for kind, count in tree.skipped.items() if count})
+    counts.update({"captions": len(tree.captions), "metadata": len(tree.metadata), "sub-folders": len(tree.folders)})
+    seen = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()) if count) or "nothing"
+    return UserError(
+        f"no pictures in the folder or below, no dataset written by save_to_disk, no parquet files; found: {seen}",
+        place,
+        f"give a folder with pictures ({' '.join(sorted(PICTURES))}), a dataset folder or the id of a hub dataset",
+    )
+
+
+def _in_split(tree: Tree, split: str, place: str) -> list[str]:
+    """The names of the pictures in a split: of the sub-folder with that name, or of the whole folder."""
+    tops = Counter(name.split("/", 1)[0] if "/" in name else "" for name in tree.pictures)
+    if split in tops:
+        mixed = sorted(set(tops) - SPLITS - {split})
+        if mixed:
+            where = shortened([top or "the folder itself" for top in mixed])
+            raise UserError(
+                f"sub-folder '{split}' may be a split or a subject: there are pictures beside it, in {where}",
+                place,
+                f"give the path of the sub-folder; or move all training pictures into '{split}'; or rename '{split}'",
+            )
+        tree.skipped["in other splits"] += sum(tops.values()) - tops[split]
+        return [name for name in tree.pictures if name.startswith(f"{split}/")]
+    if split in tree.folders:
+        raise UserError(f"no pictures in sub-folder '{split}'", place, "put the pictures of the split there")
+    if split != "train":
+        seen = shortened(sorted(top for top in tops if top)) or "none"
+        raise UserError(
+            f"no split '{split}' in the folder: it would be a sub-folder of that name",
+            place,
+            f"put the pictures of the split there; sub-folders with pictures: {seen}",
+        )
+    return list(tree.pictures)
+
+
+def _listed(
+    data: Data, tree: Tree, names: Iterable[str], place: str, problems: dict[str, list[str]]
+) -> dict[str, tuple[object, str]]:
+    """Per picture that a metadata row names: the caption as written and where it is written."""
+    wanted = set(names)
+    elsewhere = set(tree.pictures) - wanted
+    listed: dict[str, tuple[object, str]] = {}
+    for row in metadata.rows(tree, data, place):
+        if row.file_name is None:
+            problems["unnamed"].append(row.place)
+            continue
+        name, trouble = _resolved(tree, row)
+        if name in elsewhere:
+            continue
+        if trouble:
+            problems[trouble].append(_with_hint(tree, row, trouble))
+        elif name in listed:
+            problems["twice"].append(f"{name} ({listed[name][1]} and {row.place})")
+        else:
+            listed[name] = (row.caption, row.place)
+    return listed
+
+
+def _resolved(tree: Tree, row: metadata.Row) -> tuple[str, str | None]:
+    """The name under which the tree knows a row's picture, and what is wrong with it if it does not."""
+    written = row.file_name or ""
+    folder = posixpath.dirname(row.metadata)
+    for candidate in (written, written.replace("\\", "/")):
+        if posixpath.isabs(candidate) or candidate[1:3] in {":\\", ":/"}:
+            return written, "outside"
+        name = posixpath.normpath(posixpath.join(folder, candidate))
+        if name in tree.pictures:
+            return name, None
+    # Not met on the walk: hidden, of a foreign kind, below a linked folder, outside of the folder, or nowhere.
+    real = os.path.realpath(tree.root / name)
+    inside = os.path.relpath(real, tree.root).replace(os.sep, "/")
+    if name.startswith("../") or name == ".." or inside.startswith("../"):
+        return name, "outside"
+    if inside in tree.pictures:
+        return inside, None
+    return name, "foreign" if Path(real).is_file() else "missing"
+
+
+def _with_hint(tree: Tree, row: metadata.Row, trouble: str) -> str:
+    near: list[str] = []
+    if trouble == "missing" and len(tree.pictures) <= 10_000:
+        near = get_close_matches(str(row.file_name), tree.pictures, n=1, cutoff=0.8)
+    return f"{row.file_name} ({row.place}{f'; there is {near[0]}' if near else ''})"
+
+
+def _listed_captions(data: Data, value: object, description: str, problems: dict[str, list[str]]) -> tuple[str, ...]:
+    captions = clean(value)
+    if captions:
+        return captions
+    if captions is not None and data.caption is not None:
+        return (data.caption.strip(),)
+    problems["type" if captions is None else "empty"].append(description)
+    return ()
+
+
+def _beside(data: Data, tree: Tree, name: str, problems: dict[str, list[str]]) -> tuple[str, ...]:
+    """The caption in the text file beside a picture; else the one for all."""
+    stem = posixpath.splitext(name)[0]
+    path = next((stem + suffix for suffix in CAPTIONS if stem + suffix in tree.captions), None)
+    text = ""
+    if path is not None:
+        try:
+            text = (tree.root / path).read_text(encoding="utf-8-sig").strip()
+        except UnicodeDecodeError:
+            problems["unreadable"].append(path)
+            return ()
+        except OSError as error:
+            problems["unreadable"].append(f"{path} ({error.strerror})")
+            return ()
+    if text or data.caption is not None:
+        return (text or str(data.caption).strip(),)
+    problems["empty" if path else "uncaptioned"].append(path or name)
+    return ()
+
+
+def _below(name: str, folder: str) -> bool:
+    return not folder or name.startswith(f"{folder}/")
+
+
+def _tell(tree: Tree, found: list[Record], place: str, listed: set[str]) -> None:
+    """One line: how many pictures, where their captions are from, and what was left out."""
+    stems = {posixpath.splitext(record.name)[0] for record in found if record.name not in listed}
+    unused = sum(posixpath.splitext(name)[0] not in stems for name in tree.captions)
+    skipped = dict(tree.skipped) | {"caption files not used": unused}
+    counted = ", ".join(f"{kind} {skipped[kind]}" for kind in sorted(skipped, key=natural) if skipped[kind])
+    source = f"{len(listed)} captioned by metadata" if listed else "captions beside them or for all"
+    log.info("%s: %d pictures, %s; skipped: %s", place, len(found), source, counted or "nothing")

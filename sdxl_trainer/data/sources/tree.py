@@ -1,0 +1,134 @@
+"""What is in a folder of pictures: one walk over it that sorts, counts and refuses to leave the folder."""
+
+import errno
+import os
+import posixpath
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sdxl_trainer.errors import UserError, shortened
+
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+# In order of preference where both lie beside a picture.
+CAPTIONS = (".txt", ".caption")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TABLES = {".parquet", ".arrow"}
+ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"}
+# What operating systems and other trainers leave in folders of pictures.
+IGNORED = {"__macosx", "thumbs.db", "desktop.ini", "_latent_cache"}
+MASK = "-masklabel"
+
+
+@dataclass
+class Tree:
+    """The files of a folder, named by their path relative to `root` with '/' between the parts."""
+
+    root: Path  # without symbolic links
+    pictures: dict[str, str] = field(default_factory=dict)  # name -> stamp, in natural order
+    empty: list[str] = field(default_factory=list)  # pictures of zero bytes
+    captions: set[str] = field(default_factory=set)
+    metadata: list[str] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
+    archives: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def natural(name: str) -> list[tuple[list[str | int], str]]:
+    """Sort key under which img2 comes before img10, folder by folder."""
+    return [(_chunks(part), part) for part in name.split("/")]
+
+
+def _chunks(part: str) -> list[str | int]:
+    return [int(chunk) if index % 2 else chunk for index, chunk in enumerate(re.split("([0-9]+)", part.casefold()))]
+
+
+def scan(root: Path, place: str) -> Tree:
+    """Everything below a folder. UserError names links that lead out of it or in circles, and unreadable folders."""
+    tree = Tree(root.resolve())
+    problems: dict[str, list[str]] = {"outside": [], "circle": [], "broken": [], "unreadable": []}
+    waiting = [""]
+    while waiting:
+        prefix = waiting.pop()
+        try:
+            entries = list(os.scandir(tree.root / prefix))
+        except OSError as error:
+            problems["unreadable"].append(f"{prefix or '.'} ({error.strerror})")
+            continue
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.name.startswith(".") or entry.name.casefold() in IGNORED:
+                tree.skipped["hidden"] += 1
+            elif entry.is_symlink() and (trouble := _link(tree, name)):
+                problems.setdefault(trouble, []).append(name)
+            elif entry.is_dir():
+                tree.folders.append(name)
+                waiting.append(name + "/")
+            else:
+                _sort_in(tree, name, entry)
+    tree.skipped["links to folders inside"] += len(problems.pop("inside", []))
+    _refuse(problems, place)
+    tree.pictures = dict(sorted(tree.pictures.items(), key=lambda item: natural(item[0])))
+    for names in (tree.folders, tree.metadata, tree.archives):
+        names.sort(key=natural)
+    tree.tables.sort()
+    return tree
+
+
+def _link(tree: Tree, name: str) -> str | None:
+    """What is wrong with a symbolic link; "inside" for a folder that is met at its own place; None: a file inside."""
+    path = tree.root / name
+    suffix = path.suffix.lower()
+    matters = path.is_dir() or suffix in PICTURES or suffix in CAPTIONS or path.name.lower() in METADATA
+    if not matters:
+        return None
+    try:
+        path.stat()
+    except OSError as error:
+        return "circle" if error.errno == errno.ELOOP else "broken"
+    real = path.resolve()
+    if not real.is_relative_to(tree.root):
+        return "outside"
+    if real.is_dir():
+        return "circle" if path.is_relative_to(real) else "inside"
+    return None
+
+
+def _sort_in(tree: Tree, name: str, entry: os.DirEntry[str]) -> None:
+    stem, suffix = posixpath.splitext(entry.name)
+    suffix = suffix.lower()
+    if not entry.is_file():
+        tree.skipped["neither file nor folder"] += 1
+    elif suffix in PICTURES and not stem.endswith(MASK):
+        status = entry.stat()
+        real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+        tree.pictures[name] = f"{real}:{status.st_size}:{status.st_mtime_ns}"
+        if status.st_size == 0:
+            tree.empty.append(name)
+    elif entry.name.lower() in METADATA:
+        tree.metadata.append(name)
+    elif suffix in CAPTIONS:
+        tree.captions.add(name)
+    else:
+        if suffix in TABLES:
+            tree.tables.append(tree.root / name)
+        elif suffix in ARCHIVES:
+            tree.archives.append(name)
+        tree.skipped["masks" if suffix in PICTURES else suffix or "no extension"] += 1
+
+
+REFUSED = {
+    "outside": ("links lead out of the folder", "copy the files into the folder in place of the links"),
+    "circle": ("links lead in a circle", "remove the links"),
+    "broken": ("links lead nowhere", "remove the links, or restore the files"),
+    "unreadable": ("folders cannot be read", "make them readable (chmod u+rx)"),
+}
+
+
+def _refuse(problems: dict[str, list[str]], place: str) -> None:
+    for kind, names in problems.items():
+        if names:
+            what, fix = REFUSED[kind]
+            raise UserError(f"{len(names)} {what}: {shortened(sorted(names, key=natural))}", place, fix)
