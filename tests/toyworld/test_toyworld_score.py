@@ -12,7 +12,7 @@ import toyworld as tw
 from toyworld import score
 
 SEED = 90_001
-N = 200
+N = 120
 
 
 @pytest.fixture(scope="module")
