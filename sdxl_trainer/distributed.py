@@ -48,6 +48,7 @@ def precision(wanted: str, say: Callable[[str], None]) -> str:
 def make(config: Config, computing: str) -> "Accelerator":
     """accelerate's handle on devices and processes. Micro-batches are our own, so it accumulates nothing."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
     accumulate = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
@@ -59,6 +60,8 @@ def make(config: Config, computing: str) -> "Accelerator":
     # bf16 weights compute in bf16 by themselves; autocast is for fp32 weights.
     autocast = "no" if computing == "fp32" or config.train.weights == "bf16" else computing
     output = Path(config.output_dir).expanduser()
+    # One process may make several runs, each with its own precision; accelerate would keep the first one's.
+    AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=autocast,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),

@@ -66,13 +66,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file, not atomically: for use inside of `write_atomically`. Tensors are written from where they
-    lie; `format = pt` is among the metadata, since transformers refuses files without it."""
+    lie. The metadata of a model needs `format = pt`: transformers refuses files without it."""
     from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, {"format": "pt", **(metadata or {})})
+    save_file(whole, path, dict(metadata or {"format": "pt"}))
     path.chmod(mode)  # safetensors makes files that only their owner can read
 
 

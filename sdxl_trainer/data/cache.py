@@ -64,18 +64,18 @@ def open_store(folder: Path) -> Store:
 
 @dataclass
 class Writer:
-    """Collects rows and writes them as shards of about 64 MB; `notes` (JSON) lie in the shard's header."""
+    """Collects rows and writes them as shards of about 64 MB; `notes` on rows lie in the shard's header."""
 
     store: Store
     rows: dict[str, Tensor] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     size: int = 0
 
     def add(self, row: str, tensor: Tensor, note: Any = None) -> None:
         self.rows[row] = tensor.contiguous()
         self.size += tensor.numel() * tensor.element_size()
         if note is not None:
-            self.notes[row] = json.dumps(note)
+            self.notes[row] = note
         if self.size >= SHARD_BYTES:
             self.flush()
 
@@ -86,13 +86,14 @@ class Writer:
             self.store.refresh()
 
 
-def write_shard(folder: Path, rows: dict[str, Tensor], notes: dict[str, str]) -> Path:
+def write_shard(folder: Path, rows: dict[str, Tensor], notes: dict[str, Any]) -> Path:
     """One shard, under the hash of its own bytes."""
     with files.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         draft = folder / f".{uuid.uuid4().hex}.tmp"
         try:
-            files.save_tensors(draft, rows, notes)
+            # One entry: safetensors writes several in no fixed order, and equal rows shall make equal bytes.
+            files.save_tensors(draft, rows, {"notes": json.dumps(notes, sort_keys=True)})
             path = folder / f"{files.sha256(draft)[:_NAME_DIGITS]}.safetensors"
             files.write_atomically(path, draft.rename)
         finally:
@@ -115,7 +116,7 @@ def collect_garbage(folder: Path, needed: Collection[str]) -> int:
             continue
         if live:
             with safe_open(path, framework="pt") as shard:
-                notes = shard.metadata() or {}
+                notes = json.loads(shard.metadata()["notes"])
                 write_shard(folder, {n: shard.get_tensor(n) for n in live}, {n: notes[n] for n in live if n in notes})
         path.unlink()
     return before - Store(folder).bytes()

@@ -5,7 +5,7 @@ Decisions (each changes pixels; `DECODER` is part of the cache keys and must cha
 - Pictures with an embedded ICC profile are converted to sRGB, which is what the VAE was trained on: shown without
   conversion, wide-gamut photographs are dull. A profile that maps every colour to (nearly) itself is left alone, and
   one that is broken or of another colour space than the picture is ignored, as browsers do.
-- 16-bit pictures are scaled to 8 bits, never clipped. 32-bit ones have no defined range: see `_full_scale`.
+- 16-bit pictures are scaled to 8 bits, never clipped (colour ones by Pillow, which rounds down). 32-bit ones have no defined range: see `_full_scale`.
 - The first frame of animations is used.
 """
 
@@ -56,9 +56,6 @@ DAMAGED = (
     EOFError,
     IndexError,
     KeyError,
-    AttributeError,
-    OverflowError,
-    NotImplementedError,
     RuntimeError,
     struct.error,
     zlib.error,
@@ -109,6 +106,7 @@ def decode(content: bytes, name: str) -> Image.Image:
     try:
         upright = UPRIGHT.get(_orientation(image, content))
         image.load()
+        _correct_transparency(image, content)
         rgb = _rgb(image, name)
     except DAMAGED as error:
         raise _damaged(error, name) from None
@@ -187,6 +185,13 @@ def _orientation(image: Image.Image, content: bytes) -> int:
     except DAMAGED:
         return 1  # Damaged metadata; viewers show such a picture as it is stored, and so was it captioned.
     return orientation if orientation in UPRIGHT else 1
+
+
+def _correct_transparency(image: Image.Image, content: bytes) -> None:
+    """Pillow reads PNG with 16-bit RGB as 8 bits, but leaves the colour that means transparent at 16."""
+    colour = image.info.get("transparency")
+    if image.format == "PNG" and content[24:26] == b"\x10\x02" and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

@@ -1,0 +1,92 @@
+"""The cache: content keys, damage found, garbage collected, writers side by side."""
+
+import json
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdxl_trainer.data import cache
+from sdxl_trainer.errors import UserError
+
+
+def filled(folder: Path, names: list[str]) -> cache.Store:
+    store = cache.open_store(folder)
+    writer = cache.Writer(store)
+    for index, name in enumerate(names):
+        writer.add(name, torch.full((8, 4, 4), float(index)).half(), [index])
+    writer.flush()
+    return store
+
+
+def test_rows_come_back_bitwise_with_their_notes(tmp_path: Path) -> None:
+    filled(tmp_path, ["a", "b"])
+    again = cache.open_store(tmp_path)
+    assert torch.equal(again.get("b"), torch.full((8, 4, 4), 1.0).half())
+    assert "a" in again
+    assert "c" not in again
+    header = next(tmp_path.glob("*.safetensors")).read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    assert json.loads(json.loads(header[8 : 8 + length])["__metadata__"]["notes"]) == {"a": [0], "b": [1]}
+
+
+def test_a_shard_is_named_after_its_bytes(tmp_path: Path) -> None:
+    filled(tmp_path / "one", ["a", "b"])
+    filled(tmp_path / "two", ["a", "b"])
+    names = [[p.name for p in (tmp_path / f).iterdir()] for f in ("one", "two")]
+    assert names[0] == names[1]
+    assert len(names[0]) == 1
+
+
+def test_every_damaged_byte_is_found(tmp_path: Path) -> None:
+    filled(tmp_path, ["a", "b"])
+    path = next(tmp_path.glob("*.safetensors"))
+    assert cache.damaged(tmp_path) == []
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 7):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert cache.damaged(tmp_path) == [path]
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 60, -1])
+def test_a_shard_cut_short_is_named(tmp_path: Path, keep: int) -> None:
+    filled(tmp_path, ["a", "b"])
+    path = next(tmp_path.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="cut short") as caught:
+        cache.open_store(tmp_path)
+    assert str(path) in caught.value.where
+
+
+def test_garbage_goes_and_the_rest_stays(tmp_path: Path) -> None:
+    filled(tmp_path, ["a", "b", "c"])
+    filled(tmp_path, ["d"])
+    freed = cache.collect_garbage(tmp_path, {"a", "c"})
+    store = cache.open_store(tmp_path)
+    assert sorted(store.shard_of) == ["a", "c"]
+    assert torch.equal(store.get("c"), torch.full((8, 4, 4), 2.0).half())
+    assert freed > 0
+    assert cache.damaged(tmp_path) == []
+    assert cache.collect_garbage(tmp_path, {"a", "c"}) == 0
+
+
+def test_values_that_do_not_fit_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match="cat.jpg"):
+        cache.finite([("dog.jpg", torch.ones(2)), ("cat.jpg", torch.tensor([1.0, float("inf")]))])
+
+
+def _write(folder: str, first: int) -> None:
+    filled(Path(folder), [f"row{first + i}" for i in range(20)])
+
+
+def test_processes_write_side_by_side(tmp_path: Path) -> None:
+    context = get_context("spawn")
+    workers = [context.Process(target=_write, args=(str(tmp_path), 10 * n)) for n in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [w.exitcode for w in workers] == [0, 0, 0]
+    assert len(cache.open_store(tmp_path).shard_of) == 40
+    assert not list(tmp_path.glob(".*"))

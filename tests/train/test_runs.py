@@ -1,0 +1,219 @@
+"""Whole runs: the exact files, the metrics, what is learned and what stays."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdxl_trainer import checkpoint
+from sdxl_trainer.errors import UserError
+from sdxl_trainer.log import read_metrics
+from sdxl_trainer.run import Start
+from sdxl_trainer.train import train
+
+FOLDERS = {"unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
+
+
+def test_a_run_leaves_exactly_these_files(config: Callable[..., Any], tmp_path: Path) -> None:
+    made = config(ema={"enabled": True}, validation={"prompts": ["a red circle", "a blue square"], "images": 2, "steps": 2})
+    output = train(made)
+    records = {"config.toml", "manifest.json", "metrics.jsonl", "report.html", "README.md", "model_index.json", "samples"}
+    assert {p.name for p in output.iterdir()} == FOLDERS | records | {"unet_raw", "checkpoint-2", "checkpoint-4"}
+    kept = {"unet", "unet_ema", "optimizer.safetensors", "state.json", "manifest.json"}
+    assert {p.name for p in (output / "checkpoint-4").iterdir()} == kept
+    names = {f"step-000004/{prompt}-{image}.png" for prompt in range(2) for image in range(2)}
+    assert {str(p.relative_to(output / "samples")) for p in (output / "samples").rglob("*.png")} == names
+    noted = [json.loads(line) for line in (output / "samples" / "samples.jsonl").read_text().splitlines()]
+    assert {row["file"] for row in noted} == names
+    assert {row["weights"] for row in noted} == {"ema"}
+    rows = read_metrics(output / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["epoch"] for row in rows] == [0, 0, 0, 1]
+    assert all(row["learning_rate"] == 1e-3 and row["grad_norm"] > 0 for row in rows)
+
+
+def test_the_result_is_a_pipeline_of_diffusers_with_the_trained_unet(
+    config: Callable[..., Any], base: Path
+) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    output = train(config())
+    pipeline = StableDiffusionXLPipeline.from_pretrained(output)
+    pipeline.set_progress_bar_config(disable=True)
+    trained = checkpoint.read_weights(output / "checkpoint-4" / "unet")
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in pipeline.unet.state_dict().items())
+    before = checkpoint.read_weights(base / "unet")
+    moved = [name for name in trained if not torch.equal(trained[name], before[name])]
+    assert len(moved) > 0.9 * len(trained)
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        was, now = checkpoint.read_weights(base / part), checkpoint.read_weights(output / part)
+        assert all(torch.equal(now[name], tensor) for name, tensor in was.items())
+    assert pipeline("a red circle", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
+
+
+@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained:FutureWarning")  # EMAModel's own call
+def test_averaged_and_raw_weights_are_both_kept(config: Callable[..., Any]) -> None:
+    from diffusers import UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+
+    output = train(config(ema={"enabled": True}))
+    raw, averaged = (checkpoint.read_weights(output / name) for name in ("unet_raw", "unet"))
+    assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
+    saved = checkpoint.read_weights(output / "checkpoint-4" / "unet_ema")
+    assert all(torch.equal(saved[name], averaged[name]) for name in averaged)
+    loaded = EMAModel.from_pretrained(output / "checkpoint-4" / "unet_ema", UNet2DConditionModel)
+    assert loaded.optimization_step == 4
+
+
+def test_only_what_the_rules_name_learns(config: Callable[..., Any], base: Path) -> None:
+    output = train(config(learn=[{"match": r"unet\..*attn2.*"}], train={"steps": 2}))
+    before, after = (checkpoint.read_weights(folder) for folder in (base / "unet", output / "unet"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all("attn2" in name for name in moved)
+
+
+def test_v_prediction_with_zero_terminal_snr_is_saved_with_its_scheduler(config: Callable[..., Any]) -> None:
+    from diffusers import DDPMScheduler
+
+    objective = {"prediction": "v_prediction", "zero_terminal_snr": True, "snr_gamma": 5.0}
+    output = train(config(objective=objective, train={"steps": 1}))
+    saved = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["prediction_type"] == "v_prediction"
+    assert saved["rescale_betas_zero_snr"] is True
+    assert saved["timestep_spacing"] == "trailing"
+    assert DDPMScheduler.from_pretrained(output / "scheduler").alphas_cumprod[-1] == 0.0
+
+
+def test_micro_batches_do_not_change_the_result(config: Callable[..., Any], tmp_path: Path) -> None:
+    """Batch 4 = 2 x 2 = 4 x 1; six pictures, so that each epoch also ends in a smaller batch."""
+    losses = []
+    for micro in (4, 2, 1, 3):
+        # AdamW's first steps divide each gradient by its own size: at a high rate they blow up rounding.
+        sizes = {"batch_size": 4, "micro_batch": micro, "steps": 5, "learning_rate": 1e-4}
+        output = train(config(train=sizes, output_dir=str(tmp_path / f"micro{micro}")))
+        losses.append([row["loss"] for row in read_metrics(output / "metrics.jsonl")])
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "train_options",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"weights": "bf16"},
+        {"gradient_checkpointing": True},
+        {"max_grad_norm": 0.0},
+        {"workers": 0},
+    ],
+    ids=str,
+)
+def test_every_way_to_compute_trains(config: Callable[..., Any], capfd: Any, train_options: dict[str, Any]) -> None:
+    output = train(config(train={"steps": 2, **train_options}))
+    losses = [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
+    assert len(losses) == 2
+    assert all(0.3 < loss < 3 for loss in losses)
+    said = "computing in bf16" in capfd.readouterr().err
+    assert said == (train_options.get("precision") == "fp16")
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor"])
+def test_every_optimizer_lowers_the_loss_of_the_same_sample(config: Callable[..., Any], name: str) -> None:
+    """One picture, noise drawn anew: the loss of the last steps is below that of the first."""
+    sizes = {"steps": 30, "batch_size": 2, "learning_rate": 2e-3, "checkpoint_every": 0}
+    output = train(config(optimizer={"name": name}, train=sizes, data=[{"max_samples": 2}]))
+    losses = [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+
+
+def test_checkpointing_in_the_backward_pass_changes_nothing(config: Callable[..., Any], tmp_path: Path) -> None:
+    outputs = [
+        train(config(train={"gradient_checkpointing": on}, output_dir=str(tmp_path / str(on)))) for on in (False, True)
+    ]
+    one, two = ([row["loss"] for row in read_metrics(output / "metrics.jsonl")] for output in outputs)
+    assert one == pytest.approx(two, rel=1e-6)
+
+
+def test_checkpoints_are_limited(config: Callable[..., Any]) -> None:
+    output = train(config(train={"steps": 6, "checkpoints_limit": 2}))
+    assert {c.step for c in checkpoint.found(output)} == {4, 6}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
+    config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    from sdxl_trainer.objective import Objective
+
+    loss, calls = Objective.loss, []
+
+    def poisoned(self: Objective, *tensors: Any) -> torch.Tensor:
+        calls.append(1)
+        return loss(self, *tensors) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(Objective, "loss", poisoned)
+    made = config(optimizer={"name": optimizer}, log={"every": 10})
+    with pytest.raises(UserError, match="step 3 is not finite") as caught:
+        train(made)
+    assert ".png" in caught.value.where
+    output = Path(made.output_dir)
+    assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == [1, 2]
+    monkeypatch.setattr(Objective, "loss", loss)
+    losses = [row["loss"] for row in read_metrics(train(made) / "metrics.jsonl")]
+    whole = config(optimizer={"name": optimizer}, output_dir=f"{made.output_dir}-whole")
+    assert losses == [row["loss"] for row in read_metrics(train(whole) / "metrics.jsonl")]
+
+
+def test_already_done_is_said_and_nothing_changes(config: Callable[..., Any], capfd: Any) -> None:
+    made = config()
+    output = train(made)
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()}
+    assert train(made) == output
+    assert "already done" in capfd.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()} == before
+
+
+def test_fresh_refuses_a_folder_that_holds_a_run(config: Callable[..., Any]) -> None:
+    train(config(train={"steps": 1}))
+    with pytest.raises(UserError, match="already holds a run"):
+        train(config(train={"steps": 1}), Start("new"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": {"learning_rate": 2e-3}},
+        {"seed": 1},
+        {"data": [{"caption_dropout": 0.5}]},
+        {"objective": {"snr_gamma": 5.0}},
+    ],
+    ids=str,
+)
+def test_another_run_is_not_continued(config: Callable[..., Any], change: dict[str, Any]) -> None:
+    train(config(train={"steps": 2}))
+    with pytest.raises(UserError, match="this folder holds a run with"):
+        train(config(**change))
+
+
+def test_a_warm_start_imports_nothing_that_only_a_cold_one_needs(config: Callable[..., Any], tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    from sdxl_trainer.configfile import dumps
+
+    train(config(train={"steps": 1}))
+    path = tmp_path / "warm.toml"
+    path.write_text(dumps(config(output_dir=str(tmp_path / "warm"), train={"steps": 1})))
+    code = (
+        "import sys; from pathlib import Path; from sdxl_trainer import configfile, train, report, publish;"
+        f"train.train(configfile.load(Path({str(path)!r})));"
+        "cold = ['sdxl_trainer.text', 'sdxl_trainer.data.images', 'datasets', 'diffusers.models.autoencoders',"
+        " 'diffusers.pipelines.stable_diffusion_xl', 'transformers.models.clip.modeling_clip'];"
+        "print([name for name in cold if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
