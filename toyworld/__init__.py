@@ -5,7 +5,7 @@ It stands beside the trainer and knows nothing of it. `scene` -> `caption` and `
 """
 
 from toyworld.folder import sheet, write_folder
-from toyworld.grammar import PLACES, RELATIONS, SIZES, Scene, Thing, caption, held_out, scene
+from toyworld.grammar import PLACES, RELATIONS, SIZES, Scene, Thing, caption, held_out, prompts, scene
 from toyworld.palette import COLOURS
 from toyworld.render import draw
 from toyworld.shapes import BASE_SHAPES, NEW_SHAPES, TEXTURES
@@ -23,6 +23,7 @@ __all__ = [
     "caption",
     "draw",
     "held_out",
+    "prompts",
     "scene",
     "sheet",
     "write_folder",

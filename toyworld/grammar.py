@@ -199,3 +199,14 @@ def caption(scene: Scene, seed: int, index: int, *, terse: float = 0.0) -> str:
         relation=_pick(_SAY_RELATION[relation], u[8]) if relation else "",
     )
     return words.replace("a orange background", "an orange background")
+
+
+def prompts(
+    n: int, seed: int, *, shapes: Sequence[str] = tuple(BASE_SHAPES), count: int | None = 1
+) -> list[tuple[Scene, str]]:
+    """`n` scenes with full captions to ask a model for: every second one, from the first on, is a held-out combination.
+
+    Take a `seed` that no training data was made with.
+    """
+    scenes = [scene(seed, index, holdout=index % 2 == 0, shapes=shapes, count=count) for index in range(n)]
+    return [(made, caption(made, seed, index)) for index, made in enumerate(scenes)]

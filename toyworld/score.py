@@ -94,10 +94,14 @@ def _label(mask: Mask) -> NDArray[np.int32]:
         return label
 
     edges = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)
-    above: list[tuple[int, int, int]] = []
-    for y, row in enumerate(edges):
-        runs = []
-        for start, stop in zip(np.flatnonzero(row > 0).tolist(), np.flatnonzero(row < 0).tolist(), strict=True):
+    rows, starts = (axis.tolist() for axis in np.nonzero(edges > 0))
+    stops = np.nonzero(edges < 0)[1].tolist()
+    above: list[tuple[int, int, int]] = []  # (start, stop, label) of the runs of the row before
+    for y, runs in itertools.groupby(zip(rows, starts, stops, strict=True), key=lambda run: run[0]):
+        if y > 0 and not mask[y - 1].any():
+            above = []
+        here = []
+        for _, start, stop in runs:
             touching = [root(label) for first, last, label in above if first <= stop and start <= last]
             mine = min(touching, default=len(parent))
             if not touching:
@@ -105,8 +109,8 @@ def _label(mask: Mask) -> NDArray[np.int32]:
             for other in touching:
                 parent[other] = mine
             labels[y, start:stop] = mine
-            runs.append((start, stop, mine))
-        above = runs
+            here.append((start, stop, mine))
+        above = here
     return np.array([root(label) for label in range(len(parent))], dtype=np.int32)[labels]
 
 

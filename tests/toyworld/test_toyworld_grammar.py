@@ -111,6 +111,13 @@ def test_phrasings_vary_and_terse_ones_leave_something_out() -> None:
     assert not terse & full
 
 
+def test_every_second_prompt_is_unseen_and_says_all_that_is_scored() -> None:
+    asked = tw.prompts(60, 5)
+    assert [tw.held_out(made.things[0]) for made, _ in asked] == [True, False] * 30
+    assert all(len(made.things) == 1 and made.things[0].shape in words for made, words in asked)
+    assert len({words for _, words in asked}) == 60
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_new_shape_is_drawn_only_when_asked_for(count: int) -> None:
     assert not set(tw.NEW_SHAPES) & set(tw.BASE_SHAPES)
