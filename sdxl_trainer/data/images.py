@@ -5,7 +5,8 @@ Decisions (each changes pixels; `DECODER` is part of the cache keys and must cha
 - Pictures with an embedded ICC profile are converted to sRGB, which is what the VAE was trained on: shown without
   conversion, wide-gamut photographs are dull. A profile that maps every colour to (nearly) itself is left alone, and
   one that is broken or of another colour space than the picture is ignored, as browsers do.
-- 16-bit pictures are scaled to 8 bits, never clipped (colour ones by Pillow, which rounds down). 32-bit ones have no defined range: see `_full_scale`.
+- 16-bit pictures are scaled to 8 bits, never clipped (colour ones by Pillow, which rounds down). 32-bit ones have no
+  defined range: see `_full_scale`.
 - The first frame of animations is used.
 """
 
@@ -77,7 +78,7 @@ FOREIGN = (
     (0, b"PK\x03\x04", "a zip archive", "unpack it"),
     (4, b"ftyphei", "a HEIC photo", CONVERT),
     (4, b"ftypmif", "a HEIC photo", CONVERT),
-    (4, b"ftypavif", "an AVIF picture, which this Pillow cannot read", CONVERT),
+    (4, b"ftypavif", "a damaged AVIF picture, or one that this Pillow cannot read", CONVERT),
     (4, b"ftyp", "a video", "take the frames out of it"),
     (0, b"\xff\x0a", "a JPEG XL picture", CONVERT),
     (0, b"\0\0\0\x0cJXL", "a JPEG XL picture", CONVERT),
@@ -158,7 +159,7 @@ def _unidentified(content: bytes, name: str) -> UserError:
     start = content[:64].lstrip(b"\xef\xbb\xbf \t\r\n") if content[:1] in b"<\xef \t\r\n" else content[:64]
     for offset, mark, what, fix in FOREIGN:
         if start[offset : offset + len(mark)].lower() == mark.lower():
-            return UserError(f"not a picture but {what}", name, fix)
+            return UserError(f"not a picture that can be read, but {what}", name, fix)
     supported = ", ".join(FORMATS)
     return UserError(f"not a picture that can be read ({supported}), or its beginning is damaged", name, REPLACE)
 
