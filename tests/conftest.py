@@ -29,7 +29,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six pictures of several sizes with metadata.jsonl."""
-    return draw_folder(tmp_path_factory.mktemp("pictures"), [(80, 100), (96, 72), (64, 64), (70, 130), (90, 90), (120, 66)])
+    return draw_folder(
+        tmp_path_factory.mktemp("pictures"), [(80, 100), (96, 72), (64, 64), (70, 130), (90, 90), (120, 66)]
+    )
 
 
 def draw_folder(folder: Path, sizes: list[tuple[int, int]]) -> Path:

@@ -18,9 +18,19 @@ FOLDERS = {"unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokeni
 
 
 def test_a_run_leaves_exactly_these_files(config: Callable[..., Any], tmp_path: Path) -> None:
-    made = config(ema={"enabled": True}, validation={"prompts": ["a red circle", "a blue square"], "images": 2, "steps": 2})
+    made = config(
+        ema={"enabled": True}, validation={"prompts": ["a red circle", "a blue square"], "images": 2, "steps": 2}
+    )
     output = train(made)
-    records = {"config.toml", "manifest.json", "metrics.jsonl", "report.html", "README.md", "model_index.json", "samples"}
+    records = {
+        "config.toml",
+        "manifest.json",
+        "metrics.jsonl",
+        "report.html",
+        "README.md",
+        "model_index.json",
+        "samples",
+    }
     assert {p.name for p in output.iterdir()} == FOLDERS | records | {"unet_raw", "checkpoint-2", "checkpoint-4"}
     kept = {"unet", "unet_ema", "optimizer.safetensors", "state.json", "manifest.json"}
     assert {p.name for p in (output / "checkpoint-4").iterdir()} == kept
@@ -35,9 +45,7 @@ def test_a_run_leaves_exactly_these_files(config: Callable[..., Any], tmp_path: 
     assert all(row["learning_rate"] == 1e-3 and row["grad_norm"] > 0 for row in rows)
 
 
-def test_the_result_is_a_pipeline_of_diffusers_with_the_trained_unet(
-    config: Callable[..., Any], base: Path
-) -> None:
+def test_the_result_is_a_pipeline_of_diffusers_with_the_trained_unet(config: Callable[..., Any], base: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     output = train(config())

@@ -1,0 +1,141 @@
+"""Killed, interrupted, resumed: the result is bitwise that of a run that nothing happened to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdxl_trainer import checkpoint, files
+from sdxl_trainer.configfile import dumps
+from sdxl_trainer.log import read_metrics
+
+# Everything that is drawn at random is on.
+EVERYTHING = {
+    "data": [{"crop": "random", "flip": True, "caption_dropout": 0.3, "crops_per_image": 3}],
+    "objective": {"noise_offset": 0.05, "snr_gamma": 5.0},
+    "timesteps": {"bias": "later", "multiplier": 2.0},
+    "ema": {"enabled": True},
+    "schedule": {"name": "cosine", "warmup_steps": 3},
+    "train": {"steps": 12, "batch_size": 4, "micro_batch": 3, "checkpoint_every": 3, "learning_rate": 1e-3},
+}
+MODULES = ["sdxl_trainer.train", "sdxl_trainer.configfile", "diffusers.models.unets.unet_2d_condition", "accelerate"]
+
+
+def run(path: str) -> None:
+    """Child process: sdxl train."""
+    torch.set_num_threads(1)
+    from sdxl_trainer.cli import guarded
+    from sdxl_trainer.configfile import load
+    from sdxl_trainer.train import train
+
+    sys.exit(guarded(lambda: train(load(Path(path)))))
+
+
+@pytest.fixture(scope="module")
+def spawn() -> Callable[[Path], Any]:
+    """Starts a training process from a server that has imported everything already."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(MODULES)
+
+    def start(path: Path) -> Any:
+        process = context.Process(target=run, args=(str(path),))
+        process.start()
+        return process
+
+    return start
+
+
+def write(config: Any, path: Path) -> Path:
+    path.write_text(dumps(config), encoding="utf-8")
+    return path
+
+
+def until(condition: Callable[[], Any], process: Any, seconds: float = 120.0) -> None:
+    limit = time.monotonic() + seconds
+    while process.is_alive() and not condition():
+        assert time.monotonic() < limit, "the run did not get there"
+        time.sleep(0.002)
+
+
+def result(output: Path) -> dict[str, str]:
+    """Hashes of everything that must not differ."""
+    hashes = {}
+    for name in ("unet", "unet_raw", "checkpoint-12"):
+        hashes |= {f"{name}/{file}": digest for file, digest in files.tree_hashes(output / name).items()}
+    return {name: digest for name, digest in hashes.items() if name.endswith(".safetensors")}
+
+
+def losses(output: Path) -> list[tuple[int, float, float]]:
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(output / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
+def test_interrupted_runs_end_bitwise_alike(
+    config: Callable[..., Any], tmp_path: Path, spawn: Callable[[Path], Any], optimizer: str
+) -> None:
+    options = {**EVERYTHING, "optimizer": {"name": optimizer}}
+    whole = tmp_path / "whole"
+    process = spawn(write(config(**options, output_dir=str(whole)), tmp_path / "whole.toml"))
+    process.join()
+    assert process.exitcode == 0
+
+    broken = tmp_path / "broken"
+    path = write(config(**options, output_dir=str(broken)), tmp_path / "broken.toml")
+
+    def lines(count: int) -> Callable[[], bool]:
+        return lambda: len(read_metrics(broken / "metrics.jsonl")) >= count
+
+    stops = [
+        (lines(1), signal.SIGKILL),
+        (lambda: list(broken.glob(".checkpoint-*.tmp")), signal.SIGKILL),  # in the middle of a checkpoint
+        (lines(5), signal.SIGTERM),
+        (lines(7), signal.SIGKILL),
+        (lines(10), signal.SIGINT),
+    ]
+    exits = []
+    for reached, number in stops:
+        process = spawn(path)
+        until(reached, process)
+        os.kill(process.pid, number)
+        process.join()
+        exits.append(process.exitcode)
+        checkpoints = checkpoint.found(broken)
+        assert all(checkpoint.verify(c) for c in checkpoints)
+    assert exits == [-9, -9, 143, -9, 130]
+    process = spawn(path)
+    process.join()
+    assert process.exitcode == 0
+    assert losses(broken) == losses(whole)
+    assert [step for step, _, _ in losses(broken)] == list(range(1, 13))
+    assert result(broken) == result(whole)
+    assert not list(broken.glob(".*"))
+
+
+def test_two_processes_take_the_same_steps(config: Callable[..., Any], tmp_path: Path) -> None:
+    """Same samples, noise and timesteps on one process and two, with batches that do not divide evenly."""
+    options = {**EVERYTHING, "train": {**EVERYTHING["train"], "learning_rate": 1e-5, "steps": 6}}
+    outputs = []
+    for processes in (1, 2):
+        output = tmp_path / f"processes{processes}"
+        path = write(config(**options, output_dir=str(output)), tmp_path / f"{processes}.toml")
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        command = [*launch, "-m", "sdxl_trainer", "train", str(path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads((output / "manifest.json").read_text())["hardware"]["processes"] == processes
+        outputs.append(output)
+    one, two = (losses(output) for output in outputs)
+    assert [step for step, _, _ in two] == [step for step, _, _ in one]
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(one, two, strict=True):
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert other_norm == pytest.approx(norm, rel=1e-4)
