@@ -30,8 +30,12 @@ def test_learning_rates_are_those_of_diffusers(options: LearningRate) -> None:
     # A rate so high that the absolute end of diffusers' polynomial (1e-7) does not show.
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e3)
     reference = get_scheduler(
-        options.name, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=50,
-        num_cycles=options.cycles, power=options.power,
+        options.name,
+        optimizer,
+        num_warmup_steps=options.warmup_steps,
+        num_training_steps=50,
+        num_cycles=options.cycles,
+        power=options.power,
     )
     for step in range(50):
         assert optim.factor(options, step, 50) * 1e3 == pytest.approx(reference.get_last_lr()[0], abs=1e-6)
@@ -47,8 +51,11 @@ def network() -> nn.Module:
 
 
 def test_the_first_rule_that_matches_decides() -> None:
-    rules = (Learn(match=r"unet\.0\.bias", learning_rate=0.0), Learn(match=r"unet\.0\..*", learning_rate=5e-4),
-             Learn(match=r"unet\..*", weight_decay=0.5))
+    rules = (
+        Learn(match=r"unet\.0\.bias", learning_rate=0.0),
+        Learn(match=r"unet\.0\..*", learning_rate=5e-4),
+        Learn(match=r"unet\..*", weight_decay=0.5),
+    )
     module = network()
     groups = parameters.apply_rules(module, rules, TRAIN, Optimizer())
     assert [(g.names, g.learning_rate, g.weight_decay) for g in groups] == [

@@ -52,6 +52,15 @@ class Keys:
         return cache.key("text", TEXT_VERSION, caption, self.text, self.text_precision)
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Pixels uint8 [h, w, 3] of a picture under one of its geometries."""
+
+    picture: Picture
+    geometry: Geometry
+    pixels: np.ndarray
+
+
 def keys(base: Base, options: Cache, text_precision: str, memo: Memo) -> Keys:
     text = [base.hash(p, memo) for p in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")]
     made = Keys(base.hash("vae", memo), options.vae_precision, cache.key(*text), text_precision)
@@ -82,15 +91,23 @@ def fill_latents(
     )
     vae = vae.to(device).eval().requires_grad_(False)
     writer, problems, done = cache.Writer(store), list[UserError](), 0
-    for group in _by_size(work).values():
-        for batch in _decoded(group, options):
-            problems += [result for _, result in batch if isinstance(result, UserError)]
-            good = [(item, pixels) for item, pixels in batch if not isinstance(pixels, UserError)]
-            if good:
-                _encode_pictures(vae, writer, keys, good, device)
-            done += len(batch)
-            progress(done, len(work), "pictures")
-    writer.flush()
+    waiting: dict[tuple[int, int], list[Decoded]] = {}
+    try:
+        for decoded in _decoded(work, options):
+            if isinstance(decoded, UserError):
+                problems.append(decoded)
+                continue
+            batch = waiting.setdefault(decoded.geometry.target, [])
+            batch.append(decoded)
+            if len(batch) == options.batch_size:
+                _encode_pictures(vae, writer, keys, waiting.pop(decoded.geometry.target), device)
+                done += len(batch)
+                progress(done, len(work), "pictures")
+        for batch in waiting.values():
+            _encode_pictures(vae, writer, keys, batch, device)
+        progress(len(work), len(work), "pictures")
+    finally:
+        writer.flush()
     raise_all(problems)
 
 
@@ -124,57 +141,59 @@ def fill_texts(
     return [c for c, over in zip(captions, text.overflows(encoders.tokenizers[0], captions), strict=True) if over]
 
 
-def _by_size(work: Sequence[tuple[Picture, Geometry]]) -> dict[tuple[int, int], list[tuple[Picture, Geometry]]]:
-    groups: dict[tuple[int, int], list[tuple[Picture, Geometry]]] = {}
-    for picture, geometry in work:
-        groups.setdefault(geometry.target, []).append((picture, geometry))
-    return groups
-
-
 class _Decoder(torch.utils.data.Dataset[Any]):
-    """Decodes in worker processes: item -> ((picture, geometry), uint8 pixels [h, w, 3] or the error)."""
+    """Decodes in worker processes, each picture once: item -> pixels of all its geometries, or the error."""
 
-    def __init__(self, work: Sequence[tuple[Picture, Geometry]]) -> None:
+    def __init__(self, work: Sequence[tuple[Picture, list[Geometry]]]) -> None:
         self.work = work
 
     def __len__(self) -> int:
         return len(self.work)
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | UserError]:
+    def __getitem__(self, index: int) -> tuple[int, list[np.ndarray] | UserError]:
         from sdxl_trainer.data import images
 
-        picture, geometry = self.work[index]
+        picture, geometries = self.work[index]
+        scaled: dict[tuple[int, int], Any] = {}
         try:
             image = images.decode(picture.record.read(), picture.name)
-            return index, images.pixels(image, geometry, picture.data.interpolation)
         except UserError as error:
             return index, error
+        for geometry in geometries:
+            if geometry.resized not in scaled:
+                scaled[geometry.resized] = images.resized(image, geometry, picture.data.interpolation)
+        return index, [images.cut(scaled[geometry.resized], geometry) for geometry in geometries]
 
 
-def _decoded(
-    work: Sequence[tuple[Picture, Geometry]], options: Cache
-) -> Iterator[list[tuple[tuple[Picture, Geometry], np.ndarray | UserError]]]:
+def _decoded(work: Sequence[tuple[Picture, Geometry]], options: Cache) -> Iterator[Decoded | UserError]:
+    """Pixels of every (picture, geometry), in the order of the work but with a picture's geometries together."""
+    grouped: dict[int, tuple[Picture, list[Geometry]]] = {}
+    for picture, geometry in work:
+        grouped.setdefault(id(picture), (picture, []))[1].append(geometry)
+    items = list(grouped.values())
     workers = min(8, os.cpu_count() or 1) if options.workers is None else options.workers
     loader = torch.utils.data.DataLoader(
-        _Decoder(work), batch_size=options.batch_size, num_workers=min(workers, len(work)), collate_fn=list
+        _Decoder(items), batch_size=None, num_workers=min(workers, len(items)), collate_fn=_unchanged
     )
-    for batch in loader:
-        yield [(work[index], pixels) for index, pixels in batch]
+    for index, result in loader:
+        picture, geometries = items[index]
+        if isinstance(result, UserError):
+            yield result
+        else:
+            yield from (Decoded(picture, g, pixels) for g, pixels in zip(geometries, result, strict=True))
+
+
+def _unchanged(item: Any) -> Any:
+    return item
 
 
 @torch.no_grad()
-def _encode_pictures(
-    vae: Any,
-    writer: cache.Writer,
-    keys: Keys,
-    batch: list[tuple[tuple[Picture, Geometry], np.ndarray]],
-    device: torch.device,
-) -> None:
+def _encode_pictures(vae: Any, writer: cache.Writer, keys: Keys, batch: list[Decoded], device: torch.device) -> None:
     """Rows [8, h, w] fp16: mean and standard deviation of the latents, unscaled (law 3)."""
-    stacked = torch.from_numpy(np.stack([pixels for _, pixels in batch])).to(device)
+    stacked = torch.from_numpy(np.stack([item.pixels for item in batch])).to(device)
     scaled = (stacked.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(vae.dtype)
     posterior = vae.encode(scaled).latent_dist
     rows: Tensor = torch.cat([posterior.mean, posterior.std], dim=1).half().cpu()
-    cache.finite((picture.name, row) for ((picture, _), _), row in zip(batch, rows, strict=True))
-    for ((picture, geometry), _), row in zip(batch, rows, strict=True):
-        writer.add(keys.latent(picture, geometry), row, geometry.to_json())
+    cache.finite((item.picture.name, row) for item, row in zip(batch, rows, strict=True))
+    for item, row in zip(batch, rows, strict=True):
+        writer.add(keys.latent(item.picture, item.geometry), row, item.geometry.to_json())

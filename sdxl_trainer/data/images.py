@@ -115,17 +115,24 @@ def decode(content: bytes, name: str) -> Image.Image:
 
 
 def pixels(image: Image.Image, geometry: Geometry, interpolation: str) -> np.ndarray:
-    """The training picture, uint8 [height, width, 3]: resized with a filter of `FILTERS`, mirrored, then cropped.
+    """The training picture, uint8 [height, width, 3]: resized with a filter of `FILTERS`, mirrored, then cropped."""
+    return cut(resized(image, geometry, interpolation), geometry)
 
-    The geometry must be made for this picture: ValueError otherwise.
-    """
-    (rows, columns), (top, left), (height, width) = geometry.resized, geometry.crop, geometry.target
+
+def resized(image: Image.Image, geometry: Geometry, interpolation: str) -> Image.Image:
+    """The picture in the geometry's resized size, which several crops may share. ValueError if the geometry was not
+    made for this picture."""
+    rows, columns = geometry.resized
     if (image.height, image.width) != geometry.original:
         raise ValueError(f"the picture is {image.height} x {image.width}, its geometry is for {geometry.original}")
+    return image if image.size == (columns, rows) else image.resize((columns, rows), FILTERS[interpolation])
+
+
+def cut(image: Image.Image, geometry: Geometry) -> np.ndarray:
+    """Mirror and crop a resized picture: uint8 [height, width, 3]. ValueError if the crop leaves the picture."""
+    (rows, columns), (top, left), (height, width) = geometry.resized, geometry.crop, geometry.target
     if top < 0 or left < 0 or top + height > rows or left + width > columns:
         raise ValueError(f"the crop leaves the picture: {geometry}")
-    if image.size != (columns, rows):
-        image = image.resize((columns, rows), FILTERS[interpolation])
     if geometry.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.array(image.crop((left, top, left + width, top + height)))

@@ -72,7 +72,7 @@ def test_garbage_goes_and_the_rest_stays(tmp_path: Path) -> None:
 
 
 def test_values_that_do_not_fit_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match="cat.jpg"):
+    with pytest.raises(UserError, match=r"cat\.jpg"):
         cache.finite([("dog.jpg", torch.ones(2)), ("cat.jpg", torch.tensor([1.0, float("inf")]))])
 
 

@@ -75,9 +75,7 @@ def test_every_crop_lies_inside(height: int, width: int, content: int, flip: boo
         made = variants(options(crop=crop, flip=flip, **more), (height, width), content, "p")
         assert len(made) == len(set(made)) <= max(1, crops) * (1 + flip)
         for geometry in made:
-            for free, corner in zip(
-                np.subtract(geometry.resized, geometry.target), geometry.crop, strict=True
-            ):
+            for free, corner in zip(np.subtract(geometry.resized, geometry.target), geometry.crop, strict=True):
                 assert 0 <= corner <= free
             assert min(geometry.resized) == 64
             assert max(geometry.resized) == max(height, width) * 64 // min(height, width)
