@@ -4,6 +4,8 @@ The `datasets` library finds, downloads and converts; what it leaves are Arrow f
 there. A worker process therefore needs neither the library nor the network, and a record is a few strings.
 """
 
+import errno
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from sdxl_trainer.data.records import Record
 from sdxl_trainer.data.sources.folder import clean, read_file, refuse
 from sdxl_trainer.errors import UserError, closest
 
+log = logging.getLogger("sdxl_trainer")
 PROBLEMS = {
     "outside": ("rows name pictures outside of the dataset", "put the pictures into the dataset's folder"),
     "missing": ("rows name pictures that do not exist", "restore the files, or remove the rows"),
@@ -125,6 +128,8 @@ def _not_loaded(error: Exception, place: str, local: Path | None) -> UserError:
         return UserError(said, place, "set 'name' to one of the configurations")
     if "scripts are no longer supported" in said:
         return UserError(said, place, "use a copy of the dataset in parquet files")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return UserError(said, place, "make space, or set cache.datasets_dir to a folder with more of it")
     if "data file" in said:
         return UserError(said, place, "set 'folder' to the sub-folder with the data files, or remove it")
     cause = f" ({error.__cause__})" if error.__cause__ else ""
@@ -162,6 +167,7 @@ def _records(
     refuse(problems, PROBLEMS, place)
     if not found:
         raise UserError(f"split '{split}' has no rows", place, "choose another split, or remove the data set")
+    log.info("%s: %d pictures of split '%s'", place, len(found), split)
     return found
 
 
@@ -235,7 +241,8 @@ def _paths(column: Any) -> list[str | None]:
     if types.is_string(column.type) or types.is_large_string(column.type):
         return [path or None for path in column.to_pylist()]
     stored = compute.struct_field(column, "bytes") if types.is_struct(column.type) else column
-    sizes = compute.binary_length(stored).to_pylist()
+    # A parquet file in which no row stores a picture may leave the type of the bytes open.
+    sizes = [None] * len(stored) if types.is_null(stored.type) else compute.binary_length(stored).to_pylist()
     if not types.is_struct(column.type):
         return ["" if size else None for size in sizes]
     paths = compute.struct_field(column, "path").to_pylist()

@@ -49,7 +49,7 @@ def records(data: Data, tree: Tree, split: str, place: str) -> list[Record]:
         raise _no_pictures(tree, place)
     names = _in_split(tree, split, place)
     problems: dict[str, list[str]] = defaultdict(list)
-    problems["zero"] = [name for name in tree.empty if name in names]
+    problems["zero"] = sorted(set(tree.empty) & set(names), key=natural)
     listed = _listed(data, tree, names, place, problems)
     governed = [posixpath.dirname(name) for name in tree.metadata]
     found = []
@@ -164,6 +164,8 @@ def _resolved(tree: Tree, row: metadata.Row) -> tuple[str, str | None]:
     """The name under which the tree knows a row's picture, and what is wrong with it if it does not."""
     written = row.file_name or ""
     folder = posixpath.dirname(row.metadata)
+    if "\0" in written:
+        return written, "missing"
     for candidate in (written, written.replace("\\", "/")):
         if posixpath.isabs(candidate) or candidate[1:3] in {":\\", ":/"}:
             return written, "outside"
@@ -177,7 +179,7 @@ def _resolved(tree: Tree, row: metadata.Row) -> tuple[str, str | None]:
         return name, "outside"
     if inside in tree.pictures:
         return inside, None
-    return name, "foreign" if Path(real).is_file() else "missing"
+    return name, "foreign" if os.path.lexists(real) else "missing"
 
 
 def _with_hint(tree: Tree, row: metadata.Row, trouble: str) -> str:
