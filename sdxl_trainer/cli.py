@@ -1,6 +1,7 @@
 """The command `sdxl`. Nothing heavy is imported before it is needed; the only place that catches UserError."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,16 +19,32 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="the run
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="options to change")]
 
 
+# What typer raises for a command line that it cannot read; newer versions keep it in a private module.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
 def main() -> None:
     """Run the command; the exit status is 0 done, 2 the user can fix it, 130 or 143 interrupted after saving."""
-    sys.exit(guarded(app))
+    sys.exit(guarded(command))
 
 
-def guarded(command: object) -> int:
-    """Run a command and turn what is meant for the user into lines and an exit status."""
-    assert callable(command)
+def command() -> int:
+    """The command line; what is wrong with it is told like everything else."""
     try:
-        command()
+        return app(standalone_mode=False) or 0
+    except UsageError as error:
+        context, message = error.ctx, error.format_message()  # type: ignore[attr-defined]
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(message, end="\n" if message else "")  # empty if typer has printed its help already
+            return 2
+        path = context.command_path if context else "sdxl"
+        raise UserError(message, path, f"see: {path} --help") from None
+
+
+def guarded(command: Callable[[], object]) -> int:
+    """Run a command and turn what is meant for the user into lines and an exit status."""
+    try:
+        status = command()
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -39,7 +56,7 @@ def guarded(command: object) -> int:
             raise
         print("interrupted; the same command continues", file=sys.stderr)
         return 128 + error.args[0]
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 @app.command()
@@ -109,11 +126,13 @@ def report(run: Annotated[Path, typer.Argument(help="a run's output folder")]) -
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    table: Annotated[bool, typer.Option("--table", help="as a table for people instead")] = False,
+) -> None:
     """Print the JSON Schema of the config file, for editors."""
-    from sdxl_trainer.configfile import schema as text
+    from sdxl_trainer import configfile
 
-    print(text(), end="")
+    print(configfile.options_table() if table else configfile.schema(), end="")
 
 
 @app.command()

@@ -12,7 +12,8 @@ class UserError(Exception):
         self.what, self.where, self.fix = what, where, fix
 
     def __str__(self) -> str:
-        return f"error: {self.what}\n   at: {self.where}\n  fix: {self.fix}"
+        what, where, fix = (_one_line(text) for text in (self.what, self.where, self.fix))
+        return f"error: {what}\n   at: {where}\n  fix: {fix}"
 
 
 def closest(name: str, allowed: Iterable[str]) -> str:
@@ -27,3 +28,8 @@ def shortened(names: Iterable[str], limit: int = 10) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def _one_line(text: str) -> str:
+    """Messages of libraries, captions and file names may hold line breaks."""
+    return " ".join(part.strip() for part in str(text).splitlines() if part.strip())
