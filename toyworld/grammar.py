@@ -121,7 +121,7 @@ def scene(
     """Scene number `index` of world `seed`.
 
     `holdout`: False for scenes without any held-out combination (train on these), True for scenes with one (ask for
-    these), None for all. `shapes`: what may be drawn; `count`: 1 or 2 objects, None for three to one.
+    these), None for all. `shapes`: what may be drawn; `count`: 1 or 2 objects, None for two in a quarter of the scenes.
     """
     block = 0
     while True:
@@ -176,7 +176,7 @@ def caption(scene: Scene, seed: int, index: int, *, terse: float = 0.0) -> str:
     """One of many phrasings of `scene`, chosen by `(seed, index)`.
 
     It always says the shapes, the colours, any texture but plain, the background, and the place or the relation;
-    with a chance of `terse` only part of that. The size is said half of the time.
+    of one object, with a chance of `terse`, only part of that. The size is said half of the time.
     """
     u = _uniform(seed, index, _CAPTION)
     names = [_name(t, say_size=u[i] < 0.5, say_plain=u[2 + i] < 0.1) for i, t in enumerate(scene.things)]
@@ -185,7 +185,7 @@ def caption(scene: Scene, seed: int, index: int, *, terse: float = 0.0) -> str:
         names.reverse()
         relation = RELATIONS[relation][0]
     ground = scene.background
-    if u[5] < terse:
+    if u[5] < terse and not relation:
         pattern = _pick(_TERSE, u[6])
     else:
         pattern = _pick(_DOUBLE if relation else _SINGLE, u[6])

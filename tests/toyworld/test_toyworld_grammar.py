@@ -109,6 +109,9 @@ def test_phrasings_vary_and_terse_ones_leave_something_out() -> None:
     terse = {tw.caption(made, 0, i, terse=1.0) for i in range(300)}
     assert all(made.things[0].place not in words for words in terse)
     assert not terse & full
+    pair = tw.scene(0, 5, count=2)  # half of a pair would be a false caption
+    assert all(pair.background in tw.caption(pair, 0, i, terse=1.0) for i in range(20))
+    assert all(t.shape in tw.caption(pair, 0, i, terse=1.0) for i in range(20) for t in pair.things)
 
 
 def test_every_second_prompt_is_unseen_and_says_all_that_is_scored() -> None:
