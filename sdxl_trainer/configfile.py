@@ -44,14 +44,20 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a TOML file with `section.key=value` overrides (values as in TOML; bare words are strings)."""
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder", str(path), "give the path of a TOML file")
     if not path.is_file():
         found = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         there = f"; there are: {shortened(found)}" if found else ""
         raise UserError(f"there is no config file '{path}'", str(path.parent), f"give the path of a TOML file{there}")
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text: {error}", str(path), "save the file as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"not valid TOML: {error}", str(path), "correct the line; strings need quotes") from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", str(path), "make the file readable") from None
     for text in overrides:
         _override(tree, text)
     return validated(tree, str(path))
@@ -86,6 +92,40 @@ def dumps(config: Config) -> str:
 def schema() -> str:
     """JSON Schema of the config file, for editors."""
     return json.dumps(Config.model_json_schema(), indent=1) + "\n"
+
+
+def options_table() -> str:
+    """All options with their defaults and meanings, as Markdown tables."""
+    lines: list[str] = []
+    top = [(name, field) for name, field in Config.model_fields.items() if not _section_class(field)]
+    lines += ["### Top of the file", "", *_rows(top)]
+    for name, field in Config.model_fields.items():
+        section = _section_class(field)
+        if section:
+            heading = f"[[{name}]]" if get_args(field.annotation) else f"[{name}]"
+            lines += ["", f"### {heading}", "", *_rows(list(section.model_fields.items()))]
+    return "\n".join(lines) + "\n"
+
+
+def _section_class(field: Any) -> type[BaseModel] | None:
+    candidates = [field.annotation, *get_args(field.annotation)]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _rows(fields: list[tuple[str, Any]]) -> list[str]:
+    rows = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for name, field in fields:
+        default = (
+            "required" if field.is_required() else "" if field.default is None else f"`{_toml(_plain(field.default))}`"
+        )
+        values = [a for a in get_args(field.annotation) if isinstance(a, str)]
+        allowed = f" ({', '.join(f'`{value}`' for value in values)})" if values else ""
+        rows.append(f"| `{name}` | {default} | {field.description}{allowed} |")
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _lines(section: dict[str, Any]) -> list[str]:
@@ -138,13 +178,28 @@ def _user_error(error: ValidationError, where: str) -> UserError:
         return UserError(f"unknown key '{key}'{more}", where, closest(str(first["loc"][-1]), fields))
     if first["type"] == "missing":
         return UserError(f"'{key}' is missing{more}", where, f"add {first['loc'][-1]} = ... {_section(first['loc'])}")
-    allowed = first["msg"].removeprefix("Input should be ")
     what = f"{key} = {_shown(first['input'])} is not allowed{more}"
-    fix = f"it should be {allowed}"
-    if first["type"] == "literal_error" and isinstance(first["input"], str):
-        options = first["ctx"]["expected"].replace("' or '", "', '").strip("'").split("', '")
-        fix = f"{closest(first['input'], options)} (allowed: {', '.join(options)})"
-    return UserError(what, where, fix)
+    return UserError(what, where, _fix(first))
+
+
+def _fix(error: Any) -> str:
+    """What a value should be."""
+    kind, given, name = error["type"], error["input"], error["loc"][-1]
+    if kind == "literal_error" and isinstance(given, str):
+        options = error["ctx"]["expected"].replace("' or '", "', '").strip("'").split("', '")
+        return f"{closest(given, options)} (allowed: {', '.join(options)})"
+    if kind == "multiple_of":
+        step = error["ctx"]["multiple_of"]
+        below = given // step * step
+        return f"it should be a multiple of {step}: {below} or {below + step}"
+    if kind == "too_short":
+        return f"give at least {error['ctx']['min_length']} [[{name}]]"
+    if kind == "model_type":
+        return f"it should be a section: [{name}], then its options, one per line"
+    if kind == "tuple_type" and name in {"data", "learn"}:
+        return f"it should be a list of sections: write [[{name}]] above each"
+    allowed = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"it should be {allowed}"
 
 
 def _section(location: tuple[Any, ...]) -> str:

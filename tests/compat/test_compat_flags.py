@@ -250,6 +250,13 @@ def test_resuming(given: str) -> None:
     assert (start.mode, start.checkpoint, start.at_least_one_step) == ("checkpoint", given, True)
 
 
+def test_a_checkpoint_that_moved_is_found_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-4").mkdir()
+    moved = job(f"--output_dir={tmp_path}", "--resume_from_checkpoint=/gone/checkpoint-4")
+    assert moved.start.checkpoint == "checkpoint-4"
+    assert any(f"resuming from {tmp_path / 'checkpoint-4'}" in note for note in moved.notes)
+
+
 def test_a_seed_is_chosen_and_said(tmp_path: Path) -> None:
     argv = [*BASE[:-1], f"--output_dir={tmp_path}"]
     chosen = translate(argv, {}, lambda: 77)
@@ -367,7 +374,7 @@ def test_the_token_goes_to_the_environment_alone(monkeypatch: pytest.MonkeyPatch
     seen: list[Config] = []
     monkeypatch.setattr("sdxl_trainer.train.train", lambda config, start: seen.append(config))
     monkeypatch.setenv("HF_TOKEN", "")
-    argv = [*BASE, "--push_to_hub", "--hub_token=secret-1"]
+    argv = [*BASE, "--hub_token=secret-1"]
     monkeypatch.setattr(sys, "argv", ["script.py", *argv])
     assert main() == 0
     assert os.environ["HF_TOKEN"] == "secret-1"

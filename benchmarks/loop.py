@@ -1,0 +1,118 @@
+"""How much of the training loop is the work itself?
+
+The whole loop (cached rows read, random numbers drawn, noise added, step, metrics written) against four bare calls on
+tensors that lie in memory: UNet, loss, backward, optimizer. Both alternate in one process on the same model; the
+medians of all rounds are compared.
+
+    python benchmarks/loop.py [--data FOLDER] [--resolution 256] [--batch 4] [--rounds 7] [--steps 10]
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import toyworld
+from sdxl_trainer import blueprint, setup, train
+from sdxl_trainer.configfile import validated
+from sdxl_trainer.run import CONTINUE, Job, Stop
+
+RESULT = Path(__file__).parent / "results" / "loop.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="image folder; default: drawn pictures")
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--size", default="tiny", choices=sorted(blueprint.SIZES))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(prepare(Path(folder), options), options)
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"loop {result['loop_seconds']:.4f} s/step, bare {result['bare_seconds']:.4f} s/step: "
+        f"{result['share']:.1%} of the loop is the work itself (rounds: {result['share_min']:.1%} to "
+        f"{result['share_max']:.1%})"
+    )
+
+
+def prepare(folder: Path, options: argparse.Namespace) -> Job:
+    data = options.data or toyworld.write_folder(folder / "pictures", 64, seed=0)
+    captions = [json.loads(line)["text"] for line in (data / "metadata.jsonl").read_text("utf-8").splitlines()]
+    base = blueprint.build(folder / "base", options.size, captions=captions)
+    tree = {
+        "output_dir": str(folder / "run"),
+        "model": {"path": str(base)},
+        "data": [{"path": str(data), "resolution": options.resolution, "max_upscale": 16.0}],
+        "train": {"steps": 1, "batch_size": options.batch, "checkpoint_every": 0},
+    }
+    job = setup.prepare_job(validated(tree, "benchmark"), CONTINUE)
+    assert job is not None
+    return job
+
+
+def measure(job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds per step of the loop and of the bare calls, round by round."""
+    loop, bare = [], []
+    for number in range(options.rounds + 1):
+        pair = (timed_loop(job, options.steps), timed_bare(job, options.steps))
+        if number:  # the first round warms up
+            loop.append(pair[0])
+            bare.append(pair[1])
+    shares = [b / a for a, b in zip(loop, bare, strict=True)]
+    job.metrics.close()
+    return {
+        "command": f"python benchmarks/loop.py --resolution {options.resolution} --batch {options.batch} "
+        f"--size {options.size} --rounds {options.rounds} --steps {options.steps}",
+        "loop_seconds": statistics.median(loop),
+        "bare_seconds": statistics.median(bare),
+        "share": statistics.median(shares),
+        "share_min": min(shares),
+        "share_max": max(shares),
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "sdxl-trainer")},
+    }
+
+
+def timed_loop(job: Job, steps: int) -> float:
+    further = replace(job, run=replace(job.run, steps=job.state.step + steps))
+    began = time.perf_counter()
+    train._loop(further, Stop())
+    return (time.perf_counter() - began) / steps
+
+
+def timed_bare(job: Job, steps: int) -> float:
+    """UNet, loss, backward and optimizer on tensors made before the clock starts."""
+    run, generator = job.run, torch.Generator().manual_seed(0)
+    batch, side = run.config.train.batch_size, run.config.data[0].resolution // 8
+    embeds, pooled = job.samples.dropped
+    latents, noise = (torch.randn(batch, 4, side, side, generator=generator) for _ in range(2))
+    timesteps = torch.randint(0, 1000, (batch,), generator=generator)
+    noisy = run.objective.schedule.add_noise(latents, noise, timesteps)
+    states, pools = embeds.expand(batch, -1, -1).contiguous(), pooled.expand(batch, -1).contiguous()
+    time_ids = torch.full((batch, 6), 256)
+    began = time.perf_counter()
+    for _ in range(steps):
+        prediction = run.model(noisy, timesteps, states, pools, time_ids)
+        loss = run.objective.loss(prediction, latents, noise, timesteps)
+        loss.mean().backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    return (time.perf_counter() - began) / steps
+
+
+if __name__ == "__main__":
+    main()
