@@ -1,0 +1,147 @@
+"""What is encoded when: nothing twice, everything that changed, and nothing that did not."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdxl_trainer import base as bases
+from sdxl_trainer.data import prepare
+from sdxl_trainer.data.prepare import Stock
+from sdxl_trainer.errors import UserError
+
+
+@pytest.fixture
+def stock(config: Callable[..., Any], pictures: Path, tmp_path: Path) -> Callable[..., Stock]:
+    """Takes stock of a run on a copy of the pictures with a cache of its own; fills it if asked."""
+    copy = tmp_path / "copy"
+    shutil.copytree(pictures, copy)
+
+    def take(fill: bool = False, **options: Any) -> Stock:
+        data = [{"path": str(copy), **entry} for entry in options.pop("data", [{}])]
+        made = config(**options, data=data, cache={"path": str(tmp_path / "cache")})
+        found = bases.resolve(made.model, tmp_path)
+        taken = prepare.take_stock(made, found, "fp32")
+        if fill:
+            prepare.fill(made, found, taken, torch.device("cpu"), lambda *_: None, print)
+        return taken
+
+    return take
+
+
+def missing(stock: Stock) -> tuple[int, int]:
+    return len(stock.missing_latents()), len(stock.missing_texts())
+
+
+def test_a_second_run_encodes_nothing(stock: Callable[..., Stock]) -> None:
+    assert missing(stock()) == (6, 7)
+    stock(fill=True)
+    assert missing(stock()) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train": {"learning_rate": 1e-5}},
+        {"seed": 9},
+        {"data": [{"caption_dropout": 0.5}]},
+        {"objective": {"snr_gamma": 1.0}},
+        {"output_dir": "elsewhere"},
+    ],
+    ids=str,
+)
+def test_options_that_do_not_change_a_row_encode_nothing(stock: Callable[..., Stock], options: dict[str, Any]) -> None:
+    stock(fill=True)
+    assert missing(stock(**options)) == (0, 0)
+
+
+def test_one_changed_picture_is_one_row(stock: Callable[..., Stock], tmp_path: Path) -> None:
+    stock(fill=True)
+    shutil.copyfile(tmp_path / "copy" / "1.png", tmp_path / "copy" / "0.png")
+    assert missing(stock()) == (0, 0), "the same bytes under another name are the same row"
+    from PIL import Image
+
+    Image.new("RGB", (90, 90), "red").save(tmp_path / "copy" / "0.png")
+    assert missing(stock()) == (1, 0)
+
+
+def test_one_changed_caption_is_one_row(stock: Callable[..., Stock], tmp_path: Path) -> None:
+    stock(fill=True)
+    path = tmp_path / "copy" / "metadata.jsonl"
+    path.write_text(path.read_text().replace("a red circle", "a red circle, edited"))
+    assert missing(stock()) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"data": [{"resolution": 72}]}, (6, 0)),
+        ({"data": [{"flip": True}]}, (6, 0)),
+        ({"data": [{"interpolation": "bilinear"}]}, (6, 0)),
+        ({"validation": {"prompts": ["new words"]}}, (0, 1)),
+    ],
+    ids=str,
+)
+def test_options_that_change_rows_encode_those(
+    stock: Callable[..., Stock], options: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    stock(fill=True)
+    assert missing(stock(**options)) == expected
+
+
+def test_another_vae_or_text_encoder_encodes_its_part_anew(
+    stock: Callable[..., Stock], base: Path, tmp_path: Path
+) -> None:
+    from sdxl_trainer.blueprint import build
+    from tests.conftest import CAPTIONS
+
+    stock(fill=True)
+    other = build(tmp_path / "other", "tiny", captions=CAPTIONS, seed=1)
+    assert missing(stock(model={"vae": str(other / "vae")})) == (6, 0)
+    mixed = tmp_path / "mixed"
+    shutil.copytree(base, mixed)
+    shutil.rmtree(mixed / "text_encoder_2")
+    shutil.copytree(other / "text_encoder_2", mixed / "text_encoder_2")
+    assert missing(stock(model={"path": str(mixed)})) == (0, 7)
+
+
+def test_moments_are_those_of_the_vae(stock: Callable[..., Stock], base: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    from sdxl_trainer.data import images
+
+    made = stock(fill=True, data=[{"crop": "random", "flip": True}])
+    vae = AutoencoderKL.from_pretrained(base / "vae")
+    for picture in made.pictures:
+        for geometry in picture.geometries:
+            pixels = images.pixels(images.decode(picture.record.read(), ""), geometry, "lanczos")
+            scaled = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+            posterior = vae.encode(scaled).latent_dist
+            row = made.latents.get(made.keys.latent(picture, geometry))
+            assert row.dtype == torch.float16
+            torch.testing.assert_close(row[:4].float(), posterior.mean[0], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(row[4:].float(), posterior.std[0], rtol=1e-3, atol=1e-3)
+
+
+def test_all_pictures_that_cannot_be_decoded_are_named_together(stock: Callable[..., Stock], tmp_path: Path) -> None:
+    for name in ("0.png", "3.png"):
+        path = tmp_path / "copy" / name
+        path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(UserError, match="2 pictures") as caught:
+        stock(fill=True)
+    assert "0.png" in caught.value.where
+    assert "3.png" in caught.value.where
+    assert len(stock().missing_latents()) == 2, "the good ones are kept"
+
+
+def test_latents_are_scaled_as_the_vae_says() -> None:
+    from sdxl_trainer.model import latent_scale
+
+    scale = latent_scale({"scaling_factor": 0.5, "latents_mean": [1.0, 2, 3, 4], "latents_std": [2.0, 2, 2, 4]})
+    got = scale.sample(
+        torch.full((1, 4, 1, 1), 5.0).half(), torch.ones(1, 4, 1, 1).half(), torch.full((1, 4, 1, 1), 2.0)
+    )
+    assert got.flatten().tolist() == [(7 - m) * 0.5 / s for m, s in zip([1, 2, 3, 4], [2, 2, 2, 4], strict=True)]
