@@ -98,15 +98,14 @@ def timed_bare(job: Job, steps: int) -> float:
     """UNet, loss, backward and optimizer on tensors made before the clock starts."""
     run, generator = job.run, torch.Generator().manual_seed(0)
     batch, side = run.config.train.batch_size, run.config.data[0].resolution // 8
-    embeds, pooled = job.samples.dropped
+    text = {n: t.expand(batch, *t.shape).contiguous() for n, t in job.samples.dropped.items()}
     latents, noise = (torch.randn(batch, 4, side, side, generator=generator) for _ in range(2))
     timesteps = torch.randint(0, 1000, (batch,), generator=generator)
     noisy = run.objective.schedule.add_noise(latents, noise, timesteps)
-    states, pools = embeds.expand(batch, -1, -1).contiguous(), pooled.expand(batch, -1).contiguous()
     time_ids = torch.full((batch, 6), 256)
     began = time.perf_counter()
     for _ in range(steps):
-        prediction = run.model(noisy, timesteps, states, pools, time_ids)
+        prediction = run.model(noisy, timesteps, time_ids, **text)
         loss = run.objective.loss(prediction, latents, noise, timesteps)
         loss.mean().backward()
         run.optimizer.step()

@@ -32,7 +32,7 @@ def run(config: Config) -> None:
     setup.noise_schedule(config, base)
     stock = prepare.take_stock(config, base, precision)
     order = plan.make(config.seed, config.train.batch_size, [p.geometries[0].target for p in stock.pictures])
-    groups, unet = learning(config, base)
+    groups, unet = learning(config, base, stock)
     for title, rows in (
         ("what will learn", _learns(groups, unet)),
         ("data", _data(config, base, stock, order)),
@@ -45,13 +45,14 @@ def run(config: Config) -> None:
         print(line)
 
 
-def learning(config: Config, base: Base) -> tuple[list[parameters.Group], int]:
-    """The rules' groups on a model without weights, and the UNet's number of parameters."""
+def learning(config: Config, base: Base, stock: Stock) -> tuple[list[parameters.Group], int]:
+    """The rules' groups on a model without weights, and the number of its parameters."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     with torch.device("meta"):
-        sdxl = SDXL(UNet2DConditionModel.from_config(base.config("unet")))
-    groups = parameters.apply_rules(sdxl, config.learn, config.train, config.optimizer)
+        unet = UNet2DConditionModel.from_config(base.config("unet"))
+        sdxl = SDXL(unet, text.empty_encoders(base) if stock.text_learns else None)
+    groups = parameters.apply_rules(sdxl, config.learn, config.train, config.optimizer, sdxl.unused())
     return groups, sum(p.numel() for p in sdxl.parameters())
 
 
@@ -85,12 +86,12 @@ def _learns(groups: list[parameters.Group], unet: int) -> list[tuple[str, str]]:
         for group in groups
     ]
     frozen = unet - sum(group.size for group in groups)
-    return [*rows, ("frozen", f"{frozen:,} parameters of the UNet; VAE and text encoders")]
+    return [*rows, ("frozen", f"{frozen:,} parameters of what is in memory while training; the VAE")]
 
 
 def _data(config: Config, base: Base, stock: Stock, order: plan.Plan) -> list[tuple[str, str]]:
     captions = list(dict.fromkeys(c for p in stock.pictures for c in p.captions))
-    cut = [c for c, over in zip(captions, text.overflows(text.tokenizers(base)[0], captions), strict=True) if over]
+    cut = text.cut(text.tokenizers(base), captions)
     upscaled = [p.name for p in stock.pictures if p.geometries[0].resized > p.geometries[0].original]
     variants = sum(len(p.geometries) for p in stock.pictures)
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch

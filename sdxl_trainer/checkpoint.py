@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, hashed, verified before they are trusted, nothing unpickled.
 
-checkpoint-N/  unet/  unet_ema/          as diffusers folders, in the type in which they are trained
+checkpoint-N/  unet/  unet_ema/          as diffusers folders, in the type in which they are trained; likewise
+               text_encoder/ ...         the text encoders, if they learn
                optimizer.safetensors     tensors named <parameter>|<key>
                state.json                step, counts, loss scale, the run's config
                manifest.json             SHA-256 of every file above
@@ -19,6 +20,8 @@ from torch import Tensor
 from sdxl_trainer import files
 from sdxl_trainer.ema import Ema
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats import folder as pipelines
+from sdxl_trainer.model import SDXL
 from sdxl_trainer.parameters import Group
 
 PREFIX = "checkpoint-"
@@ -58,7 +61,7 @@ def verify(checkpoint: Checkpoint) -> Checkpoint:
 def save(
     output: Path,
     step: int,
-    unet: Any,
+    sdxl: SDXL,
     ema: Ema | None,
     optimizer: torch.optim.Optimizer,
     groups: list[Group],
@@ -68,9 +71,10 @@ def save(
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        unet.save_pretrained(folder / "unet")
-        if ema is not None:
-            save_averaged(unet, ema, folder / "unet_ema")
+        for name, part in sdxl.parts().items():
+            save_part(name, part, folder / name)
+            if ema is not None:
+                save_averaged(name, part, ema, folder / f"{name}_ema")
         files.save_tensors(folder / "optimizer.safetensors", dict(_optimizer_tensors(optimizer, groups)))
         files.write_json(folder / "state.json", {**state, "step": step, "optimizer": _scalars(optimizer, groups)})
         files.write_json(folder / "manifest.json", {"files": files.tree_hashes(folder)})
@@ -80,40 +84,57 @@ def save(
     return Checkpoint(path, step)
 
 
-def save_averaged(unet: Any, ema: Ema, folder: Path) -> None:
-    """The UNet with its averaged weights in fp32, beside what diffusers' EMAModel reads from a config."""
-    averages = {name.removeprefix("unet."): tensor for name, tensor in ema.state().items()}
+def save_averaged(name: str, part: Any, ema: Ema, folder: Path) -> None:
+    """A part with its averaged weights in fp32; the UNet with what diffusers' EMAModel reads from its config."""
+    averages = {n.removeprefix(f"{name}."): t for n, t in ema.state().items() if n.startswith(f"{name}.")}
     with torch.device("meta"):
-        averaged = type(unet).from_config(unet.config)
-    averaged.load_state_dict({**unet.state_dict(), **averages}, assign=True)
-    averaged.register_to_config(
-        decay=ema.decay,
-        min_decay=0.0,
-        optimization_step=ema.updates,
-        update_after_step=0,
-        use_ema_warmup=False,
-        inv_gamma=1.0,
-        power=2 / 3,
-    )
-    averaged.save_pretrained(folder)
+        averaged = type(part).from_config(part.config) if name == "unet" else type(part)(part.config)
+    averaged.load_state_dict({**part.state_dict(), **averages}, assign=True)
+    if name == "unet":
+        averaged.register_to_config(
+            decay=ema.decay,
+            min_decay=0.0,
+            optimization_step=ema.updates,
+            update_after_step=0,
+            use_ema_warmup=False,
+            inv_gamma=1.0,
+            power=2 / 3,
+        )
+    save_part(name, averaged, folder)
+
+
+def save_part(name: str, part: Any, folder: Path) -> None:
+    """A part as a folder of a pipeline. Text encoders get the names of published files, which all versions read."""
+    if name == "unet":
+        part.save_pretrained(folder)
+        return
+    part.config.save_pretrained(folder)
+    pipelines.write_tensors(folder / pipelines.WEIGHTS[name], pipelines.published_names(name, part.state_dict()))
 
 
 def load_training_state(
-    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, groups: list[Group], ema: Ema | None
+    checkpoint: Checkpoint, sdxl: SDXL, optimizer: torch.optim.Optimizer, groups: list[Group], ema: Ema | None
 ) -> None:
     """Optimizer moments and averages; the weights themselves were loaded with the model."""
     state = checkpoint.state()
-    names = [name for group in groups for name in group.names]
-    loaded: dict[int, dict[str, Any]] = {names.index(n): dict(v) for n, v in state["optimizer"].items()}
+    position = {name: index for index, name in enumerate(name for group in groups for name in group.names)}
+    loaded: dict[int, dict[str, Any]] = {position[n]: dict(v) for n, v in state["optimizer"].items()}
     with safe_open(checkpoint.path / "optimizer.safetensors", framework="pt") as tensors:
-        position = {name: index for index, name in enumerate(names)}
         for entry in tensors.keys():
             name, _, key = entry.rpartition("|")
             loaded.setdefault(position[name], {})[key] = tensors.get_tensor(entry)
     optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
     if ema is not None:
-        averages = read_weights(checkpoint.path / "unet_ema")
-        ema.load({n: averages[n.removeprefix("unet.")] for n in ema.names}, state["ema_updates"])
+        averages = dict(_averages(checkpoint, sdxl))
+        ema.load({name: averages[name] for name in ema.names}, state["ema_updates"])
+
+
+def _averages(checkpoint: Checkpoint, sdxl: SDXL) -> Iterator[tuple[str, Tensor]]:
+    for name, part in sdxl.parts().items():
+        folder = checkpoint.path / f"{name}_ema"
+        # The modules of transformers have other names than published files: it alone can read them back.
+        read = read_weights(folder) if name == "unet" else type(part).from_pretrained(folder).state_dict()
+        yield from ((f"{name}.{key}", tensor) for key, tensor in read.items())
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

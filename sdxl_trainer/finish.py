@@ -10,6 +10,7 @@ from typing import Any
 from sdxl_trainer import checkpoint, files, manifest, publish, report
 from sdxl_trainer.base import Base
 from sdxl_trainer.ema import Ema
+from sdxl_trainer.model import SDXL
 from sdxl_trainer.run import Job
 
 _COPIED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -24,7 +25,7 @@ def conclude(job: Job) -> None:
             draw_validation(job)
     if accelerator.is_main_process:
         with job.watch.phase("saving the pipeline"):
-            save_pipeline(job.output, job.base, job.run.unet, job.state.ema, job.scheduler)
+            save_pipeline(job.output, job.base, job.run.sdxl, job.state.ema, job.scheduler)
         manifest.end(job)
         files.write_text(job.output / "README.md", publish.card(job.output, config))
         page = report.write(job.output)
@@ -40,22 +41,24 @@ def draw_validation(job: Job) -> None:
     """Validation pictures with the averaged weights where there are some."""
     averages = job.state.ema
     with averages.swapped_in() if averages else nullcontext():
-        job.validator(job.run.unet, job.state.step, "ema" if averages else "raw")
+        job.validator(job.run.sdxl, job.state.step, "ema" if averages else "raw")
 
 
-def save_pipeline(output: Path, base: Base, unet: Any, ema: Ema | None, scheduler: dict[str, Any]) -> None:
+def save_pipeline(output: Path, base: Base, sdxl: SDXL, ema: Ema | None, scheduler: dict[str, Any]) -> None:
     """The pipeline at the folder's root. With EMA `unet/` holds the averaged weights and `unet_raw/` the last ones.
+    Parts that were not in training are copied from the base.
 
     `model_index.json` comes last: while it is missing, the folder is not yet a pipeline.
     """
     index = base.config("model_index")
-    for part in _COPIED:
-        files.write_atomically(output / part, partial(_copy_part, base.part(part), variant=base.variant))
-    if ema is None:
-        files.write_atomically(output / "unet", unet.save_pretrained)
-    else:
-        files.write_atomically(output / "unet_raw", unet.save_pretrained)
-        files.write_atomically(output / "unet", lambda folder: checkpoint.save_averaged(unet, ema, folder))
+    for name in set(_COPIED) - sdxl.parts().keys():
+        files.write_atomically(output / name, partial(_copy_part, base.part(name), variant=base.variant))
+    for name, part in sdxl.parts().items():
+        if ema is None:
+            files.write_atomically(output / name, partial(checkpoint.save_part, name, part))
+        else:
+            files.write_atomically(output / f"{name}_raw", partial(checkpoint.save_part, name, part))
+            files.write_atomically(output / name, partial(checkpoint.save_averaged, name, part, ema))
     (output / "scheduler").mkdir(exist_ok=True)
     files.write_json(output / "scheduler" / "scheduler_config.json", scheduler)
     files.write_json(output / "model_index.json", index)

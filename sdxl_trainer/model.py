@@ -7,27 +7,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdxl_trainer import text
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.config import Model
 from sdxl_trainer.errors import UserError
 
 
 class SDXL(nn.Module):
-    """The UNet with its two kinds of conditioning; parameters are named `unet.*`."""
+    """The UNet, and the text encoders if they learn; parameters are named `unet.*`, `text_encoder.*`, ..."""
 
     unet: Any
+    text_encoder: Any
+    text_encoder_2: Any
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: nn.Module, encoders: tuple[nn.Module, nn.Module] | None = None) -> None:
         super().__init__()
         self.unet = unet
+        self.text_encoder, self.text_encoder_2 = encoders or (None, None)
 
     def forward(
-        self, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor, pooled: Tensor, time_ids: Tensor
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        time_ids: Tensor,
+        prompt_embeds: Tensor | None = None,
+        pooled: Tensor | None = None,
+        tokens: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """Prediction [B, 4, h, w] from x_t [B, 4, h, w], timesteps [B], embeddings [B, 77, 2048], pooled
-        [B, 1280] and integer time_ids [B, 6], whose sinusoids the UNet computes in fp32."""
+        """Prediction [B, 4, h, w] from x_t [B, 4, h, w], timesteps [B], integer time_ids [B, 6], whose sinusoids the
+        UNet computes in fp32, and either embeddings [B, 77, 2048] and pooled [B, 1280], or token ids [B, 2, 77] and
+        `kept` [B], which is 0 where the caption's embeddings are to be zeros."""
+        if tokens is not None and kept is not None:
+            prompt_embeds, pooled = self.embed(tokens)
+            prompt_embeds, pooled = prompt_embeds * kept[:, None, None], pooled * kept[:, None]
         conditions = {"text_embeds": pooled, "time_ids": time_ids}
         return self.unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings and pooled output of token ids [B, 2, 77] by the encoders that learn."""
+        return text.embed((self.text_encoder, self.text_encoder_2), tokens)
+
+    def parts(self) -> dict[str, Any]:
+        """The models in here, by the name of their folder in a pipeline."""
+        return {name: part for name, part in self.named_children()}
+
+    def unused(self) -> set[str]:
+        """Parameters that nothing depends on: SDXL reads the first encoder before its last layer."""
+        if self.text_encoder is None:
+            return set()
+        last = f"encoder.layers.{self.text_encoder.config.num_hidden_layers - 1}."
+        names = [name for name, _ in self.named_parameters() if name.startswith("text_encoder.")]
+        return {name for name in names if last in name or "final_layer_norm" in name}
 
 
 @dataclass(frozen=True)
@@ -53,8 +84,20 @@ def latent_scale(config: dict[str, Any]) -> LatentScale:
     return LatentScale(mean, config.get("scaling_factor", 0.18215) / std)
 
 
-def load(options: Model, base: Base, folder: Path | None, dtype: torch.dtype, checkpointing: bool) -> SDXL:
+def load(
+    options: Model, base: Base, folder: Path | None, dtype: torch.dtype, checkpointing: bool, text_learns: bool
+) -> SDXL:
     """The model in `dtype`: from a checkpoint's folder if given, else the base's or random weights."""
+    unet = _load_unet(options, base, folder, dtype)
+    encoders = text.load_encoders(base, folder, dtype) if text_learns else None
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+        for encoder in encoders or ():
+            encoder.gradient_checkpointing_enable()
+    return SDXL(unet, encoders)
+
+
+def _load_unet(options: Model, base: Base, folder: Path | None, dtype: torch.dtype) -> Any:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     if folder is None and options.init == "random":
@@ -65,11 +108,8 @@ def load(options: Model, base: Base, folder: Path | None, dtype: torch.dtype, ch
         unet = UNet2DConditionModel.from_pretrained(path, variant=variant, torch_dtype=dtype, use_safetensors=True)
     if unet.config.in_channels != 4 or unet.config.addition_embed_type != "text_time":
         kind = f"{unet.config.in_channels} input channels, {unet.config.addition_embed_type} conditioning"
-        what = f"this UNet is not that of SDXL ({kind})"
-        raise UserError(what, str(base.part("unet")), "use an SDXL base model")
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
-    return SDXL(unet)
+        raise UserError(f"this UNet is not that of SDXL ({kind})", str(base.part("unet")), "use an SDXL base model")
+    return unet
 
 
 def use_attention(model: SDXL, kind: str, device: torch.device) -> str | None:

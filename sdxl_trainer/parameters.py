@@ -1,7 +1,7 @@
 """What learns is decided by rules over parameter names: the first rule that matches decides (law 5)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,12 +25,26 @@ class Group:
         return sum(p.numel() for p in self.parameters)
 
 
-def apply_rules(model: nn.Module, rules: Sequence[Learn], train: Train, optimizer: Optimizer) -> list[Group]:
-    """Freeze everything, then let learn what a rule names. A rule that decides nothing is an error."""
+def named(rules: Sequence[Learn], names: Iterable[str]) -> bool:
+    """Whether a rule lets any of these names learn."""
+    patterns = [_compiled(rule, index) for index, rule in enumerate(rules)]
+    for name in names:
+        first = next((rule for rule, p in zip(rules, patterns, strict=True) if p.fullmatch(name)), None)
+        if first is not None and first.learning_rate != 0:
+            return True
+    return False
+
+
+def apply_rules(
+    model: nn.Module, rules: Sequence[Learn], train: Train, optimizer: Optimizer, unused: Collection[str] = ()
+) -> list[Group]:
+    """Freeze everything, then let learn what a rule names, but for parameters that nothing depends on. A rule that
+    decides nothing is an error."""
     chosen: dict[int, dict[str, nn.Parameter]] = {index: {} for index in range(len(rules))}
     patterns = [_compiled(rule, index) for index, rule in enumerate(rules)]
     for name, parameter in model.named_parameters():
-        index = next((i for i, pattern in enumerate(patterns) if pattern.fullmatch(name)), None)
+        matching = (i for i, pattern in enumerate(patterns) if pattern.fullmatch(name))
+        index = None if name in unused else next(matching, None)
         learns = index is not None and _rate(rules[index], train) > 0
         parameter.requires_grad_(learns)
         if index is not None:

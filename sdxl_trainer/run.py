@@ -17,7 +17,7 @@ from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.ema import Ema
 from sdxl_trainer.log import Console, Metrics
-from sdxl_trainer.model import LatentScale
+from sdxl_trainer.model import SDXL, LatentScale
 from sdxl_trainer.objective import Objective
 from sdxl_trainer.parameters import Group
 from sdxl_trainer.validate import Validator
@@ -46,7 +46,7 @@ class Run:
 
     config: Config
     accelerator: "Accelerator"
-    model: Any  # SDXL, as accelerate wrapped it
+    model: Any  # `sdxl` as accelerate wrapped it
     optimizer: Any
     groups: list[Group]
     objective: Objective
@@ -55,8 +55,8 @@ class Run:
     steps: int
 
     @property
-    def unet(self) -> Any:
-        return self.accelerator.unwrap_model(self.model).unet
+    def sdxl(self) -> SDXL:
+        return self.accelerator.unwrap_model(self.model)
 
 
 @dataclass(frozen=True)

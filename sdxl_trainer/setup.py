@@ -113,7 +113,17 @@ def _assemble(
     noise, prediction = noise_schedule(config, base)
     scheduler = sample.scheduler_config(base.config("scheduler"), prediction, noise.zero_terminal_snr)
     samples = prepare.samples(config, base, stock, len(noise))
-    run, state = _model(config, base, begin, accelerator, precision, console, noise.to(accelerator.device), prediction)
+    run, state = _model(
+        config,
+        base,
+        begin,
+        accelerator,
+        precision,
+        console,
+        noise.to(accelerator.device),
+        prediction,
+        stock.text_learns,
+    )
     return Job(
         run=run,
         state=state,
@@ -139,20 +149,23 @@ def _model(
     console: Console,
     noise: schedule.Schedule,
     prediction: str,
+    text_learns: bool,
 ) -> tuple[Run, State]:
     """The model, its optimizer and averages, as they are at the step to begin with."""
     at: Checkpoint | None = begin.checkpoint
     weights = distributed.DTYPES[config.train.weights]
-    sdxl = model.load(config.model, base, at.path if at else None, weights, config.train.gradient_checkpointing)
+    sdxl = model.load(
+        config.model, base, at.path if at else None, weights, config.train.gradient_checkpointing, text_learns
+    )
     line = model.use_attention(sdxl, config.model.attention, accelerator.device)
     if line:
         console.say(line)
-    groups = parameters.apply_rules(sdxl, config.learn, config.train, config.optimizer)
+    groups = parameters.apply_rules(sdxl, config.learn, config.train, config.optimizer, sdxl.unused())
     sdxl.train()
     prepared, optimizer = accelerator.prepare(sdxl, optim.make(groups, config.optimizer))
     averages = ema.make(groups, config.ema.decay) if config.ema.enabled else None
     if at is not None:
-        checkpoint.load_training_state(at, optimizer.optimizer, groups, averages)
+        checkpoint.load_training_state(at, sdxl, optimizer.optimizer, groups, averages)
         if accelerator.scaler is not None and at.state()["scaler"]:
             accelerator.scaler.load_state_dict(at.state()["scaler"])
         console.say(f"continuing after step {at.step} ({at.path})")

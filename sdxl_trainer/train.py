@@ -23,18 +23,12 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
     """
     accelerator, total = run.accelerator, torch.zeros((), device=run.accelerator.device)
     for number, batch in enumerate(batches):
-        batch = batch.to(accelerator.device)
+        batch = batch.to(accelerator.device, run.dtype)
         last = number == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(run.model):
             latents = run.scale.sample(batch.mean, batch.std, batch.posterior_noise)
             noisy = run.objective.schedule.add_noise(latents, batch.noise, batch.timesteps)
-            prediction = run.model(
-                noisy.to(run.dtype),
-                batch.timesteps,
-                batch.prompt_embeds.to(run.dtype),
-                batch.pooled.to(run.dtype),
-                batch.time_ids,
-            )
+            prediction = run.model(noisy.to(run.dtype), batch.timesteps, batch.time_ids, **batch.text)
             loss = run.objective.loss(prediction, latents, batch.noise, batch.timesteps)  # [B]
             loss = (loss * batch.weight).sum() / images
             # Processes average their gradients; the loss is already divided by the images of all of them.
@@ -161,7 +155,7 @@ def _read(job: Job) -> None:
 
 
 def _diverged(job: Job, unread: Unread) -> UserError:
-    broken = model.broken_weights(job.run.unet)
+    broken = model.broken_weights(job.run.sdxl)
     if broken:
         what = f"the model's weights hold values that are not finite: {shortened(broken, 3)}"
         return UserError(what, job.run.config.model.path, "use an undamaged base or an earlier checkpoint")
@@ -182,7 +176,7 @@ def _save(job: Job) -> None:
                 "data": job.data_hash,
             }
             optimizer = run.optimizer.optimizer
-            checkpoint.save(job.output, state.step, run.unet, state.ema, optimizer, run.groups, record)
+            checkpoint.save(job.output, state.step, run.sdxl, state.ema, optimizer, run.groups, record)
             if run.config.train.checkpoints_limit:
                 checkpoint.prune(job.output, run.config.train.checkpoints_limit)
         run.accelerator.wait_for_everyone()

@@ -13,6 +13,7 @@ from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.config import Config
 from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.prepare import EMPTY
+from sdxl_trainer.model import SDXL
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,18 +42,18 @@ class Validator:
         epoch, position = divmod(step, steps_per_epoch)
         return bool(options.every_epochs and position == 0 and (epoch - 1) % options.every_epochs == 0)
 
-    def __call__(self, unet: Any, step: int, weights: str) -> None:
-        """Draw all prompts with `unet` as it is now into samples/step-N/ and hand them to the trackers."""
+    def __call__(self, sdxl: SDXL, step: int, weights: str) -> None:
+        """Draw all prompts with the model as it is now into samples/step-N/ and hand them to the trackers."""
         options, accelerator = self.config.validation, self.accelerator
         folder = Path(self.config.output_dir).expanduser() / "samples"
-        pipeline, training = self._pipeline(unet), unet.training
-        unet.eval()
+        pipeline, training = self._pipeline(sdxl.unet), sdxl.training
+        sdxl.eval()
         named = list(sample.requests(options.prompts, options.images, self._seed(), **self._settings()))
         for name, request in named[accelerator.process_index :: accelerator.num_processes]:
             with accelerator.autocast(), torch.no_grad():
-                image = sample.draw(pipeline, request, **self._conditions(request, unet.dtype))
+                image = sample.draw(pipeline, request, **self._conditions(request, sdxl))
             sample.save(image, folder / f"step-{step:06}" / name)
-        unet.train(training)
+        sdxl.train(training)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             rows = [sample.note(request, f"step-{step:06}/{name}", step, weights) for name, request in named]
@@ -84,23 +85,23 @@ class Validator:
             "width": options.width or side,
         }
 
-    def _conditions(self, request: sample.Request, dtype: torch.dtype) -> dict[str, Tensor]:
-        embeds, pooled = self.samples.text(request.prompt)
-        negative, negative_pooled = self._unconditional(request.negative)
+    def _conditions(self, request: sample.Request, sdxl: SDXL) -> dict[str, Tensor]:
+        embeds, pooled = self._embed(request.prompt, sdxl)
+        negative, negative_pooled = self._embed(request.negative or EMPTY, sdxl)
+        if request.negative is None and self.base.config("model_index").get("force_zeros_for_empty_prompt", True):
+            negative, negative_pooled = torch.zeros_like(negative), torch.zeros_like(negative_pooled)
         conditions = {
             "prompt_embeds": embeds,
             "pooled_prompt_embeds": pooled,
             "negative_prompt_embeds": negative,
             "negative_pooled_prompt_embeds": negative_pooled,
         }
-        return {name: tensor[None].to(self.accelerator.device, dtype) for name, tensor in conditions.items()}
+        return {name: tensor.to(sdxl.unet.dtype) for name, tensor in conditions.items()}
 
-    def _unconditional(self, negative: str | None) -> tuple[Tensor, Tensor]:
-        """The pipeline's own: zeros if the model says so and no negative prompt is given."""
-        embeds, pooled = self.samples.text(negative or EMPTY)
-        if negative is None and self.base.config("model_index").get("force_zeros_for_empty_prompt", True):
-            return torch.zeros_like(embeds), torch.zeros_like(pooled)
-        return embeds, pooled
+    def _embed(self, caption: str, sdxl: SDXL) -> tuple[Tensor, Tensor]:
+        """Embeddings [1, 77, 2048] and pooled [1, 1280]: cached, or by the text encoders as they are now."""
+        text = {name: value[None].to(self.accelerator.device) for name, value in self.samples.text(caption).items()}
+        return sdxl.embed(text["tokens"]) if "tokens" in text else (text["prompt_embeds"], text["pooled"])
 
     def _track(self, folder: Path, rows: list[dict[str, Any]], step: int) -> None:
         from PIL import Image

@@ -66,7 +66,7 @@ def test_dropped_captions(
     found = bases.resolve(made.model, tmp_path)
     stock = prepare.take_stock(made, found, "fp32")
     prepare.fill(made, found, stock, torch.device("cpu"), lambda *_: None, print)
-    embeds, pooled = prepare.dropped_caption(made, found, stock)
+    embeds, pooled = prepare.samples(made, found, stock, 1000).dropped.values()
     assert bool((embeds == 0).all() and (pooled == 0).all()) == zeros
     if not zeros:
         encoded = text.encode(text.load(found, torch.float32, torch.device("cpu")), [""])

@@ -138,7 +138,7 @@ def fill_texts(
             writer.add(f"{keys.text_row(caption)}.pooled", pooled[index])
         progress(start + len(batch), len(captions), "captions")
     writer.flush()
-    return [c for c, over in zip(captions, text.overflows(encoders.tokenizers[0], captions), strict=True) if over]
+    return text.cut(encoders.tokenizers, captions)
 
 
 class _Decoder(torch.utils.data.Dataset[Any]):

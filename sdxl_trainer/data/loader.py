@@ -28,49 +28,60 @@ class Batch:
     posterior_noise: Tensor  # [B, 4, h, w] fp32
     noise: Tensor  # [B, 4, h, w] fp32
     timesteps: Tensor  # [B] int64
-    prompt_embeds: Tensor  # [B, 77, 2048] in the text encoders' type
-    pooled: Tensor  # [B, 1280]
+    text: dict[str, Tensor]  # prompt_embeds [B, 77, 2048] and pooled [B, 1280]; or tokens [B, 2, 77] and kept [B]
     time_ids: Tensor  # [B, 6] int64
     weight: Tensor  # [B] fp32: factor on the loss
 
-    def to(self, device: torch.device) -> "Batch":
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+    def to(self, device: torch.device, text: torch.dtype) -> "Batch":
+        """The batch on a device, with the text's floating-point tensors in the UNet's type."""
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        cast = {name: t.to(text) if t.is_floating_point() else t for name, t in moved.text.items()}
+        return replace(moved, text=cast)
 
     def pinned(self) -> "Batch":
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Any) -> "Batch":
-        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "names"})
+        plain = [f.name for f in fields(self) if f.name not in {"names", "text"}]
+        text = {name: change(tensor) for name, tensor in self.text.items()}
+        return replace(self, text=text, **{name: change(getattr(self, name)) for name in plain})
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Everything that batches are made of. `dropped` is (embeddings, pooled) of a caption that is left out."""
+    """Everything that batches are made of. `dropped` is the text of a caption that is left out; `tokens` are the ids
+    of all captions, if the text encoders learn."""
 
     pictures: Sequence[Picture]
     keys: Keys
     latents: cache.Store
     texts: cache.Store
-    dropped: tuple[Tensor, Tensor]
+    tokens: dict[str, Tensor] | None
+    dropped: dict[str, Tensor]
     seed: int
     noise_offset: float
     timestep_probabilities: np.ndarray  # [T] cumulative
 
-    def text(self, caption: str) -> tuple[Tensor, Tensor]:
+    def text(self, caption: str) -> dict[str, Tensor]:
+        """What the model takes for a caption: cached embeddings, or token ids for encoders that learn."""
+        if self.tokens is not None:
+            return {"tokens": self.tokens[caption].long(), "kept": torch.ones(())}
         row = self.keys.text_row(caption)
-        return self.texts.get(f"{row}.states"), self.texts.get(f"{row}.pooled")
+        return {"prompt_embeds": self.texts.get(f"{row}.states"), "pooled": self.texts.get(f"{row}.pooled")}
 
 
 def batch(samples: Samples, epoch: int, chosen: Sequence[tuple[int, bool]]) -> Batch:
     """The micro-batch of (sample, counts) pairs; a sample that does not count gets weight 0."""
     rows = [_row(samples, epoch, sample) for sample, _ in chosen]
-    columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    columns = {name: torch.stack([row[name] for row, _ in rows]) for name in rows[0][0]}
+    text = {name: torch.stack([words[name] for _, words in rows]) for name in rows[0][1]}
     counts = [samples.pictures[s].data.weight if counted else 0.0 for s, counted in chosen]
     names = tuple(samples.pictures[sample].name for sample, _ in chosen)
-    return Batch(names=names, weight=torch.tensor(counts), **columns)
+    return Batch(names=names, weight=torch.tensor(counts), text=text, **columns)
 
 
-def _row(samples: Samples, epoch: int, sample: int) -> dict[str, Tensor]:
+def _row(samples: Samples, epoch: int, sample: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A sample's tensors and its text."""
     picture, seed = samples.pictures[sample], samples.seed
 
     def draw(purpose: str) -> np.random.Generator:
@@ -80,19 +91,18 @@ def _row(samples: Samples, epoch: int, sample: int) -> dict[str, Tensor]:
     moments = samples.latents.get(samples.keys.latent(picture, geometry))
     shape = (moments.shape[0] // 2, *moments.shape[1:])
     if draw("dropout").random() < picture.data.caption_dropout:
-        embeds, pooled = samples.dropped
+        text = samples.dropped
     else:
-        embeds, pooled = samples.text(picture.captions[draw("caption").integers(len(picture.captions))])
-    return {
+        text = samples.text(picture.captions[draw("caption").integers(len(picture.captions))])
+    tensors = {
         "mean": moments[: shape[0]],
         "std": moments[shape[0] :],
         "posterior_noise": torch.from_numpy(noise.normal(seed, "posterior", epoch, sample, shape)),
         "noise": torch.from_numpy(noise.draw(seed, epoch, sample, shape, samples.noise_offset)),
         "timesteps": torch.tensor(noise.timestep(seed, epoch, sample, samples.timestep_probabilities)),
-        "prompt_embeds": embeds,
-        "pooled": pooled,
         "time_ids": torch.tensor(geometry.time_ids()),
     }
+    return tensors, text
 
 
 def steps(

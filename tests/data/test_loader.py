@@ -31,8 +31,11 @@ def whole(count: int) -> list[tuple[int, bool]]:
 
 
 def equal(one: Batch, two: Batch) -> bool:
-    tensors = [f.name for f in fields(Batch) if f.name != "names"]
-    return one.names == two.names and all(torch.equal(getattr(one, t), getattr(two, t)) for t in tensors)
+    return one.names == two.names and all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(two), strict=True))
+
+
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    return [getattr(batch, f.name) for f in fields(Batch) if f.name not in {"names", "text"}] + [*batch.text.values()]
 
 
 def test_a_sample_is_the_same_in_any_batch(samples: Callable[..., Samples]) -> None:
@@ -40,9 +43,8 @@ def test_a_sample_is_the_same_in_any_batch(samples: Callable[..., Samples]) -> N
     together = loader.batch(made, 3, whole(6))
     for sample in range(6):
         alone = loader.batch(made, 3, [(sample, True)])
-        for f in fields(Batch):
-            if f.name != "names":
-                assert torch.equal(getattr(together, f.name)[sample], getattr(alone, f.name)[0])
+        for one, all_ in zip(tensors(alone), tensors(together), strict=True):
+            assert torch.equal(all_[sample], one[0])
 
 
 def test_crops_flips_and_noise_are_drawn_anew_every_epoch(samples: Callable[..., Samples]) -> None:
@@ -76,13 +78,13 @@ def test_captions_are_dropped_as_often_as_asked_and_never_the_same_ones(samples:
     made = samples(data=[{"caption_dropout": 0.3}])
     dropped = np.array(
         [
-            [bool((embeds == 0).all()) for embeds in loader.batch(made, epoch, whole(6)).prompt_embeds]
+            [bool((embeds == 0).all()) for embeds in loader.batch(made, epoch, whole(6)).text["prompt_embeds"]]
             for epoch in range(300)
         ]
     )
     assert dropped.mean() == pytest.approx(0.3, abs=0.035)
     assert all(0.15 < share < 0.45 for share in dropped.mean(axis=0))
-    pooled = loader.batch(made, int(np.argmax(dropped[:, 0])), whole(1)).pooled
+    pooled = loader.batch(made, int(np.argmax(dropped[:, 0])), whole(1)).text["pooled"]
     assert (pooled == 0).all()
 
 
@@ -97,8 +99,8 @@ def test_one_of_several_captions_is_drawn(samples: Callable[..., Samples], tmp_p
         other.unlink()
     (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     made = samples(data=[{"path": str(folder)}])
-    seen = {loader.batch(made, epoch, whole(1)).pooled.sum().item() for epoch in range(60)}
-    assert seen == {made.text(caption)[1].sum().item() for caption in row["text"]}
+    seen = {loader.batch(made, epoch, whole(1)).text["pooled"].sum().item() for epoch in range(60)}
+    assert seen == {made.text(caption)["pooled"].sum().item() for caption in row["text"]}
 
 
 def test_weights_of_data_sets_and_of_padding(samples: Callable[..., Samples]) -> None:
