@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.config import Model
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats import pretrained
 
 
 class SDXL(nn.Module):
@@ -59,17 +59,22 @@ def load(options: Model, base: Base, folder: Path | None, dtype: torch.dtype, ch
 
     if folder is None and options.init == "random":
         torch.manual_seed(0)
-        unet = UNet2DConditionModel.from_config(base.config("unet")).to(dtype)
+        with pretrained.explained(base.part("unet")):
+            unet: Any = UNet2DConditionModel.from_config(base.config("unet")).to(dtype)
     else:
         path, variant = (folder / "unet", None) if folder else (base.part("unet"), weights_file(base, "unet"))
-        unet = UNet2DConditionModel.from_pretrained(path, variant=variant, torch_dtype=dtype, use_safetensors=True)
-    if unet.config.in_channels != 4 or unet.config.addition_embed_type != "text_time":
-        kind = f"{unet.config.in_channels} input channels, {unet.config.addition_embed_type} conditioning"
-        what = f"this UNet is not that of SDXL ({kind})"
-        raise UserError(what, str(base.part("unet")), "use an SDXL base model")
+        unet = pretrained.load(UNet2DConditionModel, path, variant, torch_dtype=dtype)
     if checkpointing:
         unet.enable_gradient_checkpointing()
     return SDXL(unet)
+
+
+def skeleton(base: Base) -> SDXL:
+    """The model without weights: names and shapes."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    with torch.device("meta"), pretrained.explained(base.part("unet")):
+        return SDXL(UNet2DConditionModel.from_config(base.config("unet")))
 
 
 def use_attention(model: SDXL, kind: str, device: torch.device) -> str | None:
@@ -92,8 +97,3 @@ def _npu_processor() -> Any:
     from diffusers.models.attention_processor import AttnProcessorNPU
 
     return AttnProcessorNPU()
-
-
-def broken_weights(model: nn.Module) -> list[str]:
-    """Names of parameters that hold a value that is not finite."""
-    return [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]

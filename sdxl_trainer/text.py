@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdxl_trainer.base import Base, weights_file
+from sdxl_trainer.formats import pretrained
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,11 @@ def tokenizers(base: Base) -> tuple[Any, Any]:
     """The tokenizers of both encoders; each pads as its own config says (EOS for the first, id 0 for the second)."""
     from transformers import CLIPTokenizer
 
-    return (
-        CLIPTokenizer.from_pretrained(base.part("tokenizer")),
-        CLIPTokenizer.from_pretrained(base.part("tokenizer_2")),
-    )
+    found = []
+    for part in ("tokenizer", "tokenizer_2"):
+        with pretrained.explained(base.part(part)):
+            found.append(CLIPTokenizer.from_pretrained(base.part(part)))
+    return found[0], found[1]
 
 
 def load(base: Base, dtype: torch.dtype, device: torch.device) -> TextEncoders:
@@ -36,8 +38,9 @@ def load(base: Base, dtype: torch.dtype, device: torch.device) -> TextEncoders:
     logging.disable_progress_bar()
     encoders: list[Any] = []
     for part, model in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-        variant = weights_file(base, part)
-        encoder: Any = model.from_pretrained(base.part(part), variant=variant, dtype=dtype, use_safetensors=True)
+        encoder = pretrained.load(
+            model, base.part(part), weights_file(base, part), dtype=dtype, ignore_mismatched_sizes=True
+        )
         encoders.append(encoder.to(device).eval().requires_grad_(False))
     return TextEncoders(tokenizers(base), (encoders[0], encoders[1]))
 

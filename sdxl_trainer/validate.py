@@ -13,6 +13,7 @@ from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.config import Config
 from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.prepare import EMPTY
+from sdxl_trainer.formats import pretrained
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,8 +65,8 @@ class Validator:
         from diffusers import AutoencoderKL
 
         # The VAE decodes in fp32: the original one overflows in fp16.
-        vae = AutoencoderKL.from_pretrained(
-            self.base.vae, variant=weights_file(self.base, "vae"), torch_dtype=torch.float32, use_safetensors=True
+        vae = pretrained.load(
+            AutoencoderKL, self.base.vae, weights_file(self.base, "vae"), torch_dtype=torch.float32
         ).to(self.accelerator.device)
         pipeline = sample.live_pipeline(unet, vae, self.scheduler, zeros_for_empty=True)
         return pipeline
