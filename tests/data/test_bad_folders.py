@@ -247,12 +247,9 @@ def test_unreadable_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "what"),
     [
-        ("", "there is no such folder"),
         ("no-such-folder", "there is no such folder"),
         ("./owner/name", "there is no such folder"),
         ("a/b/c", "there is no such folder"),
-        ("~nobody-of-this-name/x", "there is no such folder"),
-        ("a\0b", "there is no such folder"),
         ("/dev/null", "is a file, not a folder"),
         ("x" * 5000, "cannot be opened"),
     ],
