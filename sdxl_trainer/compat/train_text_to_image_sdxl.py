@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -330,11 +331,23 @@ def _shared_seed() -> int:
     seed = _random_seed()
     if _processes(os.environ) == 1:
         return seed
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list, parse_flag_from_env
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        what = "several processes cannot choose a seed together under this launcher"
+        raise UserError(what, WHERE, "give one with --seed")
+    store, rank = _meeting_place()
+    if rank == 0:
+        store.set("sdxl-trainer/seed", str(seed))
+    return int(store.get("sdxl-trainer/seed"))
 
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    return broadcast_object_list([seed])[0]
+
+@cache
+def _meeting_place() -> tuple[Any, int]:
+    """What the launcher's processes can write to and read from, and the number of this one. It is kept: where no
+    launcher holds the store, the first process does, and it must live until the others have read."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, _ = next(rendezvous("env://"))
+    return store, rank
 
 
 def _join_processes_of_cpus() -> None:

@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import hub as standin
 import pytest
 
 from sdxl_trainer.compat.train_text_to_image_sdxl import main
+from tests.compat import hub as standin
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train_text_to_image_sdxl.py"

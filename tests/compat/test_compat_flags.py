@@ -14,6 +14,7 @@ from sdxl_trainer.compat.flags import FLAGS
 from sdxl_trainer.compat.train_text_to_image_sdxl import Job, main, parse, translate
 from sdxl_trainer.config import Config
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.run import Interrupted
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = json.loads((ROOT / "tests" / "fixtures" / "reference_flags.json").read_text())
@@ -379,6 +380,27 @@ def test_the_token_goes_to_the_environment_alone(monkeypatch: pytest.MonkeyPatch
     assert main() == 0
     assert os.environ["HF_TOKEN"] == "secret-1"
     assert "secret" not in str(sys.argv) + seen[0].model_dump_json()
+
+
+@pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143)])
+def test_an_interruption_says_how_to_continue(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, status: int
+) -> None:
+    def stopped(config: Config, start: Any) -> None:
+        raise Interrupted(number)
+
+    monkeypatch.setattr("sdxl_trainer.train.train", stopped)
+    assert main(BASE) == status
+    assert "--resume_from_checkpoint=latest" in capsys.readouterr().err
+
+
+def test_processes_that_cannot_meet_need_a_seed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert main(BASE[:-1]) == 2
+    assert "give one with --seed" in capsys.readouterr().err
 
 
 def test_parse_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
