@@ -10,8 +10,11 @@ from sdxl_trainer.config import Model
 from sdxl_trainer.data.cache import key
 from sdxl_trainer.data.pictures import Memo
 from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.formats import header
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+PIPELINE = "StableDiffusionXLPipeline"
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _WEIGHTLESS = ("tokenizer", "tokenizer_2", "scheduler")
 
 
@@ -31,9 +34,12 @@ class Base:
         names = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
         path = self.folder / names[part] if part in names else self.part(part) / "config.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise UserError("this file is not valid JSON", str(path), "copy the model again") from None
+            found = None
+        if not isinstance(found, dict):
+            raise UserError("this file is not valid JSON of a config", str(path), "copy the model again")
+        return found
 
     def hash(self, part: str, memo: Memo) -> str:
         """SHA-256 over a part's files: two models that encode alike have one hash."""
@@ -57,6 +63,7 @@ def resolve(options: Model, cache: Path) -> Base:
     base = Base(folder, vae, options.variant)
     for part in PARTS:
         _check_part(base, part)
+    _check_fit(base)
     return base
 
 
@@ -85,6 +92,8 @@ def _folder(options: Model, cache: Path) -> Path:
 def _vae_folder(options: Model) -> Path:
     assert options.vae is not None
     path = Path(options.vae).expanduser()
+    if path.is_file():
+        raise UserError(f"'{path}' is a file", "model.vae", "give a diffusers folder or a hub id")
     folder = path if path.is_dir() else _from_hub(options.vae, options.vae_revision, "model.vae")
     return folder if (folder / "config.json").is_file() else folder / "vae"
 
@@ -102,7 +111,7 @@ def _from_hub(name: str, revision: str | None, where: str) -> Path:
 
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"'{name}' does not exist", where, "give an existing folder or .safetensors file, or a hub id")
-    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors", "README.md"]
     # Single-file checkpoints at the root of a repository would double the download.
     ignored = ["sd_xl*.safetensors", "*lora*", "*onnx*", "*openvino*", "*flax*"]
     try:
@@ -123,7 +132,10 @@ def _from_hub(name: str, revision: str | None, where: str) -> Path:
 def _check_part(base: Base, part: str) -> None:
     folder = base.part(part)
     if not folder.is_dir():
-        raise UserError(f"the model has no '{part}'", str(folder), "use a complete SDXL model (all seven parts)")
+        kind = base.config("model_index").get("_class_name", PIPELINE)
+        other = "" if kind == PIPELINE else f": it is a {kind}"
+        what = f"the model has no '{part}'{other}"
+        raise UserError(what, str(folder), "use a complete SDXL base model (all seven parts)")
     name = {"scheduler": "scheduler_config.json", "tokenizer": None, "tokenizer_2": None}.get(part, "config.json")
     if name and not (folder / name).is_file():
         raise UserError(f"'{part}' has no {name}", str(folder), "copy the model again: a file is missing")
@@ -132,6 +144,53 @@ def _check_part(base: Base, part: str) -> None:
         what = f"'{part}' has no .safetensors weights" + (f", only the pickle {pickles[0]}" if pickles else "")
         fix = "pickles can run code and are not opened: convert it with diffusers' save_pretrained"
         raise UserError(what, str(folder), fix if pickles else "copy the model again: the weights are missing")
+    if part.startswith("tokenizer") and not _has_vocabulary(folder):
+        what = f"'{part}' has no vocabulary: neither tokenizer.json nor vocab.json with merges.txt"
+        raise UserError(what, str(folder), "copy the model again: a file is missing")
+    for path in sorted(folder.glob("*.safetensors")):
+        header.read(path, "copy or download this file again")
+    for path in sorted(folder.glob("*.safetensors.index*.json")):
+        _check_shards(path)
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    return any(all((folder / name).is_file() for name in names) for names in VOCABULARIES)
+
+
+def _check_shards(index: Path) -> None:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError("this file is not an index of weights", str(index), "copy the model again") from None
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise UserError(f"files that this index names are missing: {shortened(missing)}", str(index), "copy them too")
+
+
+def _check_fit(base: Base) -> None:
+    """Do the parts' configs belong together, and to SDXL base?"""
+    unet, vae = base.config("unet"), base.config("vae")
+    where, fix = str(base.part("unet")), "use an SDXL base model, not its refiner, an inpainting model or SD 1 or 2"
+    if unet.get("in_channels", 4) != 4 or unet.get("addition_embed_type") != "text_time":
+        kind = f"{unet.get('in_channels', 4)} input channels, {unet.get('addition_embed_type')} conditioning"
+        raise UserError(f"this UNet is not that of SDXL ({kind})", where, fix)
+    first, second = base.config("text_encoder"), base.config("text_encoder_2")
+    try:
+        context = first["hidden_size"] + second["hidden_size"]
+        conditioning = second["projection_dim"] + 6 * unet["addition_time_embed_dim"]
+    except (KeyError, TypeError):
+        context, conditioning = unet.get("cross_attention_dim"), unet.get("projection_class_embeddings_input_dim")
+    for name, given, wanted in (
+        ("text", unet.get("cross_attention_dim"), context),
+        ("conditioning", unet.get("projection_class_embeddings_input_dim"), conditioning),
+    ):
+        if isinstance(given, int) and given != wanted:
+            what = f"this UNet is not that of SDXL base: it takes {name} of width {given}, and is given {wanted}"
+            raise UserError(what, where, fix)
+    kind, channels = vae.get("_class_name", "AutoencoderKL"), vae.get("latent_channels", 4)
+    if kind != "AutoencoderKL" or channels != 4:
+        what = f"this VAE is not one for SDXL: {kind} with {channels} latent channels"
+        raise UserError(what, str(base.vae), "use an AutoencoderKL of SDXL, or remove model.vae to use the model's own")
 
 
 def _file_hash(path: Path, memo: Memo) -> str:

@@ -4,16 +4,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sdxl_trainer import base as bases
-from sdxl_trainer import files, parameters, setup, text
+from sdxl_trainer import files, model, parameters, setup, text
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import plan, prepare
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.errors import shortened
-from sdxl_trainer.model import SDXL
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Bytes of optimizer state per learning parameter.
@@ -47,11 +44,7 @@ def run(config: Config) -> None:
 
 def learning(config: Config, base: Base, stock: Stock) -> tuple[list[parameters.Group], int]:
     """The rules' groups on a model without weights, and the number of its parameters."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(base.config("unet"))
-        sdxl = SDXL(unet, text.empty_encoders(base) if stock.text_learns else None)
+    sdxl = model.skeleton(base, stock.text_learns)
     groups = parameters.apply_rules(sdxl, config.learn, config.train, config.optimizer, sdxl.unused())
     return groups, sum(p.numel() for p in sdxl.parameters())
 

@@ -25,6 +25,7 @@ from sdxl_trainer.model import SDXL
 from sdxl_trainer.parameters import Group
 
 PREFIX = "checkpoint-"
+_NEEDED = {"state.json", "optimizer.safetensors", "unet/config.json"}
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,11 @@ def verify(checkpoint: Checkpoint) -> Checkpoint:
     """Compare every file with the manifest; UserError names the first that differs."""
     where, fix = checkpoint.path, "delete this folder: the same command continues from the checkpoint before it"
     try:
-        manifest = json.loads((where / "manifest.json").read_text(encoding="utf-8"))["files"]
+        manifest = dict(json.loads((where / "manifest.json").read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError("the checkpoint has no readable manifest.json", str(where), fix) from None
+    for name in _NEEDED - manifest.keys():
+        raise UserError(f"the checkpoint's manifest.json does not name {name}", str(where), fix)
     for name, digest in manifest.items():
         path = where / name
         if not path.is_file():

@@ -31,7 +31,7 @@ def main() -> None:
 def command() -> int:
     """The command line; what is wrong with it is told like everything else."""
     try:
-        return app(standalone_mode=False) or 0
+        return app(prog_name="sdxl", standalone_mode=False) or 0
     except UsageError as error:
         context, message = error.ctx, error.format_message()  # type: ignore[attr-defined]
         if type(error).__name__ == "NoArgsIsHelpError":

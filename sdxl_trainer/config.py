@@ -3,13 +3,32 @@
 Options are grouped as the sections of the file. A field's `description` is what `docs/config.md` and editors show.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Text = str | None
+
+
+def _possible(path: str) -> str:
+    """Refuse what cannot be a path; the messages continue "it should be"."""
+    if not path:
+        raise ValueError("a path; it is empty")
+    if "\0" in path:
+        raise ValueError("a path; it holds a zero byte")
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"a path; there is no home folder '{Path(path).parts[0]}'") from None
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_possible)]
+# Sides of pictures: latents have an eighth of them.
+Side = Annotated[int, Field(ge=8, multiple_of=8)]
 
 
 def option(default: Any, description: str, **limits: Any) -> Any:
@@ -21,12 +40,14 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    path: str = Field(description="hub id, diffusers folder, or one .safetensors file")
+    path: PathText = Field(description="hub id, diffusers folder, or one .safetensors file")
     revision: Text = option(None, "branch, tag or commit of the hub repository")
     variant: Text = option(None, "file variant such as fp16")
-    vae: Text = option(None, "another VAE: hub id or folder, for example madebyollin/sdxl-vae-fp16-fix")
+    vae: PathText | None = option(None, "another VAE: hub id or folder, for example madebyollin/sdxl-vae-fp16-fix")
     vae_revision: Text = option(None, "branch, tag or commit of the VAE's repository")
-    configs: Text = option(None, "diffusers folder with the configs of a single file that is not full-size SDXL")
+    configs: PathText | None = option(
+        None, "diffusers folder with the configs of a single file that is not full-size SDXL"
+    )
     init: Literal["pretrained", "random"] = option("pretrained", "random: keep the sizes, forget the UNet's weights")
     attention: Literal["sdpa", "xformers", "npu"] = option("sdpa", "attention kernel; sdpa is the fastest or equal")
 
@@ -40,7 +61,7 @@ class Data(Section):
     caption_column: str = option("text", "column holding a caption or a list of captions")
     caption: Text = option(None, "one caption for all pictures that have none")
     max_samples: Positive | None = option(None, "use only this many pictures, drawn with the run's seed")
-    resolution: int = option(1024, "shorter side after resizing, and side of the crop, in pixels", ge=8)
+    resolution: Side = option(1024, "shorter side after resizing, and side of the crop, in pixels")
     interpolation: Literal["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest"] = option(
         "lanczos", "resampling filter"
     )
@@ -59,12 +80,12 @@ class TextOptions(Section):
 
 
 class Cache(Section):
-    path: Text = option(None, "folder of cached latents and embeddings; default: <output_dir>/cache")
+    path: PathText | None = option(None, "folder of cached latents and embeddings; default: <output_dir>/cache")
     batch_size: Positive = option(4, "pictures per forward pass of the VAE")
     text_batch_size: Positive = option(32, "captions per forward pass of the text encoders")
     vae_precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "type in which the VAE encodes")
     workers: int | None = option(None, "processes that decode pictures; default: one per core, at most 8", ge=0)
-    datasets_dir: Text = option(None, "where hub datasets are kept")
+    datasets_dir: PathText | None = option(None, "where hub datasets are kept")
 
 
 class Objective(Section):
@@ -135,15 +156,15 @@ class Validation(Section):
     seed: int | None = option(None, "first seed of each prompt's pictures; default: the run's seed")
     steps: Positive = option(25, "denoising steps")
     guidance: float = option(5.0, "classifier-free guidance scale", ge=0)
-    height: Positive | None = option(None, "default: the first data set's resolution")
-    width: Positive | None = option(None, "default: the first data set's resolution")
+    height: Side | None = option(None, "default: the first data set's resolution")
+    width: Side | None = option(None, "default: the first data set's resolution")
     every_epochs: Positive | None = option(None, "pictures after epochs 0, n, 2n, ... (counted from 0)")
     at_end: bool = option(True, "pictures of the final model")
 
 
 class Log(Section):
     trackers: tuple[str, ...] = option((), "any of tensorboard, wandb, or another tracker of accelerate")
-    dir: str = option("logs", "folder of the trackers, under output_dir")
+    dir: PathText = option("logs", "folder of the trackers, under output_dir")
     project: str = option("sdxl-trainer", "project name for the trackers")
     every: Positive | None = option(None, "steps between reading losses from the device; default: 1 on CPU, else 10")
 
@@ -155,7 +176,7 @@ class Hub(Section):
 
 
 class Config(Section):
-    output_dir: str = Field(description="where everything of this run is written")
+    output_dir: PathText = Field(description="where everything of this run is written")
     seed: int = option(0, "seed of every draw", ge=0, lt=1 << 63)
     model: Model
     data: tuple[Data, ...] = Field(min_length=1, description="one or many data sets")

@@ -37,12 +37,19 @@ def precision(wanted: str, say: Callable[[str], None]) -> str:
         else:
             return "fp32"
     if wanted == "fp16" and device == "cpu":
-        say("fp16 training needs a GPU; computing in bf16, the nearest this CPU can do")
-        return "bf16"
+        nearest = "bf16" if _cpu_has_bf16() else "fp32"
+        say(f"fp16 training needs a GPU; computing in {nearest}, the nearest this CPU can do")
+        return nearest
+    if wanted == "bf16" and device == "cpu" and not _cpu_has_bf16():
+        say("this CPU has no bf16 instructions: bf16 saves memory here but is many times slower than fp32")
     if wanted == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         say("this GPU has no bf16; computing in fp16")
         return "fp16"
     return wanted
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def make(config: Config, computing: str) -> "Accelerator":
@@ -63,6 +70,8 @@ def make(config: Config, computing: str) -> "Accelerator":
     # One process may make several runs, each with its own precision; accelerate would keep the first one's.
     AcceleratorState._reset_state()
     return Accelerator(
+        # Without a word accelerate takes several processes without an accelerator for as many runs.
+        cpu=device_type() == "cpu",
         mixed_precision=autocast,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(config.log.trackers) or None,

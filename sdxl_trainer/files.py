@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,19 +24,37 @@ _FIXES = {
     errno.EPERM: "choose a folder that you may write, or change its permissions",
     errno.ENOTDIR: "choose another folder: a part of this path is a file",
     errno.EEXIST: "choose another folder: this path is a file",
+    errno.EISDIR: "choose another place: a folder is in the way",
+    errno.ELOOP: "choose another folder: links in this path lead in a circle",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EFBIG: "choose a folder on a file system that can hold larger files",
+    errno.EIO: "save what is on this disk and choose a folder on another: the disk reports errors",
 }
 
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write into messages for the user."""
+    from safetensors import SafetensorError
+
     try:
         yield
+    except SafetensorError as error:
+        # The system's refusal is told in its text alone.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None or int(number[1]) not in _FIXES:
+            raise
+        raise _refusal(int(number[1]), str(path)) from None
     except OSError as error:
         if error.errno not in _FIXES:
             raise
-        what = f"cannot write: {os.strerror(error.errno or 0).lower()}"
-        raise UserError(what, str(error.filename or path), _FIXES[error.errno]) from None
+        # Temporary names are ours: the user knows the final one.
+        named = str(error.filename or path)
+        raise _refusal(error.errno, str(path) if ".tmp" in named else named) from None
+
+
+def _refusal(number: int, where: str) -> UserError:
+    return UserError(f"cannot write: {os.strerror(number).lower()}", where, _FIXES[number])
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sdxl_trainer import checkpoint, files, manifest, publish, report
 from sdxl_trainer.base import Base
+from sdxl_trainer.data import prepare
 from sdxl_trainer.ema import Ema
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.run import Job
@@ -30,11 +31,14 @@ def conclude(job: Job) -> None:
         files.write_text(job.output / "README.md", publish.card(job.output, config))
         page = report.write(job.output)
         job.console.say(f"done: the trained pipeline is in {job.output}, the report in {page}")
-        if config.hub.push:
-            job.console.say(f"pushed to {publish.push(job.output, config.hub)}")
-    if config.log.trackers:
-        accelerator.end_training()
     accelerator.wait_for_everyone()
+    if config.log.trackers:
+        accelerator.end_training()  # also ends the group of processes
+    if accelerator.is_main_process and config.hub.push:
+        cached = prepare.cache_folder(config)
+        left_out = [f"{config.log.dir}/*"]
+        left_out += [f"{cached.relative_to(job.output)}/*"] if cached.is_relative_to(job.output) else []
+        job.console.say(f"pushed to {publish.push(job.output, config.hub, left_out)}")
 
 
 def draw_validation(job: Job) -> None:

@@ -47,6 +47,8 @@ def run(config: Config, *, verify: bool, gc: bool) -> None:
 def _verify(folder: Path) -> None:
     bad = [path for kind in ("latents", "texts") for path in cache.damaged(folder / kind)]
     count = sum(1 for kind in ("latents", "texts") for _ in (folder / kind).glob("*.safetensors"))
+    if count == 0:
+        raise UserError("there is no cache to verify", str(folder), "fill it first: sdxl cache CONFIG.toml")
     if bad:
         listed = shortened(str(path) for path in bad)
         raise UserError(f"{len(bad)} of {count} cache files are damaged", listed, "delete them: they are encoded anew")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trainer import files
+from sdxl_trainer.errors import UserError
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -89,29 +90,41 @@ class Metrics:
         """Continue after step `after`: lines of later steps, and a line cut short, were of an interrupted run.
         Only the main process writes."""
         if main:
-            kept = [row for row in read_metrics(path) if row["step"] <= after]
+            kept = [row for row in read_metrics(path, after) if row["step"] <= after]
             files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = (path if main else Path(os.devnull)).open("a", encoding="utf-8")
+        self._path = path
+        # No buffer: what a full disk refused is not tried again when the file is closed.
+        self._file = (path if main else Path(os.devnull)).open("ab", buffering=0)
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        self._file.writelines(json.dumps(row) + "\n" for row in rows)
-        self._file.flush()
+        with files.explained(self._path):
+            rest = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def sync(self) -> None:
         if self._file.name != os.devnull:
-            os.fsync(self._file.fileno())
+            with files.explained(self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self.sync()
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, up to the first line that is cut short."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+def read_metrics(path: Path, through: int = 0) -> list[dict[str, Any]]:
+    """The rows of a metrics file, up to the first line that is damaged or cut short; that is an error, since rows
+    would be lost, if it comes before the row of step `through`."""
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            if (rows[-1]["step"] if rows else 0) < through:
+                fix = "correct or remove that line; or move the file elsewhere, if its losses are not needed"
+                raise UserError(f"line {number} is damaged", str(path), fix)
             break
+        rows.append(row)
     return rows

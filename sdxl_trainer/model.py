@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sdxl_trainer import text
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.config import Model
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats import pretrained
 
 
 class SDXL(nn.Module):
@@ -63,7 +63,7 @@ class SDXL(nn.Module):
 
 @dataclass(frozen=True)
 class LatentScale:
-    """From the VAE's latents z to those that the UNet sees: (z - mean) * factor."""
+    """Between the VAE's latents z and those that the UNet sees: (z - mean) * factor."""
 
     mean: Tensor  # [1, 4, 1, 1]
     factor: Tensor
@@ -74,6 +74,10 @@ class LatentScale:
     def sample(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """A posterior sample in the UNet's scale, fp32 [B, 4, h, w]."""
         return (mean.float() + std.float() * noise - self.mean) * self.factor
+
+    def undo(self, latents: Tensor) -> Tensor:
+        """The VAE's latents from those of the UNet."""
+        return latents / self.factor + self.mean
 
 
 def latent_scale(config: dict[str, Any]) -> LatentScale:
@@ -102,14 +106,21 @@ def _load_unet(options: Model, base: Base, folder: Path | None, dtype: torch.dty
 
     if folder is None and options.init == "random":
         torch.manual_seed(0)
-        unet = UNet2DConditionModel.from_config(base.config("unet")).to(dtype)
+        with pretrained.explained(base.part("unet")):
+            unet: Any = UNet2DConditionModel.from_config(base.config("unet")).to(dtype)
     else:
         path, variant = (folder / "unet", None) if folder else (base.part("unet"), weights_file(base, "unet"))
-        unet = UNet2DConditionModel.from_pretrained(path, variant=variant, torch_dtype=dtype, use_safetensors=True)
-    if unet.config.in_channels != 4 or unet.config.addition_embed_type != "text_time":
-        kind = f"{unet.config.in_channels} input channels, {unet.config.addition_embed_type} conditioning"
-        raise UserError(f"this UNet is not that of SDXL ({kind})", str(base.part("unet")), "use an SDXL base model")
+        unet = pretrained.load(UNet2DConditionModel, path, variant, torch_dtype=dtype)
     return unet
+
+
+def skeleton(base: Base, text_learns: bool) -> SDXL:
+    """The model without weights: names and shapes."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    with torch.device("meta"), pretrained.explained(base.part("unet")):
+        unet = UNet2DConditionModel.from_config(base.config("unet"))
+        return SDXL(unet, text.empty_encoders(base) if text_learns else None)
 
 
 def use_attention(model: SDXL, kind: str, device: torch.device) -> str | None:
@@ -132,8 +143,3 @@ def _npu_processor() -> Any:
     from diffusers.models.attention_processor import AttnProcessorNPU
 
     return AttnProcessorNPU()
-
-
-def broken_weights(model: nn.Module) -> list[str]:
-    """Names of parameters that hold a value that is not finite."""
-    return [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]

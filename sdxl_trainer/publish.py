@@ -190,10 +190,10 @@ image.save("picture.png")
 def _training(config: Config, manifest: dict[str, Any]) -> str:
     rows = [(path, _option(config, path)) for path in SETTINGS]
     rows += [(f"data: {_short(data.path)}", _data_settings(data)) for data in config.data]
-    shown = [f"| {_code(key)} | {_escaped(str(value))} |" for key, value in rows if value not in (None, False)]
-    command = manifest.get("command")
-    text = shlex.join(str(word) for word in command) if isinstance(command, list) else str(command or "")
-    ran = f"\n\n```bash\n{_without_home(text)}\n```" if text and "```" not in text else ""
+    told = [(key, value) for key, value in rows if value not in (None, False, "none")]
+    shown = [f"| {_code(key)} | {_escaped(str(value))} |" for key, value in told]
+    text = _command(manifest.get("command"))
+    ran = f"\n\n```bash\n{text}\n```" if text and "```" not in text else ""
     lines = ["## Training", "", "| setting | value |", "|---|---|", *shown]
     return "\n".join(lines) + f"\n\n`config.toml` has every setting and repeats the run with sdxl-trainer.{ran}"
 
@@ -280,7 +280,11 @@ def _option(config: Config, path: str) -> Any:
     return node
 
 
-def _without_home(text: str) -> str:
+def _command(words: Any) -> str:
+    """The recorded command without where things lie on this machine, as far as that is easily told."""
+    if not isinstance(words, list) or not words:
+        return ""
+    text = shlex.join([Path(str(words[0])).name, *(str(word) for word in words[1:])])
     return text.replace(str(Path.home()), "~") if Path.home() != Path("/") else text
 
 

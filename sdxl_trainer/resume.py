@@ -1,6 +1,7 @@
 """Where a run begins: at its base, at a checkpoint, or not at all since it is done."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ FREE = (
     "model.vae",
     "model.attention",
 )
+# Where pictures lie does not matter: the hash over pictures and captions tells whether they are the same.
+PLACE = re.compile(r"data\.\d+\.path")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def starting_point(
 def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:
     """(option, then, now) of the options that decide what a step computes."""
     then, now = dict(_flat(old)), dict(_flat(config.model_dump(mode="json")))
-    keys = [k for k in {**then, **now} if not k.startswith(FREE)]
+    keys = [k for k in {**then, **now} if not k.startswith(FREE) and not PLACE.fullmatch(k)]
     return [(k, then.get(k), now.get(k)) for k in keys if then.get(k) != now.get(k)]
 
 
@@ -95,10 +98,16 @@ def _refuse_another(old: dict[str, Any], old_data: str, config: Config, data_has
 
 def _last_run(output: Path) -> dict[str, Any] | None:
     path = output / "manifest.json"
+    if not path.is_file():
+        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        last = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError("this file is not valid JSON", str(path), "delete it, or choose another output_dir") from None
+        last = None
+    if not isinstance(last, dict) or not {"steps", "config", "data_hash"} <= last.keys():
+        what = "this file is not the record of a run, or damaged"
+        raise UserError(what, str(path), "delete it, or choose another output_dir")
+    return last
 
 
 def _newest(output: Path) -> Checkpoint | None:

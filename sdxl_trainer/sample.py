@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdxl_trainer import files
+from sdxl_trainer.model import latent_scale
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,18 +58,30 @@ def live_pipeline(unet: Any, vae: Any, scheduler: dict[str, Any], zeros_for_empt
     return pipeline
 
 
-def draw(pipeline: Any, request: Request, **conditions: Tensor | None) -> "Image":
-    """One picture; `conditions` are prompt_embeds and the like for a pipeline without text encoders."""
+@torch.no_grad()
+def draw(
+    pipeline: Any, request: Request, autocast: AbstractContextManager[Any] | None = None, **conditions: Tensor | None
+) -> "Image":
+    """One picture; `conditions` are prompt_embeds and the like for a pipeline without text encoders. The VAE decodes
+    in its own type outside of `autocast`: SDXL's original one overflows in fp16."""
     words = {} if conditions else {"prompt": request.prompt, "negative_prompt": request.negative}
+    with autocast or nullcontext():
+        latents = _latents(pipeline, request, words | conditions)
+    vae = pipeline.vae
+    decoded = vae.decode(latent_scale(vae.config).to(vae.device).undo(latents.float()).to(vae.dtype))[0]
+    return pipeline.image_processor.postprocess(decoded.float(), output_type="pil")[0]
+
+
+def _latents(pipeline: Any, request: Request, conditions: dict[str, Any]) -> Tensor:
     return pipeline(
-        **words,
+        output_type="latent",
         **conditions,
         num_inference_steps=request.steps,
         guidance_scale=request.guidance,
         height=request.height,
         width=request.width,
         generator=torch.Generator("cpu").manual_seed(request.seed),
-    ).images[0]
+    ).images
 
 
 def from_disk(
@@ -82,9 +96,11 @@ def from_disk(
 
     base = resolve(Model(path=model), Path.home() / ".cache" / "sdxl-trainer")
     device, dtype = distributed.device_type(), distributed.DTYPES[distributed.precision("auto", print)]
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        base.folder, variant=weights_file(base, "unet"), torch_dtype=dtype, use_safetensors=True, add_watermarker=False
+    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
+        base.folder, variant=weights_file(base, "unet"), dtype=dtype, use_safetensors=True, add_watermarker=False
     ).to(device)
+    pipeline.vae.to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
     side = pipeline.default_sample_size * pipeline.vae_scale_factor
     settings = {**settings, "height": settings["height"] or side, "width": settings["width"] or side}
     for name, request in requests(prompts, images, seed, **settings):

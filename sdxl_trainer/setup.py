@@ -16,6 +16,7 @@ from sdxl_trainer import (
     objective,
     optim,
     parameters,
+    publish,
     resume,
     sample,
     schedule,
@@ -45,6 +46,14 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     with watch.phase("reading the data"), accelerator.main_process_first():
         base = bases.resolve(config.model, prepare.cache_folder(config))
         stock = prepare.take_stock(config, base, precision)
+    order = plan.make(config.seed, config.train.batch_size, [p.geometries[0].target for p in stock.pictures])
+    begin = resume.starting_point(config, start, output, stock, order, console.say)
+    if begin.done:
+        console.say(f"already done: {begin.steps} steps, in {output}")
+        return None
+    _refuse_early(config, base, stock)
+    if config.hub.push and accelerator.is_main_process:
+        publish.repository(output, config.hub)
     with watch.phase("encoding"):
         prepare.fill(
             config,
@@ -57,11 +66,6 @@ def prepare_job(config: Config, start: Start) -> Job | None:
             accelerator.num_processes,
             accelerator.wait_for_everyone,
         )
-    order = plan.make(config.seed, config.train.batch_size, [p.geometries[0].target for p in stock.pictures])
-    begin = resume.starting_point(config, start, output, stock, order, console.say)
-    if begin.done:
-        console.say(f"already done: {begin.steps} steps, in {output}")
-        return None
     with watch.phase("loading the model"):
         job = _assemble(config, base, stock, order, begin, accelerator, precision, console, watch, output)
     if accelerator.is_main_process:
@@ -69,6 +73,14 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if config.log.trackers:
         accelerator.init_trackers(config.log.project, manifest.flat(config))
     return job
+
+
+def _refuse_early(config: Config, base: Base, stock: Stock) -> None:
+    """What could only fail after the encoding, which may take hours, is looked at before it."""
+    noise_schedule(config, base)
+    if stock.missing_latents() or stock.missing_texts():
+        sdxl = model.skeleton(base, stock.text_learns)
+        parameters.apply_rules(sdxl, config.learn, config.train, config.optimizer, sdxl.unused())
 
 
 def computing(config: Config, notes: list[str]) -> str:
@@ -95,6 +107,9 @@ def noise_schedule(config: Config, base: Base) -> tuple[schedule.Schedule, str]:
     if made.zero_terminal_snr and prediction == "epsilon":
         what = "zero terminal SNR with prediction 'epsilon': at its end the input says nothing of the picture"
         raise UserError(what, "objective.prediction", 'set objective.prediction = "v_prediction"')
+    if config.timesteps.bias == "range" and config.timesteps.end > len(made):
+        what = f"timesteps.end = {config.timesteps.end} is after the last of the base's {len(made)} timesteps"
+        raise UserError(what, "timesteps.end", f"give at most {len(made)}")
     return made, prediction
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdxl_trainer.base import Base, weights_file
+from sdxl_trainer.formats import pretrained
 
 PARTS = ("text_encoder", "text_encoder_2")
 
@@ -33,10 +34,11 @@ def tokenizers(base: Base) -> tuple[Any, Any]:
     """The tokenizers of both encoders; each pads as its own config says (EOS for the first, id 0 for the second)."""
     from transformers import CLIPTokenizer
 
-    return (
-        CLIPTokenizer.from_pretrained(base.part("tokenizer")),
-        CLIPTokenizer.from_pretrained(base.part("tokenizer_2")),
-    )
+    found = []
+    for part in ("tokenizer", "tokenizer_2"):
+        with pretrained.explained(base.part(part)):
+            found.append(CLIPTokenizer.from_pretrained(base.part(part)))
+    return found[0], found[1]
 
 
 def load(base: Base, dtype: torch.dtype, device: torch.device) -> TextEncoders:
@@ -54,7 +56,7 @@ def load_encoders(base: Base, folder: Path | None, dtype: torch.dtype) -> tuple[
     encoders = []
     for part, model in zip(PARTS, (CLIPTextModel, CLIPTextModelWithProjection), strict=True):
         path, variant = (folder / part, None) if folder else (base.part(part), weights_file(base, part))
-        encoders.append(model.from_pretrained(path, variant=variant, dtype=dtype, use_safetensors=True))
+        encoders.append(pretrained.load(model, path, variant, dtype=dtype, ignore_mismatched_sizes=True))
     return encoders[0], encoders[1]
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import checkpoint, finish, model, optim, setup
+from sdxl_trainer import checkpoint, finish, optim, setup
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch
 from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.formats import pretrained
 from sdxl_trainer.run import CONTINUE, Interrupted, Job, Run, Start, State, Stop, Unread, stopping
 
 
@@ -155,7 +156,7 @@ def _read(job: Job) -> None:
 
 
 def _diverged(job: Job, unread: Unread) -> UserError:
-    broken = model.broken_weights(job.run.sdxl)
+    broken = pretrained.broken_weights(job.run.sdxl)
     if broken:
         what = f"the model's weights hold values that are not finite: {shortened(broken, 3)}"
         return UserError(what, job.run.config.model.path, "use an undamaged base or an earlier checkpoint")

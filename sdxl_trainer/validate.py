@@ -13,6 +13,7 @@ from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.config import Config
 from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.prepare import EMPTY
+from sdxl_trainer.formats import pretrained
 from sdxl_trainer.model import SDXL
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class Validator:
         sdxl.eval()
         named = list(sample.requests(options.prompts, options.images, self._seed(), **self._settings()))
         for name, request in named[accelerator.process_index :: accelerator.num_processes]:
-            with accelerator.autocast(), torch.no_grad():
-                image = sample.draw(pipeline, request, **self._conditions(request, sdxl))
+            with torch.no_grad():
+                image = sample.draw(pipeline, request, accelerator.autocast(), **self._conditions(request, sdxl))
             sample.save(image, folder / f"step-{step:06}" / name)
         sdxl.train(training)
         accelerator.wait_for_everyone()
@@ -65,8 +66,8 @@ class Validator:
         from diffusers import AutoencoderKL
 
         # The VAE decodes in fp32: the original one overflows in fp16.
-        vae = AutoencoderKL.from_pretrained(
-            self.base.vae, variant=weights_file(self.base, "vae"), torch_dtype=torch.float32, use_safetensors=True
+        vae = pretrained.load(
+            AutoencoderKL, self.base.vae, weights_file(self.base, "vae"), torch_dtype=torch.float32
         ).to(self.accelerator.device)
         pipeline = sample.live_pipeline(unet, vae, self.scheduler, zeros_for_empty=True)
         return pipeline
@@ -104,15 +105,14 @@ class Validator:
         return sdxl.embed(text["tokens"]) if "tokens" in text else (text["prompt_embeds"], text["pooled"])
 
     def _track(self, folder: Path, rows: list[dict[str, Any]], step: int) -> None:
+        """Hand the pictures to the trackers that show pictures, under their prompts."""
+        import numpy as np
         from PIL import Image
 
         for tracker in self.accelerator.trackers:
-            if tracker.name in {"tensorboard", "wandb"}:
-                images: list[Any] = [Image.open(folder / row["file"]) for row in rows]
+            for prompt in dict.fromkeys(row["prompt"] for row in rows):
+                images = [np.asarray(Image.open(folder / row["file"])) for row in rows if row["prompt"] == prompt]
                 if tracker.name == "tensorboard":
-                    import numpy as np
-
-                    images = [np.asarray(image) for image in images]
-                    tracker.log_images({"validation": np.stack(images)}, step=step, dataformats="NHWC")
-                else:
-                    tracker.log_images({"validation": images}, step=step, caption=[row["prompt"] for row in rows])
+                    tracker.log_images({prompt: np.stack(images)}, step=step, dataformats="NHWC")
+                elif tracker.name == "wandb":
+                    tracker.log_images({prompt: images}, step=step)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from compat import hub as standin
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 from sdxl_trainer.config import Config, Hub
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.publish import card, push, repository
+from tests.compat import hub as standin
 
 ROOT = Path(__file__).parents[1]
 

@@ -137,8 +137,12 @@ def test_examples_are_valid_configs(path: Path) -> None:
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:
-    code = "import sys; sys.argv = ['sdxl', '--help']\nfrom sdxl_trainer.cli import app\ntry:\n app()\nexcept SystemExit: pass\n"
-    code += "import json; print(json.dumps(sorted(sys.modules)))"
+    code = (
+        "import json, sys; sys.argv = ['sdxl', '--help']\n"
+        "from sdxl_trainer.cli import app\n"
+        "try:\n app()\nexcept SystemExit: pass\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     loaded = set(json.loads(out.strip().splitlines()[-1]))
     assert not loaded & {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "datasets", "pydantic"}

@@ -181,8 +181,8 @@ def _add(parser: argparse.ArgumentParser, flag: Flag) -> None:
     if flag.type is bool:
         parser.add_argument(flag.name, action="store_true", help=flag.help, **common)
         return
-    default = "required" if flag.required else f"default: {flag.default}"
-    text = f"{flag.help} ({default})".replace("%", "%%")
+    default = " (required)" if flag.required else f" (default: {flag.default})" if flag.default is not None else ""
+    text = f"{flag.help}{default}".replace("%", "%%")
     metavar = None if flag.choices else flag.type.__name__.upper()
     parser.add_argument(
         flag.name, type=partial(_value, flag), choices=flag.choices, help=text, metavar=metavar, **common

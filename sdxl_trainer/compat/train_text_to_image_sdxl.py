@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from sdxl_trainer.errors import UserError, closest
 
 if TYPE_CHECKING:
     from sdxl_trainer.config import Config
-    from sdxl_trainer.train import Start
+    from sdxl_trainer.run import Start
 
 DESCRIPTION = "Fine-tune SDXL with the flags of the Hugging Face example script (see docs/compat.md)."
 PROJECT = "text2image-fine-tune-sdxl"
@@ -60,7 +61,7 @@ class _Command:
 
     @property
     def processes(self) -> int:
-        return _number(self.environment, WORLD_SIZES, 1)
+        return _processes(self.environment)
 
     def put(self, path: str, value: Any) -> None:
         node: Any = self.tree
@@ -84,6 +85,8 @@ def parse(argv: Sequence[str]) -> "tuple[Config, Start]":
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line of the reference; the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    if _processes(os.environ) > 1:
+        _join_processes_of_cpus()
     try:
         job = translate(argv, os.environ, _shared_seed)
     except UserError as error:
@@ -93,7 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"note: {note}")
     if job.token is not None:
         _hide(job.token)
-    from sdxl_trainer.train import Interrupted, train
+    return _run(job)
+
+
+def _run(job: Job) -> int:
+    from sdxl_trainer.run import Interrupted
+    from sdxl_trainer.train import train
 
     try:
         train(job.config, job.start)
@@ -101,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except Interrupted as stop:
+        _say("interrupted: add --resume_from_checkpoint=latest to continue from the last checkpoint")
         return 128 + stop.number
     return 0
 
@@ -114,11 +123,11 @@ def translate(argv: Sequence[str], environment: Mapping[str, str], draw_seed: Ca
             command.put(flag.to, flags[flag.key])
     for step in _STEPS:
         step(command)
-    config = _config(command)
+    config, start = _config(command), _start(command)
     from sdxl_trainer.compat import differences
 
     case = differences.Case(config, flags, given, command.processes)
-    return Job(config, _start(flags), (*command.notes, *differences.lines(case)), flags["hub_token"])
+    return Job(config, start, (*command.notes, *differences.lines(case)), flags["hub_token"])
 
 
 def _data(command: _Command) -> None:
@@ -275,12 +284,20 @@ def _flagged(text: str) -> str:
     return text
 
 
-def _start(flags: dict[str, Any]) -> "Start":
-    from sdxl_trainer.train import Start
+def _start(command: _Command) -> "Start":
+    from sdxl_trainer.run import Start
 
-    if not flags["resume_from_checkpoint"]:
+    given = command.flags["resume_from_checkpoint"]
+    if not given:
         return Start("restart")
-    return Start("checkpoint", flags["resume_from_checkpoint"], at_least_one_step=True)
+    path, output = Path(given), Path(command.flags["output_dir"])
+    if len(path.parts) > 1:
+        inside = output / path.name
+        if not path.exists() and inside.exists():
+            given = path.name
+        found = inside if given == path.name else path
+        command.notes.append(f"resuming from {found}; the script looks for its last name in output_dir (D35)")
+    return Start("checkpoint", given, at_least_one_step=True)
 
 
 def _number(environment: Mapping[str, str], names: Sequence[str], default: int) -> int:
@@ -289,8 +306,16 @@ def _number(environment: Mapping[str, str], names: Sequence[str], default: int) 
 
 def _say(line: str) -> None:
     """Print a line once, however many processes there are."""
-    if _number(os.environ, RANKS, 0) == 0:
+    if _is_main():
         print(line, file=sys.stderr, flush=True)
+
+
+def _processes(environment: Mapping[str, str]) -> int:
+    return _number(environment, WORLD_SIZES, 1)
+
+
+def _is_main() -> bool:
+    return _number(os.environ, RANKS, 0) == 0
 
 
 def _random_seed() -> int:
@@ -300,13 +325,33 @@ def _random_seed() -> int:
 def _shared_seed() -> int:
     """A random seed that all processes of the launch agree on."""
     seed = _random_seed()
-    if _number(os.environ, WORLD_SIZES, 1) == 1:
+    if _processes(os.environ) == 1:
         return seed
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        what = "several processes cannot choose a seed together under this launcher"
+        raise UserError(what, WHERE, "give one with --seed")
+    store, rank = _meeting_place()
+    if rank == 0:
+        store.set("sdxl-trainer/seed", str(seed))
+    return int(store.get("sdxl-trainer/seed"))
 
-    PartialState()
-    return broadcast_object_list([seed])[0]
+
+@cache
+def _meeting_place() -> tuple[Any, int]:
+    """What the launcher's processes can write to and read from, and the number of this one. It is kept: where no
+    launcher holds the store, the first process does, and it must live until the others have read."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, _ = next(rendezvous("env://"))
+    return store, rank
+
+
+def _join_processes_of_cpus() -> None:
+    """Tell accelerate that several processes without an accelerator are one run: it takes them for as many runs."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
 def _recorded_seed(output_dir: Path) -> int | None:

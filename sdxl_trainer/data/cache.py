@@ -6,7 +6,6 @@ its own shards; a shard that two of them made alike has one name.
 
 import hashlib
 import json
-import struct
 import uuid
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from sdxl_trainer import files
 from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.formats import header
 
 SHARD_BYTES = 64 << 20
 _NAME_DIGITS = 32
@@ -135,21 +135,4 @@ def finite(rows: Iterable[tuple[str, Tensor]]) -> None:
 
 def _header(path: Path) -> list[str]:
     """Names of a shard's rows, after checking that the file is as long as its header says."""
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        size = path.stat().st_size
-        try:
-            header = json.loads(file.read(length)) if 0 < length < size else None
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        raise _unreadable(path)
-    header.pop("__metadata__", None)
-    if 8 + length + max(entry["data_offsets"][1] for entry in header.values()) != size:
-        raise _unreadable(path)
-    return list(header)
-
-
-def _unreadable(path: Path) -> UserError:
-    return UserError("a cache file is cut short or damaged", str(path), "delete it: what it held is encoded anew")
+    return list(header.read(path, "delete it: what it held is encoded anew"))

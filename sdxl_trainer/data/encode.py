@@ -15,6 +15,7 @@ from sdxl_trainer.data import cache
 from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.pictures import Memo, Picture, raise_all
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats import pretrained
 
 # Part of every latent's key: raise it when decoding, resizing or cropping would give other pixels.
 DECODER_VERSION = 1
@@ -86,9 +87,7 @@ def fill_latents(
     """Encode pictures into the store. Every picture that cannot be decoded is named, after the rest is done."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(
-        base.vae, variant=weights_file(base, "vae"), torch_dtype=DTYPES[options.vae_precision], use_safetensors=True
-    )
+    vae = pretrained.load(AutoencoderKL, base.vae, weights_file(base, "vae"), torch_dtype=DTYPES[options.vae_precision])
     vae = vae.to(device).eval().requires_grad_(False)
     writer, problems, done = cache.Writer(store), list[UserError](), 0
     waiting: dict[tuple[int, int], list[Decoded]] = {}

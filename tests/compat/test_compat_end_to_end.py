@@ -6,13 +6,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import hub as standin
 import pytest
 
 from sdxl_trainer.compat.train_text_to_image_sdxl import main
+from tests.compat import hub as standin
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train_text_to_image_sdxl.py"
@@ -138,12 +139,13 @@ def launch(command: list[str], environment: dict[str, str], folder: Path) -> str
     return done.stderr
 
 
+# As in the guide but for the model, the data, the number of steps, and a resolution that CPUs can bear.
 def test_the_guides_command(base: Path, pictures: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     command = f"""
         accelerate launch {SCRIPT}
         --pretrained_model_name_or_path={base} --pretrained_vae_model_name_or_path={base / "vae"}
         --dataset_name={pictures} --enable_xformers_memory_efficient_attention
-        --resolution=512 --center_crop --random_flip --proportion_empty_prompts=0.2
+        --resolution=64 --center_crop --random_flip --proportion_empty_prompts=0.2
         --train_batch_size=1 --gradient_accumulation_steps=4 --gradient_checkpointing
         --max_train_steps=3 --use_8bit_adam --learning_rate=1e-06 --lr_scheduler=constant --lr_warmup_steps=0
         --mixed_precision=fp16 --report_to=wandb --validation_epochs 5 --checkpointing_steps=2
@@ -154,7 +156,7 @@ def test_the_guides_command(base: Path, pictures: Path, tmp_path: Path, environm
         environment |= {**hub.environment(), "HF_TOKEN": TOKEN}
         said = launch([sys.executable, "-m", "accelerate.commands.launch", *command[2:], prompt], environment, tmp_path)
     output = tmp_path / "sdxl-naruto-model"
-    assert "xformers attention is not to be had here" in said or "xformers" in sys.modules
+    assert "xformers attention is not to be had here" in said or find_spec("xformers")
     assert "chosen at random" in said
     assert steps(output) == [1, 2, 3]
     assert checkpoints(output) == {"checkpoint-2"}
@@ -175,9 +177,8 @@ def test_the_guides_command(base: Path, pictures: Path, tmp_path: Path, environm
 
 
 def test_two_processes_share_a_seed(data: list[str], tmp_path: Path, environment: dict[str, str]) -> None:
-    run = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(SCRIPT)]
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
     argv = [*data, *COMMON, "--max_train_steps=2", "--output_dir=run", "--hub_token=secret-2"]
-    environment["ACCELERATE_USE_CPU"] = "true"
     said = launch([sys.executable, *run, *argv], environment, tmp_path)
     assert said.count("chosen at random") == 1
     assert "D4 in docs/compat.md" in said

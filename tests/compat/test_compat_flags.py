@@ -1,7 +1,6 @@
 """The flags of the reference script: names, types, defaults, choices, and what each does to the config."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from sdxl_trainer.compat import differences
 from sdxl_trainer.compat.flags import FLAGS
-from sdxl_trainer.compat.train_text_to_image_sdxl import Job, main, parse, translate
+from sdxl_trainer.compat.train_text_to_image_sdxl import Job, parse, translate
 from sdxl_trainer.config import Config
 from sdxl_trainer.errors import UserError
 
@@ -319,66 +318,6 @@ def test_differences_are_said_and_documented(difference: differences.Difference)
     notes = job(*SHOWN[difference.name], environment=environment).notes
     assert any(difference.line in note for note in notes)
     assert f"| {difference.name} |" in (ROOT / "docs" / "compat.md").read_text(encoding="utf-8")
-
-
-ERRORS: list[tuple[list[str], str, str]] = [
-    (["--dataset_name=d"], "--pretrained_model_name_or_path is missing", "add --pretrained_model_name_or_path"),
-    (["--pretrained_model_name_or_path=b"], "no pictures to train on", "--train_data_dir"),
-    ([*BASE, "--learning_rat=1", "--seeed=4"], "unknown flag --seeed", "did you mean '--seed'?"),
-    ([*BASE, "--use_adam"], "unknown flag --use_adam", "did you mean '--use_"),
-    ([*BASE, "extra"], "'extra' belongs to no flag", "--help"),
-    ([*BASE, "--lr=1"], "ambiguous option", "--help"),
-    ([*BASE, "--center_crop=True"], "--center_crop", "--help"),
-    ([*BASE, "--resolution"], "--resolution: expected one argument", "--help"),
-    ([*BASE, "--resolution=big"], "--resolution = big is not a whole number", "default: 1024"),
-    ([*BASE, "--resolution=0"], "--resolution = 0 is not allowed", "greater than or equal to 8"),
-    ([*BASE, "--learning_rate=fast"], "--learning_rate = fast is not a number", "default: 0.0001"),
-    ([*BASE, "--learning_rate=nan"], "--learning_rate = NaN", "finite"),
-    ([*BASE, "--seed=-1"], "--seed = -1", "greater than or equal to 0"),
-    ([*BASE, "--mixed_precision=fp8"], "--mixed_precision = fp8", "allowed: no, fp16, bf16"),
-    ([*BASE, "--image_interpolation_mode=lancos"], "lancos is not allowed", "did you mean 'lanczos'?"),
-    ([*BASE, "--timestep_bias_strategy=rnge"], "--timestep_bias_strategy = rnge", "did you mean 'range'?"),
-    ([*BASE, "--lr_scheduler=cosin"], '--lr_scheduler = "cosin"', "did you mean 'cosine'?"),
-    ([*BASE, "--prediction_type=eps"], '--prediction_type = "eps"', "epsilon"),
-    ([*BASE, "--proportion_empty_prompts=1.5"], "--proportion_empty_prompts = 1.5", "less than or equal to 1"),
-    ([*BASE, "--gradient_accumulation_steps=0"], "--gradient_accumulation_steps = 0", "1 or more"),
-    ([*BASE, "--train_batch_size=0"], "--train_batch_size = 0", "greater than 0"),
-    ([*BASE, "--dataloader_num_workers=-1"], "--dataloader_num_workers = -1", "greater than or equal to 0"),
-    ([*BASE, *RANGE, "--timestep_bias_begin=600", "--timestep_bias_end=500"], "--timestep_bias_begin = 600", "begin"),
-    ([*BASE, "--report_to=tensorbord"], "--report_to = tensorbord", "did you mean 'tensorboard'?"),
-    ([*BASE, "--report_to=wandb", "--hub_token=x"], "--hub_token with wandb", "hf auth login"),
-    ([*BASE, "--report_to=all", "--hub_token=x"], "--hub_token with wandb", "hf auth login"),
-]
-
-
-@pytest.mark.parametrize(("argv", "what", "fix"), ERRORS)
-def test_mistakes_name_the_flag_and_the_fix(argv: list[str], what: str, fix: str) -> None:
-    with pytest.raises(UserError) as caught:
-        translate(argv, {}, lambda: 1)
-    assert what in caught.value.what
-    assert fix in caught.value.fix
-
-
-def test_a_mistake_is_three_lines_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*BASE, "--seeed=4"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0].strip() for line in lines] == ["error", "at", "fix"]
-
-
-def test_secrets_are_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*BASE, "--hub_tokens=secret"]) == 2
-    assert "secret" not in capsys.readouterr().err
-
-
-def test_the_token_goes_to_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Config] = []
-    monkeypatch.setattr("sdxl_trainer.train.train", lambda config, start: seen.append(config))
-    monkeypatch.setenv("HF_TOKEN", "")
-    argv = [*BASE, "--hub_token=secret-1"]
-    monkeypatch.setattr(sys, "argv", ["script.py", *argv])
-    assert main() == 0
-    assert os.environ["HF_TOKEN"] == "secret-1"
-    assert "secret" not in str(sys.argv) + seen[0].model_dump_json()
 
 
 def test_parse_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,13 @@ def test_headers_are_enough_for_some(case: str) -> None:
         images.probe(WRONG[case][0](), "picture.jpg")
 
 
+def test_probe_names_a_damaged_picture_whose_rotation_lies_behind_the_damage() -> None:
+    content = noise("PNG")
+    cut = content[: len(content) // 2] + b"eXIf"
+    with pytest.raises(UserError, match="damaged"):
+        images.probe(cut, "picture.png")
+
+
 def test_large_but_allowed_pictures_do_not_warn() -> None:
     """Pillow itself warns from half of the limit on, and warnings are errors in these tests."""
     assert images.probe(png(12_000, 12_000, 8, 2, b""), "picture.png") == (12_000, 12_000)

@@ -70,7 +70,8 @@ def test_transparent_wide_gamut_is_white_where_transparent() -> None:
     assert pixels[0, 1, 0] > 210
 
 
-@pytest.mark.parametrize("icc", [SRGB.tobytes(), profile_with_primaries(SRGB_COLORANTS)], ids=["own", "rewritten"])
+# Other makers' sRGB profiles round its primaries otherwise.
+@pytest.mark.parametrize("icc", [SRGB.tobytes(), profile_with_primaries(SRGB_COLORANTS + 1.5e-4)], ids=["own", "other"])
 def test_srgb_pictures_are_not_touched(icc: bytes) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     assert (shown(encoded(Image.fromarray(pixels), icc_profile=icc)) == pixels).all()

@@ -63,6 +63,11 @@ def test_metadata_in_sub_folders_and_text_files_elsewhere(tmp_path: Path) -> Non
     }
 
 
+def test_captions_with_unusual_line_separators(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": None, "metadata.jsonl": '{"file_name": "a.png", "text": "one\u2028two\x85three"}\r\n'})
+    assert captions(records(tmp_path)) == {"a.png": ("one\u2028two\x85three",)}
+
+
 def test_another_caption_column(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": None, "metadata.jsonl": jsonl({"file_name": "a.png", "prompt": "x", "text": "y"})})
     assert captions(records(tmp_path, caption_column="prompt")) == {"a.png": ("x",)}

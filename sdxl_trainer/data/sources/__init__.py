@@ -68,14 +68,12 @@ def _folder(text: str, place: str) -> Path | None:
     try:
         path = Path(text).expanduser()
         mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError, RuntimeError):
-        return None  # The last two: a zero byte in the path, or the home of an unknown user.
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError as error:
         raise UserError(
             f"the folder cannot be opened: {error.strerror}", place, "check the path and its rights"
         ) from None
-    if not text:
-        return None  # To Path, the empty path is the current folder.
     if not stat.S_ISDIR(mode):
         raise UserError("the path of a data set is a file, not a folder", place, "give the folder that holds it")
     return path

@@ -4,7 +4,6 @@ import logging
 import os
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -50,7 +49,7 @@ def records(data: Data, tree: Tree, split: str, place: str) -> list[Record]:
     names = _in_split(tree, split, place)
     problems: dict[str, list[str]] = defaultdict(list)
     problems["zero"] = sorted(set(tree.empty) & set(names), key=natural)
-    listed = _listed(data, tree, names, place, problems)
+    listed = _listed(data, tree, place, problems)
     governed = [posixpath.dirname(name) for name in tree.metadata]
     found = []
     for name in names:
@@ -137,20 +136,14 @@ def _in_split(tree: Tree, split: str, place: str) -> list[str]:
     return list(tree.pictures)
 
 
-def _listed(
-    data: Data, tree: Tree, names: Iterable[str], place: str, problems: dict[str, list[str]]
-) -> dict[str, tuple[object, str]]:
+def _listed(data: Data, tree: Tree, place: str, problems: dict[str, list[str]]) -> dict[str, tuple[object, str]]:
     """Per picture that a metadata row names: the caption as written and where it is written."""
-    wanted = set(names)
-    elsewhere = set(tree.pictures) - wanted
     listed: dict[str, tuple[object, str]] = {}
     for row in metadata.rows(tree, data, place):
         if row.file_name is None:
             problems["unnamed"].append(row.place)
             continue
         name, trouble = _resolved(tree, row)
-        if name in elsewhere:
-            continue
         if trouble:
             problems[trouble].append(_with_hint(tree, row, trouble))
         elif name in listed:
@@ -229,5 +222,5 @@ def _tell(tree: Tree, found: list[Record], place: str, listed: set[str]) -> None
     unused = sum(posixpath.splitext(name)[0] not in stems for name in tree.captions)
     skipped = dict(tree.skipped) | {"caption files not used": unused}
     counted = ", ".join(f"{kind} {skipped[kind]}" for kind in sorted(skipped, key=natural) if skipped[kind])
-    source = f"{len(listed)} captioned by metadata" if listed else "captions beside them or for all"
-    log.info("%s: %d pictures, %s; skipped: %s", place, len(found), source, counted or "nothing")
+    rows = sum(record.name in listed for record in found)
+    log.info("%s: %d pictures, %d captioned by metadata; skipped: %s", place, len(found), rows, counted or "nothing")

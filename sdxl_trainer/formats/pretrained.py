@@ -1,0 +1,66 @@
+"""Loading the parts of a model: what libraries say of damaged or foreign files becomes a message for the user, and
+weights that are missing or not finite are refused, not made up."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdxl_trainer.errors import UserError, shortened
+
+COPY = "copy or download this part of the model again; its config and weights must be of one model"
+
+
+def load(kind: Any, folder: Path, variant: str | None, **options: Any) -> Any:
+    """A diffusers or transformers model with the weights of a folder, of which every value is known and finite."""
+    with explained(folder), _quiet():
+        module, report = kind.from_pretrained(
+            folder, variant=variant, use_safetensors=True, output_loading_info=True, **options
+        )
+    # transformers names tensors of other shapes as (name, shape, shape); diffusers raises.
+    reshaped = sorted(entry[0] for entry in report["mismatched_keys"])
+    for names, verb in ((sorted(report["missing_keys"]), "lack"), (reshaped, "have in other shapes")):
+        if names:
+            what = f"the weights of '{folder.name}' {verb} {len(names)} tensors of its config: {shortened(names, 3)}"
+            raise UserError(what, str(folder), COPY)
+    broken = broken_weights(module)
+    if broken:
+        what = f"the weights of '{folder.name}' hold values that are not finite: {shortened(broken, 3)}"
+        raise UserError(what, str(folder), "use an undamaged model: copy it again, or use the one it was made from")
+    return module
+
+
+def broken_weights(model: nn.Module) -> list[str]:
+    """Names of parameters that hold a value that is not finite."""
+    # The smallest and the largest of values with a NaN are NaN: one look at each, and no memory.
+    return [name for name, p in model.named_parameters() if p.numel() and not torch.stack(p.aminmax()).isfinite().all()]
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turn what the libraries raise on configs and weights that they cannot use into a message."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        said = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        raise UserError(f"'{folder.name}' cannot be loaded: {said}", str(folder), COPY) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No reports from the libraries about weights: what matters is refused here."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

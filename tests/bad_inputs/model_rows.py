@@ -1,0 +1,269 @@
+"""Bad inputs: the base model."""
+
+import json
+
+import torch
+
+from tests.bad_inputs.place import Bad, Place
+
+UNET = "base/unet/diffusion_pytorch_model.safetensors"
+VAE = "base/vae/diffusion_pytorch_model.safetensors"
+TEXT = "base/text_encoder/model.safetensors"
+TEXT_2 = "base/text_encoder_2/model.safetensors"
+
+
+def poison(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    return tensors
+
+
+def cold(place: Place) -> Place:
+    """An empty cache, so that everything is encoded."""
+    place.set("cache.path", "cold")
+    return place
+
+
+def pickled(place: Place, name: str) -> None:
+    place.remove(name)
+    torch.save({"a": torch.zeros(2)}, place / name)
+
+
+def only_pickle(place: Place) -> None:
+    place.remove(UNET)
+    torch.save({"a": torch.zeros(2)}, place / "base/unet/diffusion_pytorch_model.bin")
+
+
+def checkpoint_file(place: Place) -> None:
+    torch.save({"state_dict": {"a": torch.zeros(2)}}, place / "model.ckpt")
+    place.set("model.path", "model.ckpt")
+
+
+def not_all(place: Place) -> None:
+    """One safetensors file that is no SDXL."""
+    from safetensors.torch import save_file
+
+    save_file({"lora.weight": torch.zeros(2)}, place / "part.safetensors")
+    place.set("model.path", "part.safetensors")
+
+
+def fewer(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if "conv_out" not in name}
+
+
+def wider(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.repeat_interleave(2, 0) if "conv_in" in name else tensor for name, tensor in tensors.items()}
+
+
+def narrower_text(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor[:-1].clone() if "token_embedding" in name else tensor for name, tensor in tensors.items()}
+
+
+def stable_diffusion_1(place: Place) -> None:
+    for part in ("text_encoder_2", "tokenizer_2"):
+        place.remove(f"base/{part}")
+    place.edit("base/model_index.json", _class_name="StableDiffusionPipeline", text_encoder_2=None, tokenizer_2=None)
+
+
+def refiner(place: Place) -> None:
+    for part in ("text_encoder", "tokenizer"):
+        place.remove(f"base/{part}")
+    place.edit("base/model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", text_encoder=[None, None])
+
+
+def override(place: Place, **config: object) -> None:
+    """A VAE override that is not what it should be."""
+    (place / "other").mkdir()
+    place.put("other/config.json", json.dumps(config))
+    place.put("other/diffusion_pytorch_model.safetensors", (place / VAE).read_bytes())
+    place.set("model.vae", "other")
+
+
+HEADER_LONGER = b"\xff\xff\0\0\0\0\0\0{}"
+ROWS = [
+    Bad(
+        "no model folder",
+        "'no/such/dir/model' does not exist",
+        "existing folder",
+        "model.path",
+        options={"model.path": "no/such/dir/model"},
+    ),
+    Bad(
+        "hub model not reachable",
+        "nobody/nothing-there.*cannot be fetched|neither a local",
+        "network",
+        "model.path",
+        options={"model.path": "nobody/nothing-there"},
+    ),
+    Bad(
+        "no model_index.json",
+        r"no model_index.json",
+        "save_pretrained",
+        "base",
+        make=lambda p: p.remove("base/model_index.json"),
+    ),
+    Bad(
+        "empty model folder",
+        "found: nothing",
+        "save_pretrained",
+        make=lambda p: ((p / "empty").mkdir(), p.set("model.path", "empty")),
+    ),
+    Bad("part missing", "no 'text_encoder_2'", "complete SDXL", make=lambda p: p.remove("base/text_encoder_2")),
+    Bad(
+        "config of a part missing",
+        "'unet' has no config.json",
+        "copy",
+        make=lambda p: p.remove("base/unet/config.json"),
+    ),
+    Bad("weights missing", "'unet' has no .safetensors weights", "copy", make=lambda p: p.remove(UNET)),
+    Bad(
+        "tokenizer without vocabulary",
+        "tokenizer",
+        "copy",
+        make=lambda p: [
+            cold(p),
+            *(p.remove(f"base/tokenizer/{n}") for n in ("vocab.json", "merges.txt", "tokenizer.json")),
+        ],
+    ),
+    Bad("only a pickle", "only the pickle diffusion_pytorch_model.bin", "convert", make=only_pickle),
+    Bad("pickle called .safetensors", "pickle", "convert|safetensors", UNET, make=lambda p: pickled(p, UNET)),
+    Bad("a .ckpt file", "a pickle can run code", "convert", "model.ckpt", make=checkpoint_file),
+    Bad("one file that is no SDXL", "holds no UNet", "full SDXL checkpoint", make=not_all),
+    Bad("UNet cut short", "cut short", "copy", UNET, make=lambda p: p.cut(UNET)),
+    Bad("UNet of zero bytes", "cut short|empty", "copy", UNET, make=lambda p: p.put(UNET, b"")),
+    Bad("VAE cut short", "cut short", "copy", VAE, make=lambda p: p.cut(VAE, 0.99)),
+    Bad("text encoder cut short", "cut short", "copy", TEXT, make=lambda p: p.cut(TEXT)),
+    Bad("header longer than the file", "cut short|damaged", "copy", UNET, make=lambda p: p.put(UNET, HEADER_LONGER)),
+    Bad(
+        "shard of an index missing",
+        "",
+        "copy",
+        make=lambda p: (
+            p.remove(UNET),
+            p.put(
+                UNET + ".index.json", json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": "gone.safetensors"}})
+            ),
+        ),
+    ),
+    Bad(
+        "NaN in the UNet",
+        "not finite.*conv_in|not finite",
+        "copy|undamaged",
+        "unet",
+        make=lambda p: (p.weights(UNET, poison), p.set("output_dir", "new")),
+    ),
+    Bad("NaN in the VAE", "not finite", "copy|undamaged", "vae", make=lambda p: p.weights(VAE, poison)),
+    Bad(
+        "NaN in text encoder 1", "not finite", "copy|undamaged", "text_encoder", make=lambda p: p.weights(TEXT, poison)
+    ),
+    Bad(
+        "NaN in text encoder 2",
+        "not finite",
+        "copy|undamaged",
+        "text_encoder_2",
+        make=lambda p: p.weights(TEXT_2, poison),
+    ),
+    Bad(
+        "UNet lacks tensors",
+        "conv_out",
+        "copy|complete",
+        "unet",
+        make=lambda p: (p.weights(UNET, fewer), p.set("output_dir", "new")),
+    ),
+    Bad(
+        "UNet of other shapes",
+        "shape",
+        "config",
+        "unet",
+        make=lambda p: (p.weights(UNET, wider), p.set("output_dir", "new")),
+    ),
+    Bad("VAE lacks tensors", "conv_out", "copy|complete", "vae", make=lambda p: p.weights(VAE, fewer)),
+    Bad("VAE of other shapes", "shape", "config", "vae", make=lambda p: p.weights(VAE, wider)),
+    Bad(
+        "text encoder of other shapes", "shape", "config", "text_encoder", make=lambda p: p.weights(TEXT, narrower_text)
+    ),
+    Bad(
+        "text encoder lacks tensors",
+        "token_embedding",
+        "copy|complete",
+        "text_encoder",
+        make=lambda p: p.weights(TEXT, lambda t: {n: v for n, v in t.items() if "token_embedding" not in n}),
+    ),
+    Bad(
+        "config is no JSON",
+        "not valid JSON",
+        "copy",
+        "base/unet/config.json",
+        make=lambda p: p.put("base/unet/config.json", "{"),
+    ),
+    Bad(
+        "text encoder's config is no JSON",
+        "not valid JSON",
+        "copy",
+        "base/text_encoder/config.json",
+        make=lambda p: p.put("base/text_encoder/config.json", "{"),
+    ),
+    Bad(
+        "model_index is a list", "JSON", "copy", "model_index.json", make=lambda p: p.put("base/model_index.json", "[]")
+    ),
+    Bad(
+        "config of unknown blocks",
+        "unet",
+        "copy|config",
+        "unet",
+        make=lambda p: (p.edit("base/unet/config.json", down_block_types=["Nonsense"] * 3), p.set("output_dir", "new")),
+    ),
+    Bad("Stable Diffusion 1.5", "StableDiffusionPipeline", "SDXL", make=stable_diffusion_1),
+    Bad("SDXL refiner", "StableDiffusionXLImg2ImgPipeline|refiner", "base", make=refiner),
+    Bad(
+        "UNet of SD 1.5",
+        "not that of SDXL",
+        "SDXL base",
+        "unet",
+        make=lambda p: p.edit("base/unet/config.json", addition_embed_type=None),
+    ),
+    Bad(
+        "UNet of the refiner",
+        "",
+        "SDXL base",
+        "unet",
+        make=lambda p: p.edit(
+            "base/unet/config.json", cross_attention_dim=40, projection_class_embeddings_input_dim=120
+        ),
+    ),
+    Bad(
+        "inpainting UNet",
+        "9 input channels",
+        "SDXL base",
+        "unet",
+        make=lambda p: p.edit("base/unet/config.json", in_channels=9),
+    ),
+    Bad(
+        "scheduler unknown",
+        "beta_schedule 'sigmoid'",
+        "scaled_linear",
+        "scheduler_config.json",
+        make=lambda p: p.edit("base/scheduler/scheduler_config.json", beta_schedule="sigmoid"),
+    ),
+    Bad(
+        "VAE override missing",
+        "'no/such/dir/vae' does not exist",
+        "existing folder",
+        "model.vae",
+        options={"model.vae": "no/such/dir/vae"},
+    ),
+    Bad(
+        "VAE override is no VAE",
+        "UNet2DConditionModel",
+        "AutoencoderKL",
+        "other",
+        make=lambda p: override(p, _class_name="UNet2DConditionModel"),
+    ),
+    Bad(
+        "VAE override of 16 channels",
+        "16",
+        "SDXL",
+        "other",
+        make=lambda p: override(p, _class_name="AutoencoderKL", latent_channels=16),
+    ),
+    Bad("VAE override is a file", "vae", "folder", "model.vae", make=lambda p: p.set("model.vae", VAE)),
+]

@@ -1,0 +1,83 @@
+"""Pictures: the same as the pipeline of diffusers draws, from live modules and from disk."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdxl_trainer import sample
+from sdxl_trainer.train import train
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_validation_draws_what_the_saved_pipeline_draws(
+    config: Callable[..., Any], base: Path, tmp_path: Path, zeros: bool
+) -> None:
+    """From live modules and cached embeddings; also where the unconditional is the embedding of ''."""
+    import shutil
+
+    from diffusers import StableDiffusionXLPipeline
+
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    index = json.loads((copy / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": zeros}
+    (copy / "model_index.json").write_text(json.dumps(index))
+    validation = {"prompts": ["a red circle"], "images": 2, "steps": 3, "guidance": 4.0, "seed": 5}
+    output = train(config(model={"path": str(copy)}, validation=validation, train={"steps": 1}))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(output)
+    pipeline.set_progress_bar_config(disable=True)
+    for image in range(2):
+        expected = pipeline(
+            "a red circle", num_inference_steps=3, guidance_scale=4.0, height=64, width=64,
+            generator=torch.Generator().manual_seed(5 + image),
+        ).images[0]  # fmt: skip
+        drawn = Image.open(output / "samples" / "step-000001" / f"0-{image}.png")
+        assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_validation_leaves_training_as_it_was(config: Callable[..., Any], tmp_path: Path) -> None:
+    from sdxl_trainer.log import read_metrics
+
+    validation = {"prompts": ["a red circle"], "images": 1, "steps": 1, "every_epochs": 1}
+    plain = train(config(ema={"enabled": True}, output_dir=str(tmp_path / "plain")))
+    drawn = train(config(ema={"enabled": True}, validation=validation, train={"validate_every": 1}))
+    losses = [[row["loss"] for row in read_metrics(output / "metrics.jsonl")] for output in (plain, drawn)]
+    assert losses[0] == losses[1]
+    steps = {p.name for p in (drawn / "samples").iterdir() if p.is_dir()}
+    assert steps == {f"step-{step:06}" for step in range(1, 5)}
+
+
+def test_pictures_from_disk_are_noted_with_their_settings(base: Path, tmp_path: Path) -> None:
+    settings = {"negative": "a blue square", "steps": 2, "guidance": 3.0, "height": 64, "width": 72}
+    paths = list(sample.from_disk(str(base), ["a red circle", "a green square"], tmp_path, 2, 7, settings))
+    assert [p.name for p in paths] == ["0-0.png", "0-1.png", "1-0.png", "1-1.png"]
+    assert {Image.open(p).size for p in paths} == {(72, 64)}
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == [7, 8, 7, 8]
+    assert all(row["negative"] == "a blue square" and row["steps"] == 2 for row in rows)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_trackers_get_losses_and_pictures(
+    config: Callable[..., Any], tracker: str, monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    validation = {"prompts": ["a red circle"], "images": 2, "steps": 1}
+    output = train(config(log={"trackers": [tracker]}, validation=validation, train={"steps": 2}))
+    if tracker == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        folder = next(p.parent for p in (output / "logs").rglob("events*") if "hparams" not in str(p.parent.name))
+        events = EventAccumulator(str(folder)).Reload()
+        assert [event.step for event in events.Scalars("loss")] == [1, 2]
+        assert events.Tags()["images"]
+    else:
+        assert list(tmp_path.rglob("*.wandb"))
+        assert len(list(tmp_path.rglob("media/images/*/*.png")) + list(tmp_path.rglob("media/images/*.png"))) == 2
