@@ -30,6 +30,9 @@ def precision(wanted: str, say: Callable[[str], None]) -> str:
     device = device_type()
     if wanted == "auto":
         launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        if launcher and launcher not in _LAUNCHER_NAMES:
+            fix = "choose no, fp16 or bf16 in accelerate config, or set train.precision"
+            raise UserError(f"the launcher asks for mixed precision '{launcher}'", "accelerate config", fix)
         if launcher in _LAUNCHER_NAMES:
             wanted = _LAUNCHER_NAMES[launcher]
         elif device == "cuda":
@@ -51,8 +54,8 @@ def make(config: Config, computing: str) -> "Accelerator":
     from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
-    accumulate = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
-    if accumulate != 1:
+    accumulate = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulate != "1":
         what = f"the launcher asks for {accumulate} gradient accumulation steps"
         raise UserError(what, "accelerate config", "set train.batch_size and train.micro_batch instead")
     if config.train.tf32:

@@ -37,7 +37,10 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     with files.explained(output):
         output.mkdir(parents=True, exist_ok=True)
     precision = computing(config, notes)
-    _refuse_trackers(config)
+    refuse_trackers(config)
+    if config.log.trackers:
+        with files.explained(output / config.log.dir):
+            (output / config.log.dir).mkdir(parents=True, exist_ok=True)
     accelerator = distributed.make(config, precision)
     console = Console(accelerator.is_main_process)
     for line in notes:
@@ -46,6 +49,8 @@ def prepare_job(config: Config, start: Start) -> Job | None:
         base = bases.resolve(config.model, prepare.cache_folder(config))
         stock = prepare.take_stock(config, base, precision)
     order = plan.make(config.seed, config.train.batch_size, [p.geometries[0].target for p in stock.pictures])
+    if accelerator.is_main_process:
+        checkpoint.sweep(output)
     begin = resume.starting_point(config, start, output, stock, order, console.say)
     if begin.done:
         console.say(f"already done: {begin.steps} steps, in {output}")
@@ -175,7 +180,8 @@ def _model(
     return run, State(at.step if at else 0, averages, broken)
 
 
-def _refuse_trackers(config: Config) -> None:
+def refuse_trackers(config: Config) -> None:
+    """Refuse trackers that do not exist or are not installed."""
     if not config.log.trackers:
         return
     from accelerate.tracking import get_available_trackers
