@@ -35,6 +35,8 @@ class Base:
         path = self.folder / names[part] if part in names else self.part(part) / "config.json"
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"the file cannot be read: {error.strerror}", str(path), "make it readable") from None
         except ValueError:
             found = None
         if not isinstance(found, dict):

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trainer import base as bases
-from sdxl_trainer import files, model, parameters, setup, text
+from sdxl_trainer import files, model, parameters, resume, setup, text
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import plan, prepare
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.errors import shortened
+from sdxl_trainer.run import CONTINUE
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Bytes of optimizer state per learning parameter.
@@ -28,7 +29,13 @@ def run(config: Config) -> None:
     base = bases.resolve(config.model, prepare.cache_folder(config))
     setup.noise_schedule(config, base)
     stock = prepare.take_stock(config, base, precision)
+    setup.refuse_trackers(config)
     order = plan.make(config.seed, config.train.batch_size, [p.geometries[0].target for p in stock.pictures])
+    begin = resume.starting_point(config, CONTINUE, Path(config.output_dir).expanduser(), stock, order, notes.append)
+    if begin.done:
+        notes.append(f"already done: {begin.steps} steps, in {config.output_dir}")
+    elif begin.checkpoint:
+        notes.append(f"continues after step {begin.checkpoint.step} ({begin.checkpoint.path})")
     groups, unet = learning(config, base, stock)
     for title, rows in (
         ("what will learn", _learns(groups, unet)),

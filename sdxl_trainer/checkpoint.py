@@ -56,7 +56,11 @@ def verify(checkpoint: Checkpoint) -> Checkpoint:
         path = where / name
         if not path.is_file():
             raise UserError(f"the checkpoint lacks {name}", str(where), fix)
-        if files.sha256(path) != digest:
+        try:
+            found_digest = files.sha256(path)
+        except OSError as error:
+            raise UserError(f"{name} cannot be read: {error.strerror}", str(where), "make it readable") from None
+        if found_digest != digest:
             raise UserError(f"{name} is damaged: its bytes are not those that were written", str(where), fix)
     return checkpoint
 

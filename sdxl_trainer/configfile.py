@@ -241,7 +241,16 @@ def _refuse_contradictions(config: Config, where: str) -> None:
         if data.crops_per_image is not None and data.crop != "random":
             what = f"data.{index}.crops_per_image has no effect: data.{index}.crop is 'center'"
             raise UserError(what, where, 'remove it, or set crop = "random"')
+    _refuse_overwriting(config, where)
     _refuse_objective(config, where)
+
+
+def _refuse_overwriting(config: Config, where: str) -> None:
+    output = Path(config.output_dir).expanduser().absolute()
+    for key, path in (("model.path", config.model.path), ("model.vae", config.model.vae)):
+        if path and Path(path).expanduser().absolute() == output:
+            what = f"output_dir and {key} are one folder, '{path}': the base would be overwritten"
+            raise UserError(what, where, "choose another output_dir")
 
 
 def _refuse_objective(config: Config, where: str) -> None:

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from sdxl_trainer import files
 from sdxl_trainer.configfile import validated
 from sdxl_trainer.log import duration
 
@@ -13,6 +14,8 @@ RESOLUTION = 128
 def run(out: Path, steps: int) -> None:
     """Draw pictures, build a small random SDXL, fine-tune it, show before and after."""
     began = time.monotonic()
+    with files.explained(out):
+        out.mkdir(parents=True, exist_ok=True)
     print(f"demo: {PICTURES} drawn scenes, a small SDXL with random weights, {steps} steps of training in {out}")
     data = _pictures(out / "pictures")
     base = _base(out / "base", data)

@@ -30,18 +30,20 @@ def precision(wanted: str, say: Callable[[str], None]) -> str:
     device = device_type()
     if wanted == "auto":
         launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        if launcher and launcher not in _LAUNCHER_NAMES:
+            fix = "choose no, fp16 or bf16 in accelerate config, or set train.precision"
+            raise UserError(f"the launcher asks for mixed precision '{launcher}'", "accelerate config", fix)
         if launcher in _LAUNCHER_NAMES:
             wanted = _LAUNCHER_NAMES[launcher]
         elif device == "cuda":
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         else:
             return "fp32"
-    if wanted == "fp16" and device == "cpu":
+    if wanted != "fp32" and device == "cpu":
         nearest = "bf16" if _cpu_has_bf16() else "fp32"
-        say(f"fp16 training needs a GPU; computing in {nearest}, the nearest this CPU can do")
+        if nearest != wanted:
+            say(f"this CPU cannot compute in {wanted}; computing in {nearest}, the nearest it can do")
         return nearest
-    if wanted == "bf16" and device == "cpu" and not _cpu_has_bf16():
-        say("this CPU has no bf16 instructions: bf16 saves memory here but is many times slower than fp32")
     if wanted == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         say("this GPU has no bf16; computing in fp16")
         return "fp16"
@@ -58,8 +60,8 @@ def make(config: Config, computing: str) -> "Accelerator":
     from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
-    accumulate = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
-    if accumulate != 1:
+    accumulate = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulate != "1":
         what = f"the launcher asks for {accumulate} gradient accumulation steps"
         raise UserError(what, "accelerate config", "set train.batch_size and train.micro_batch instead")
     if config.train.tf32:

@@ -114,7 +114,7 @@ def tree_hashes(folder: Path) -> dict[str, str]:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if temporary.is_dir() and path.is_dir() and not path.is_symlink():
         # A folder cannot be renamed over a full one: move the old one aside first, delete it last.
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         path.rename(old)

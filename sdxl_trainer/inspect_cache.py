@@ -13,6 +13,8 @@ from sdxl_trainer.log import Console
 def run(config: Config, *, verify: bool, gc: bool) -> None:
     """Encode what is missing; or look for damage; or delete what this config does not need."""
     folder = prepare.cache_folder(config)
+    if verify and gc:
+        raise UserError("--verify and --gc are two jobs", "command line", "give one of them, then the other")
     if verify:
         _verify(folder)
         return

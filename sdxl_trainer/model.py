@@ -1,6 +1,7 @@
 """What is trained: one module whose parameter names the rules speak of."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,21 @@ def skeleton(base: Base, text_learns: bool) -> SDXL:
     with torch.device("meta"), pretrained.explained(base.part("unet")):
         unet = UNet2DConditionModel.from_config(base.config("unet"))
         return SDXL(unet, text.empty_encoders(base) if text_learns else None)
+
+
+def compute_in_fp32(model: nn.Module) -> None:
+    """Let a model whose weights are kept in bf16 compute in fp32: each layer casts its own as it is used, so that no
+    second copy of the whole exists. For CPUs without bf16 instructions, where bf16 itself is tens of times slower."""
+    for module in model.modules():
+        kept = dict(module.named_parameters(recurse=False))
+        if kept:
+            module.register_forward_pre_hook(partial(_swap, kept, cast=True))
+            module.register_forward_hook(partial(_swap, kept, cast=False))
+
+
+def _swap(kept: dict[str, nn.Parameter], module: nn.Module, *_: Any, cast: bool) -> None:
+    # Straight into the table: nn.Module refuses plain tensors under the name of a parameter.
+    module._parameters.update({name: p.float() if cast else p for name, p in kept.items()})  # type: ignore[misc]
 
 
 def use_attention(model: SDXL, kind: str, device: torch.device) -> str | None:

@@ -51,7 +51,6 @@ def starting_point(
     """Choose the checkpoint, verify it, and refuse to continue another run's."""
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
     data_hash = cache.key(*[[picture.content, picture.captions] for picture in stock.pictures])
-    checkpoint.sweep(output)
     last = _last_run(output)
     if start.mode == "new" and (last or checkpoint.found(output)):
         fix = "choose another output_dir, or delete this folder if you do not need it"

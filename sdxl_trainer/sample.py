@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from sdxl_trainer import files
+from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats import pretrained
 from sdxl_trainer.model import latent_scale
 
 if TYPE_CHECKING:
@@ -89,6 +91,8 @@ def from_disk(
 ) -> Iterator[Path]:
     """Draw pictures with a model on disk or on the hub and save them with their settings in samples.jsonl."""
     from diffusers import StableDiffusionXLPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     from sdxl_trainer import distributed
     from sdxl_trainer.base import resolve, weights_file
@@ -96,13 +100,28 @@ def from_disk(
 
     base = resolve(Model(path=model), Path.home() / ".cache" / "sdxl-trainer")
     device, dtype = distributed.device_type(), distributed.DTYPES[distributed.precision("auto", print)]
-    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
-        base.folder, variant=weights_file(base, "unet"), dtype=dtype, use_safetensors=True, add_watermarker=False
-    ).to(device)
-    pipeline.vae.to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    side = pipeline.default_sample_size * pipeline.vae_scale_factor
+    side = base.config("unet").get("sample_size", 128) * 8
     settings = {**settings, "height": settings["height"] or side, "width": settings["width"] or side}
+    for name in ("height", "width"):
+        below = settings[name] // 8 * 8
+        if settings[name] != below:
+            what = f"--{name} {settings[name]} is not a multiple of 8"
+            raise UserError(what, "command line", f"give {below} or {below + 8}")
+    with files.explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    with pretrained.explained(base.folder):
+        pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
+            base.folder,
+            variant=weights_file(base, "unet"),
+            dtype=dtype,
+            use_safetensors=True,
+            add_watermarker=False,
+        ).to(device)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        pretrained.refuse_broken(getattr(pipeline, name), base.part(name))
+    pipeline.vae.to(torch.float32)
     for name, request in requests(prompts, images, seed, **settings):
         save(draw(pipeline, request), out / name)
         record(out, [note(request, name, 0, model)])

@@ -38,7 +38,10 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     with files.explained(output):
         output.mkdir(parents=True, exist_ok=True)
     precision = computing(config, notes)
-    _refuse_trackers(config)
+    refuse_trackers(config)
+    if config.log.trackers:
+        with files.explained(output / config.log.dir):
+            (output / config.log.dir).mkdir(parents=True, exist_ok=True)
     accelerator = distributed.make(config, precision)
     console = Console(accelerator.is_main_process)
     for line in notes:
@@ -47,6 +50,8 @@ def prepare_job(config: Config, start: Start) -> Job | None:
         base = bases.resolve(config.model, prepare.cache_folder(config))
         stock = prepare.take_stock(config, base, precision)
     order = plan.make(config.seed, config.train.batch_size, [p.geometries[0].target for p in stock.pictures])
+    if accelerator.is_main_process:
+        checkpoint.sweep(output)
     begin = resume.starting_point(config, start, output, stock, order, console.say)
     if begin.done:
         console.say(f"already done: {begin.steps} steps, in {output}")
@@ -145,7 +150,7 @@ def _assemble(
         base=base,
         samples=samples,
         order=order,
-        validator=Validator(config, accelerator, base, samples, scheduler, console.say),
+        validator=Validator(config, accelerator, base, samples, scheduler, run.dtype, console.say),
         scheduler=scheduler,
         metrics=Metrics(output / "metrics.jsonl", state.step, accelerator.is_main_process),
         console=console,
@@ -177,6 +182,8 @@ def _model(
         console.say(line)
     groups = parameters.apply_rules(sdxl, config.learn, config.train, config.optimizer, sdxl.unused())
     sdxl.train()
+    if precision == "fp32" and weights != torch.float32:
+        model.compute_in_fp32(sdxl)
     prepared, optimizer = accelerator.prepare(sdxl, optim.make(groups, config.optimizer))
     averages = ema.make(groups, config.ema.decay) if config.ema.enabled else None
     if at is not None:
@@ -185,14 +192,16 @@ def _model(
             accelerator.scaler.load_state_dict(at.state()["scaler"])
         console.say(f"continuing after step {at.step} ({at.path})")
     scale = model.latent_scale(base.config("vae")).to(accelerator.device)
-    # Under autocast the inputs stay fp32 and each layer casts; bf16 weights want bf16 inputs.
     goal = objective.Objective(noise, prediction, config.objective.snr_gamma)
-    run = Run(config, accelerator, prepared, optimizer, groups, goal, scale, weights, begin.steps)
+    # Under autocast the inputs stay fp32 and each layer casts; bf16 weights want bf16 inputs.
+    inputs = torch.float32 if precision == "fp32" else weights
+    run = Run(config, accelerator, prepared, optimizer, groups, goal, scale, inputs, begin.steps)
     broken = torch.zeros((), dtype=torch.bool, device=accelerator.device)
     return run, State(at.step if at else 0, averages, broken)
 
 
-def _refuse_trackers(config: Config) -> None:
+def refuse_trackers(config: Config) -> None:
+    """Refuse trackers that do not exist or are not installed."""
     if not config.log.trackers:
         return
     from accelerate.tracking import get_available_trackers

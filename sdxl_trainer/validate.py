@@ -29,6 +29,7 @@ class Validator:
     base: Base
     samples: Samples
     scheduler: dict[str, Any]
+    dtype: torch.dtype  # of what the UNet takes
     say: Callable[[str], None]
 
     def due(self, step: int, steps: int, steps_per_epoch: int) -> bool:
@@ -97,7 +98,7 @@ class Validator:
             "negative_prompt_embeds": negative,
             "negative_pooled_prompt_embeds": negative_pooled,
         }
-        return {name: tensor.to(sdxl.unet.dtype) for name, tensor in conditions.items()}
+        return {name: tensor.to(self.dtype) for name, tensor in conditions.items()}
 
     def _embed(self, caption: str, sdxl: SDXL) -> tuple[Tensor, Tensor]:
         """Embeddings [1, 77, 2048] and pooled [1, 1280]: cached, or by the text encoders as they are now."""

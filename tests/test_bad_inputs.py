@@ -3,6 +3,8 @@
 import contextlib
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,10 @@ from typing import Any
 import pytest
 
 from sdxl_trainer import files
-from tests.bad_inputs import config_rows, data_rows, model_rows, place, run_rows
+from tests.bad_inputs import config_rows, data_rows, model_rows, more_rows, place, run_rows
 from tests.bad_inputs.place import Bad
 
-TABLE = [*config_rows.ROWS, *data_rows.ROWS, *model_rows.ROWS, *run_rows.ROWS]
+TABLE = [*config_rows.ROWS, *data_rows.ROWS, *model_rows.ROWS, *run_rows.ROWS, *more_rows.ROWS]
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +65,23 @@ def explains(bad: Bad, stderr: str) -> None:
     assert re.search(bad.fix, lines[2]), stderr
     assert all(line[6:].strip() for line in lines), stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("name", ["TOML syntax", "UNet cut short", "checkpoint with a changed byte"])
+def test_bad_input_in_a_process_of_its_own(
+    name: str, pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = next(row for row in TABLE if row.name == name)
+    place.prepare(bad, pristine, tmp_path, monkeypatch)
+    before = place.snapshot(tmp_path, bad.begins)
+    command = [sys.executable, "-m", "sdxl_trainer", *bad.command]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 3
+    explains(bad, done.stderr)
+    after = place.snapshot(tmp_path, bad.begins)
+    assert {path: after.get(path) for path in before} == before
+
+
+def test_names_are_distinct() -> None:
+    assert len({bad.name for bad in TABLE}) == len(TABLE) >= 50

@@ -14,6 +14,15 @@ UNPICKLE = "pickles can run code and are not opened: convert it with diffusers' 
 def read(path: Path, fix: str) -> dict[str, dict[str, Any]]:
     """The entries (dtype, shape, data_offsets) of all tensors by name. UserError, with `fix`, for what is no whole
     safetensors file."""
+    if not path.is_file():
+        raise UserError("this is a link that leads nowhere, or not a file", str(path), fix)
+    try:
+        return _entries(path, fix)
+    except OSError as error:
+        raise UserError(f"the file cannot be read: {error.strerror}", str(path), "make it readable") from None
+
+
+def _entries(path: Path, fix: str) -> dict[str, dict[str, Any]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(9)

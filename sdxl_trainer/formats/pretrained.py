@@ -27,11 +27,16 @@ def load(kind: Any, folder: Path, variant: str | None, **options: Any) -> Any:
         if names:
             what = f"the weights of '{folder.name}' {verb} {len(names)} tensors of its config: {shortened(names, 3)}"
             raise UserError(what, str(folder), COPY)
+    refuse_broken(module, folder)
+    return module
+
+
+def refuse_broken(module: nn.Module, folder: Path) -> None:
+    """Refuse weights of a folder that are not finite."""
     broken = broken_weights(module)
     if broken:
         what = f"the weights of '{folder.name}' hold values that are not finite: {shortened(broken, 3)}"
         raise UserError(what, str(folder), "use an undamaged model: copy it again, or use the one it was made from")
-    return module
 
 
 def broken_weights(model: nn.Module) -> list[str]:

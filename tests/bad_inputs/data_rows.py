@@ -320,8 +320,8 @@ ROWS = [
     ),
     Bad(
         "rows of a dataset cut short",
-        "",
-        "",
+        "saved dataset cannot be opened",
+        "save or copy",
         make=lambda p: (saved_dataset(p, image=[b"x" * 5000], text=["a"]), p.cut("saved/data-00000-of-00001.arrow")),
     ),
 ]

@@ -135,14 +135,10 @@ ROWS = [
     Bad("header longer than the file", "cut short|damaged", "copy", UNET, make=lambda p: p.put(UNET, HEADER_LONGER)),
     Bad(
         "shard of an index missing",
-        "",
+        "are missing: gone.safetensors",
         "copy",
-        make=lambda p: (
-            p.remove(UNET),
-            p.put(
-                UNET + ".index.json", json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": "gone.safetensors"}})
-            ),
-        ),
+        ".index.json",
+        make=lambda p: p.put(f"{UNET}.index.json", json.dumps({"weight_map": {"conv_in.weight": "gone.safetensors"}})),
     ),
     Bad(
         "NaN in the UNet",
@@ -223,7 +219,7 @@ ROWS = [
     ),
     Bad(
         "UNet of the refiner",
-        "",
+        "takes text of width 40, and is given 64",
         "SDXL base",
         "unet",
         make=lambda p: p.edit(
