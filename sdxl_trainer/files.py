@@ -80,7 +80,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    try:
+        content = json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        # File names that are not UTF-8: JSON's escapes hold them, and they are read back as they were.
+        content = json.dumps(value, indent=1).encode("ascii")
+    write_bytes(path, content + b"\n")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:

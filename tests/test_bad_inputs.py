@@ -1,6 +1,7 @@
 """Bad inputs: each ends with exit 2 and three lines (what, where, how to fix), and leaves earlier results alone."""
 
 import contextlib
+import json
 import re
 import shutil
 import subprocess
@@ -81,6 +82,11 @@ def test_bad_input_in_a_process_of_its_own(
     explains(bad, done.stderr)
     after = place.snapshot(tmp_path, bad.begins)
     assert {path: after.get(path) for path in before} == before
+
+
+def test_file_names_that_are_not_utf8_are_remembered(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "files.json", {"\udcff.png": [1]})
+    assert json.loads((tmp_path / "files.json").read_text(encoding="utf-8")) == {"\udcff.png": [1]}
 
 
 def test_names_are_distinct() -> None:

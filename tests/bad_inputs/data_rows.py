@@ -165,6 +165,12 @@ ROWS = [
         make=lambda p: table(p, "metadata.jsonl", '{"file_name": "0.png", "text": 7}\n'),
     ),
     Bad(
+        "caption with half a character",
+        r"captions are not text: 0.png",
+        "string",
+        make=lambda p: table(p, "metadata.jsonl", '{"file_name": "0.png", "text": "a \\ud83d circle"}\n'),
+    ),
+    Bad(
         "metadata names a missing file",
         r"do not exist: 9.png \(metadata.jsonl:7",
         "correct file_name",

@@ -81,10 +81,15 @@ def clean(value: object) -> tuple[str, ...] | None:
     if value is None:
         return ()
     values = value if isinstance(value, list | tuple) else [value]
-    stripped = tuple(text.strip() for text in values if isinstance(text, str))
+    stripped = tuple(text.strip() for text in values if isinstance(text, str) and _whole(text))
     if len(stripped) < len(values):
         return None
     return stripped if all(stripped) else ()
+
+
+def _whole(text: str) -> bool:
+    """JSON can hold halves of characters (lone surrogates), which no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def refuse(problems: dict[str, list[str]], table: dict[str, tuple[str, str]], place: str) -> None:
