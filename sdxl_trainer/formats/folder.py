@@ -84,7 +84,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file whole or not at all. A place for a hash in the metadata is filled."""
 
     def write(temporary: Path) -> None:
-        files.save_tensors(temporary, tensors, metadata)
+        files.save_tensors(temporary, tensors, {"format": "pt", **(metadata or {})})
         if metadata and HASH in metadata:
             fill_hash(temporary)
 
