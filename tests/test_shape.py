@@ -39,7 +39,7 @@ LAYERS = [
         "data.cache",
         "data.pictures",
     ],
-    ["base", "model", "parameters", "optim", "ema", "data.encode"],
+    ["base", "text", "model", "parameters", "optim", "ema", "data.encode"],
     ["data.loader", "data.prepare", "distributed", "sample", "checkpoint"],
     ["validate", "publish"],
     ["run"],
