@@ -251,6 +251,11 @@ def _refuse_overwriting(config: Config, where: str) -> None:
         if path and Path(path).expanduser().absolute() == output:
             what = f"output_dir and {key} are one folder, '{path}': the base would be overwritten"
             raise UserError(what, where, "choose another output_dir")
+    for index, data in enumerate(config.data):
+        folder = Path(data.path).expanduser().absolute()
+        if folder.is_dir() and output.is_relative_to(folder):
+            what = f"output_dir lies in data.{index}.path, '{data.path}': the run's pictures would become data"
+            raise UserError(what, where, "choose an output_dir outside of the data")
 
 
 def _refuse_objective(config: Config, where: str) -> None:

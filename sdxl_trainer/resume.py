@@ -50,7 +50,8 @@ def starting_point(
 ) -> Begin:
     """Choose the checkpoint, verify it, and refuse to continue another run's."""
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
-    data_hash = cache.key(*[[picture.content, picture.captions] for picture in stock.pictures])
+    pictures = [[picture.content, picture.captions] for picture in stock.pictures]
+    data_hash = cache.key(pictures, stock.keys.vae, stock.keys.text)
     last = _last_run(output)
     if start.mode == "new" and (last or checkpoint.found(output)):
         fix = "choose another output_dir, or delete this folder if you do not need it"
@@ -91,8 +92,8 @@ def _refuse_another(old: dict[str, Any], old_data: str, config: Config, data_has
         what = f"this folder holds a run with {key} = {json.dumps(then)}, not {json.dumps(now)}{more}"
         raise UserError(what, where, f"set {key} back to continue that run, or choose another output_dir")
     if old_data != data_hash:
-        what = "the pictures or captions changed since this run began"
-        raise UserError(what, where, "choose another output_dir for the changed data, or bring the old data back")
+        what = "the pictures, captions, VAE or text encoders changed since this run began"
+        raise UserError(what, where, "choose another output_dir for the changed data or model, or bring the old back")
 
 
 def _last_run(output: Path) -> dict[str, Any] | None:

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.config import Cache
-from sdxl_trainer.data import cache
+from sdxl_trainer.data import cache, images
 from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.pictures import Memo, Picture, raise_all
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import pretrained
 
-# Part of every latent's key: raise it when decoding, resizing or cropping would give other pixels.
-DECODER_VERSION = 1
 # Part of every embedding's key: raise it when captions would be encoded otherwise.
 TEXT_VERSION = 1
 
@@ -40,7 +38,7 @@ class Keys:
     def latent(self, picture: Picture, geometry: Geometry) -> str:
         return cache.key(
             "latent",
-            DECODER_VERSION,
+            images.DECODER,
             picture.content,
             geometry.to_json(),
             picture.data.interpolation,
@@ -150,8 +148,6 @@ class _Decoder(torch.utils.data.Dataset[Any]):
         return len(self.work)
 
     def __getitem__(self, index: int) -> tuple[int, list[np.ndarray] | UserError]:
-        from sdxl_trainer.data import images
-
         picture, geometries = self.work[index]
         scaled: dict[tuple[int, int], Any] = {}
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from sdxl_trainer import files
 from sdxl_trainer.config import Config, Data
-from sdxl_trainer.data import sources
+from sdxl_trainer.data import images, sources
 from sdxl_trainer.data.geometry import Geometry, variants
 from sdxl_trainer.data.records import Record
 from sdxl_trainer.errors import UserError, shortened
@@ -100,10 +100,8 @@ def _facts(records: Iterable[Record], memo: Memo, problems: list[UserError]) -> 
 
     def look(record: Record) -> tuple[str, int, int] | UserError:
         known = memo.known.get(record.stamp)
-        if known is not None:
+        if isinstance(known, list) and len(known) == 3:
             return tuple(known)
-        from sdxl_trainer.data import images
-
         try:
             content = record.read()
             return (hashlib.sha256(content).hexdigest(), *images.probe(content, record.name))
@@ -118,7 +116,7 @@ def _facts(records: Iterable[Record], memo: Memo, problems: list[UserError]) -> 
             problems.append(result)
             facts.append(None)
         else:
-            if record.stamp not in memo.known:
+            if memo.known.get(record.stamp) != list(result):
                 memo.remember(record.stamp, list(result))
             facts.append(result)
     return facts

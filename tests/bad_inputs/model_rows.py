@@ -147,16 +147,26 @@ ROWS = [
         "unet",
         make=lambda p: (p.weights(UNET, poison), p.set("output_dir", "new")),
     ),
-    Bad("NaN in the VAE", "not finite", "copy|undamaged", "vae", make=lambda p: p.weights(VAE, poison)),
     Bad(
-        "NaN in text encoder 1", "not finite", "copy|undamaged", "text_encoder", make=lambda p: p.weights(TEXT, poison)
+        "NaN in the VAE",
+        "not finite",
+        "copy|undamaged",
+        "vae",
+        make=lambda p: (p.weights(VAE, poison), p.set("output_dir", "new")),
+    ),
+    Bad(
+        "NaN in text encoder 1",
+        "not finite",
+        "copy|undamaged",
+        "text_encoder",
+        make=lambda p: (p.weights(TEXT, poison), p.set("output_dir", "new")),
     ),
     Bad(
         "NaN in text encoder 2",
         "not finite",
         "copy|undamaged",
         "text_encoder_2",
-        make=lambda p: p.weights(TEXT_2, poison),
+        make=lambda p: (p.weights(TEXT_2, poison), p.set("output_dir", "new")),
     ),
     Bad(
         "UNet lacks tensors",
@@ -172,10 +182,26 @@ ROWS = [
         "unet",
         make=lambda p: (p.weights(UNET, wider), p.set("output_dir", "new")),
     ),
-    Bad("VAE lacks tensors", "conv_out", "copy|complete", "vae", make=lambda p: p.weights(VAE, fewer)),
-    Bad("VAE of other shapes", "shape", "config", "vae", make=lambda p: p.weights(VAE, wider)),
     Bad(
-        "text encoder of other shapes", "shape", "config", "text_encoder", make=lambda p: p.weights(TEXT, narrower_text)
+        "VAE lacks tensors",
+        "conv_out",
+        "copy|complete",
+        "vae",
+        make=lambda p: (p.weights(VAE, fewer), p.set("output_dir", "new")),
+    ),
+    Bad(
+        "VAE of other shapes",
+        "shape",
+        "config",
+        "vae",
+        make=lambda p: (p.weights(VAE, wider), p.set("output_dir", "new")),
+    ),
+    Bad(
+        "text encoder of other shapes",
+        "shape",
+        "config",
+        "text_encoder",
+        make=lambda p: (p.weights(TEXT, narrower_text), p.set("output_dir", "new")),
     ),
     Bad(
         "text encoder lacks tensors",
@@ -183,6 +209,7 @@ ROWS = [
         "copy|complete",
         "text_encoder",
         make=lambda p: p.weights(TEXT, lambda t: {n: v for n, v in t.items() if "token_embedding" not in n}),
+        options={"output_dir": "new"},
     ),
     Bad(
         "config is no JSON",

@@ -71,6 +71,12 @@ ROWS = [
         "another output_dir",
         options={"output_dir": "base"},
     ),
+    Bad(
+        "output_dir inside of the data",
+        "output_dir lies in data.0.path",
+        "outside",
+        options={"output_dir": "pictures/run"},
+    ),
     Bad("weights are a dangling link", "leads nowhere", "copy or download", UNET, make=lambda p: dangling(p, UNET)),
     Bad("weights are a pipe", "not a file", "copy or download", TEXT, make=lambda p: pipe(p, TEXT)),
     Bad(

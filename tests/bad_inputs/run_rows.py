@@ -193,7 +193,7 @@ ROWS = [
     Bad("resume with another seed", "seed = 0, not 1", "set seed back", options={"seed": 1}),
     Bad(
         "resume with other captions",
-        "pictures or captions changed",
+        "pictures, captions, VAE or text encoders changed",
         "another output_dir",
         make=lambda p: p.put(
             "pictures/metadata.jsonl", (p / "pictures/metadata.jsonl").read_text().replace("green", "blue")

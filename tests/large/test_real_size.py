@@ -19,7 +19,9 @@ LIMIT_GB = 20.0
 @pytest.mark.large
 @pytest.mark.timeout(3000)
 def test_full_size_training_fits_into_memory(pictures: Path, tmp_path: Path) -> None:
-    build = "import sys, torch; from sdxl_trainer.blueprint import build; build(sys.argv[1], 'sdxl', dtype=torch.bfloat16)"
+    build = (
+        "import sys, torch; from sdxl_trainer.blueprint import build; build(sys.argv[1], 'sdxl', dtype=torch.bfloat16)"
+    )
     base = tmp_path / "sdxl"
     subprocess.run([sys.executable, "-c", build, str(base)], check=True)
     config = validated(
@@ -28,8 +30,12 @@ def test_full_size_training_fits_into_memory(pictures: Path, tmp_path: Path) -> 
             "model": {"path": str(base)},
             "data": [{"path": str(pictures), "resolution": 256}],
             "train": {
-                "steps": STEPS, "batch_size": 1, "learning_rate": 1e-5, "weights": "bf16",
-                "gradient_checkpointing": True, "checkpoint_every": 0,
+                "steps": STEPS,
+                "batch_size": 1,
+                "learning_rate": 1e-5,
+                "weights": "bf16",
+                "gradient_checkpointing": True,
+                "checkpoint_every": 0,
             },
             "optimizer": {"name": "adafactor"},
         },
