@@ -1,0 +1,100 @@
+"""Put together micro-SDXL before its training: UNet and text encoders with random weights, VAE and tokenizers as given.
+
+    python recipes/micro/make_base.py OUT --vae VAE --tokenizers TOKENIZERS [--seed 0]
+
+VAE is the folder `final` of train_vae.py, TOKENIZERS what make_tokenizers.py wrote. OUT becomes a diffusers folder
+with SDXL's own blocks at small widths. Its scheduler ends in pure noise and the UNet predicts v, so that backgrounds
+can become truly black and white (Lin et al. 2024).
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdxl_trainer import files
+from sdxl_trainer.blueprint import Size, TextSize, UNetSize, VaeSize, configs
+from sdxl_trainer.formats import folder, modules
+
+SIZE = Size(
+    # 12 channels a group at the first level, 32 at the last: as in SDXL flat colours are more than their signs.
+    UNetSize((48, 96, 128), (1, 3, 4), (1, 1, 1), layers=1, time_dim=16, groups=4),
+    TextSize(64, layers=2, heads=2, intermediate=128, projection=64),
+    TextSize(128, layers=3, heads=4, intermediate=256, projection=128),
+    VaeSize((16, 32, 48, 96), layers=1, groups=2),  # for the record: the VAE is copied with its own configuration
+    resolution=128,
+)
+SCHEDULER = {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+TOKEN_DEVIATION, POSITION_DEVIATION = 0.5, 0.1  # CLIP's own 0.02 leaves the UNet nothing to attend to for long
+
+
+def vocabulary(tokenizer: Path) -> dict[str, int]:
+    """The entries of a text encoder's configuration that its tokenizer decides."""
+    ids = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
+    names = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+    special = {f"{kind}_token_id": ids[names[f"{kind}_token"]] for kind in ("bos", "eos", "pad")}
+    return {"vocab_size": len(ids), **special}
+
+
+def random_part(name: str, config: dict[str, Any], seed: int) -> nn.Module:
+    """A UNet or text encoder with weights to begin with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = modules.construct(name, config)
+        if name == "unet":
+            nn.init.zeros_(module.conv_out.weight)  # type: ignore[union-attr, arg-type]
+            nn.init.zeros_(module.conv_out.bias)  # type: ignore[union-attr, arg-type]
+            return module
+        for parameter, weight in module.named_parameters():
+            if "token_embedding" in parameter:
+                nn.init.normal_(weight, std=TOKEN_DEVIATION)
+            elif "position_embedding" in parameter:
+                nn.init.normal_(weight, std=POSITION_DEVIATION)
+            elif weight.ndim == 2:  # a layer keeps the size of what goes through it, as deep nets of this width want
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    return module
+
+
+def make(out: Path, vae: Path, tokenizers: Path, seed: int = 0, size: Size = SIZE) -> Path:
+    """Write the folder; the same arguments write the same bytes. `model_index.json` comes last."""
+    (out / folder.INDEX).unlink(missing_ok=True)
+    described = configs(size)
+    for index, name in enumerate(("unet", "text_encoder", "text_encoder_2")):
+        config = described[name]
+        if name != "unet":
+            config |= vocabulary(tokenizers / name.replace("text_encoder", "tokenizer")) | {"torch_dtype": "float32"}
+        weights = random_part(name, config, seed * 3 + index).state_dict()
+        folder.write_tensors(out / name / folder.WEIGHTS[name], folder.published_names(name, weights))
+        files.write_json(out / name / folder.CONFIGS[name], config)
+    for name in folder.TOKENIZERS:
+        shutil.copytree(tokenizers / name, out / name, dirs_exist_ok=True)
+    (out / "vae").mkdir(exist_ok=True)
+    for name in (folder.CONFIGS["vae"], folder.WEIGHTS["vae"]):
+        shutil.copyfile(vae / name, out / "vae" / name)
+    files.write_json(out / "scheduler" / folder.CONFIGS["scheduler"], folder.read_config("scheduler") | SCHEDULER)
+    files.write_bytes(out / folder.INDEX, (folder.SHIPPED / folder.INDEX).read_bytes())
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Put together micro-SDXL before its training.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--tokenizers", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    out = make(arguments.out, arguments.vae, arguments.tokenizers, arguments.seed)
+    counts = {name: sum(t.numel() for t in folder.read_weights(name, out).values()) for name in folder.WEIGHTS}
+    print(", ".join(f"{name} {count:,}" for name, count in counts.items()), f"together {sum(counts.values()):,}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Make the folder that is shipped from a run of the trainer, finished or not: fp16, averaged weights.
+
+    python recipes/micro/ship.py RUN OUT
+
+RUN is the output folder of `sdxl train`; of an unfinished run the last checkpoint is taken. OUT becomes a diffusers
+folder with a model card and `hashes.json`, which names the SHA-256 of every other file.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from sdxl_trainer import checkpoint, files
+from sdxl_trainer.formats import folder
+
+LEARNED = ("unet", "text_encoder", "text_encoder_2")
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# micro-SDXL
+
+A Stable Diffusion XL of {millions:.1f} million parameters with all the parts of the real one: two text encoders with
+their tokenizers, a UNet with micro-conditioning, an autoencoder. It draws simple shapes in a place on a plain
+background, at 128 x 128 pixels, from captions such as "a large striped red ring in the top right corner on a blue
+background". It is made for tests and demonstrations of training code, and knows nothing else.
+
+Trained from random weights for {steps:,} steps on pictures drawn by a program, with the files of `recipes/micro` of
+sdxl-trainer. It predicts v, and its noise schedule ends in pure noise.
+"""
+
+
+def sources(run: Path) -> tuple[dict[str, Path], Path, int]:
+    """(folder of each learned part, folder of everything else, number of steps) of a run."""
+    if (run / folder.INDEX).exists():
+        rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return {name: run / name for name in LEARNED}, run, json.loads(rows[-1])["step"]
+    last = checkpoint.verify(checkpoint.found(run)[-1])
+    base = Path(last.state()["config"]["model"]["path"]).expanduser()
+    return {name: last.path / f"{name}_ema" for name in LEARNED}, base, last.step
+
+
+def half(source: Path, name: str, out: Path) -> int:
+    """Write one part's weights in fp16 and its settings; gives its number of parameters."""
+    weights = checkpoint.read_weights(source)
+    halves = {key: value.half() for key, value in weights.items()}
+    broken = [key for key, value in halves.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"not finite in fp16: {broken[:3]}")
+    folder.write_tensors(out / name / folder.WEIGHTS[name], halves)
+    config = json.loads((source / folder.CONFIGS[name]).read_text(encoding="utf-8"))
+    for key in {"dtype", "torch_dtype"} & config.keys():
+        config[key] = "float16"
+    config.pop("_name_or_path", None)
+    files.write_json(out / name / folder.CONFIGS[name], config)
+    return sum(value.numel() for value in weights.values())
+
+
+def ship(run: Path, out: Path) -> int:
+    """Write the folder; gives its size in bytes."""
+    parts, rest, steps = sources(run)
+    if out.exists():
+        shutil.rmtree(out)
+    count = sum(half(source, name, out) for name, source in (parts | {"vae": rest / "vae"}).items())
+    for name in (*folder.TOKENIZERS, "scheduler"):
+        shutil.copytree(rest / name, out / name)
+    card = CARD.format(millions=count / 1e6, steps=steps)
+    files.write_text(out / "README.md", card)
+    files.write_bytes(out / folder.INDEX, (rest / folder.INDEX).read_bytes())
+    files.write_json(out / "hashes.json", files.tree_hashes(out))
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the folder that is shipped from a run of the trainer.")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    print(f"{arguments.out}: {ship(arguments.run, arguments.out):,} bytes")
+
+
+if __name__ == "__main__":
+    main()
