@@ -55,7 +55,7 @@ def evaluate(settings: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Draw, score, and write the sheet."""
     began = time.monotonic()
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
-        settings.model, torch_dtype=torch.float32, add_watermarker=False
+        settings.model, dtype=torch.float32, add_watermarker=False
     ).to(settings.device)
     pipeline.set_progress_bar_config(disable=True)
     single = toyworld.prompts(settings.prompts, PROMPTS_SEED)

@@ -1,0 +1,133 @@
+"""The recipe of micro-SDXL's UNet and text encoders: put together, trained, shipped, evaluated."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+import toyworld
+from sdxl_trainer.blueprint import Size, TextSize, UNetSize, VaeSize
+from sdxl_trainer.configfile import load as load_config
+from sdxl_trainer.train import train
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "micro"
+SMALL = Size(
+    UNetSize((16, 16, 16), (1, 1, 1), (1, 1, 1), layers=1, time_dim=8, groups=2),
+    TextSize(16, layers=2, heads=1, intermediate=16, projection=16),
+    TextSize(24, layers=2, heads=1, intermediate=24, projection=24),
+    VaeSize((8, 8, 8, 8), layers=1, groups=1),
+    resolution=64,
+)
+
+
+def recipe(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"micro_{name}", RECIPES / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make_base, data, ship, curves = recipe("make_base"), recipe("data"), recipe("ship"), recipe("curves")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parts that come before: tokenizers, a VAE, a few pictures, and the untrained base of them."""
+    path = tmp_path_factory.mktemp("micro")
+    tokenizers, vae = recipe("make_tokenizers"), recipe("train_vae")
+    merges = tokenizers.learn_merges(tokenizers.word_counts(0, 300))
+    tokenizers.write_tokenizer(path / "tokenizers" / "tokenizer", merges, pad=tokenizers.END)
+    tokenizers.write_tokenizer(path / "tokenizers" / "tokenizer_2", merges, pad="!")
+    model = {"block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "norm_num_groups": 1}
+    vae.new_model({"seed": 0, "model": model}).save_pretrained(path / "vae")
+    data.write(path / "data", squares=6, varied=3)
+    make_base.make(path / "untrained", path / "vae", path / "tokenizers", size=SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> Path:
+    places = {"output_dir": "base", "model.path": "untrained", "cache.path": "cache"}
+    places |= {"data.0.path": "data/squares", "data.1.path": "data/varied"}
+    changes = [f"{option}={place / name}" for option, name in places.items()]
+    changes += [f"train.{k}={v}" for k, v in {"steps": 2, "batch_size": 2, "checkpoint_every": 1}.items()]
+    return train(load_config(RECIPES / "base.toml", changes))
+
+
+def test_stock_diffusers_loads_the_base_and_its_scheduler_ends_in_pure_noise(place: Path) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(place / "untrained", add_watermarker=False)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    pipeline.scheduler.set_timesteps(25)
+    assert pipeline.scheduler.timesteps[0] == 999
+    assert pipeline.scheduler.sigmas[0] > 1000
+    given = AutoencoderKL.from_pretrained(place / "vae")
+    assert all(torch.equal(v, given.state_dict()[n]) for n, v in pipeline.vae.state_dict().items())
+    assert len(pipeline.tokenizer) == pipeline.text_encoder.config.vocab_size
+
+
+def test_captions_reach_the_unet_at_a_size_it_can_learn_from(place: Path) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(place / "untrained", add_watermarker=False)
+    words = [caption for _, caption in toyworld.prompts(16, 5)]
+    tokens, _, pooled, _ = pipeline.encode_prompt(words, do_classifier_free_guidance=False)
+    for seen in (tokens.std(0).mean(), pooled.std(0).mean()):
+        assert seen > 0.1
+
+
+def test_the_same_arguments_make_the_same_base(place: Path, tmp_path: Path) -> None:
+    make_base.make(tmp_path, place / "vae", place / "tokenizers", size=SMALL)
+    for path in (p for p in (place / "untrained").rglob("*") if p.is_file()):
+        assert path.read_bytes() == (tmp_path / path.relative_to(place / "untrained")).read_bytes(), path
+
+
+def test_no_training_picture_shows_a_held_out_combination() -> None:
+    for seed in (data.SQUARES_SEED, data.VARIED_SEED):
+        for index in range(500):
+            scene = toyworld.scene(seed, index, holdout=False)
+            assert not any(map(toyworld.held_out, scene.things))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_is_shipped_in_fp16_with_its_averaged_weights(
+    place: Path, trained: Path, tmp_path: Path, finished: bool
+) -> None:
+    run = trained
+    if not finished:
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / "checkpoint-1").symlink_to(trained / "checkpoint-1")
+    ship.ship(run, tmp_path / "ship")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "ship", dtype=torch.float32, add_watermarker=False)
+    source = trained if finished else trained / "checkpoint-1"
+    expected = ship.checkpoint.read_weights(source / ("unet" if finished else "unet_ema"))
+    for name, value in pipeline.unet.state_dict().items():
+        assert torch.equal(value, expected[name].half().float()), name
+    hashes = json.loads((tmp_path / "ship" / "hashes.json").read_text())
+    assert {"unet/diffusion_pytorch_model.safetensors", "README.md", "model_index.json"} <= hashes.keys()
+    assert f"{2 if finished else 1} steps" in (tmp_path / "ship" / "README.md").read_text()
+
+
+def test_evaluation_tells_seen_from_held_out_and_draws_a_sheet(trained: Path, tmp_path: Path) -> None:
+    command = [sys.executable, RECIPES / "evaluate.py", trained, "--prompts", "4", "--pairs", "2", "--steps", "1"]
+    done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True, check=True)
+    assert "shape and colour" in done.stdout
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["all"]["shape"]["total"] == 4
+    assert result["held_out"]["place"]["total"] == result["seen"]["place"]["total"] == 2
+    assert result["two_objects"]["relation"]["total"] == 2
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+
+
+def test_curves_are_means_over_rows_that_have_both_values() -> None:
+    rows = [{"step": 1, "a": {"b": 2}}, {"step": 2}, {"step": 3, "a": {"b": 4}}, {"step": 4, "a": {"b": 8}}]
+    assert curves.series(rows, "step", "a.b", 2) == [(3.0, 3.0), (4.0, 8.0)]
+    page = curves.draw({"a.b": [(0.0, 1.0), (9.0, 0.1)]}, "step", logarithmic=True)
+    assert page.size == (curves.WIDTH, curves.HEIGHT)
+    assert (36, 84, 206) in {colour for _, colour in page.getcolors(1 << 20)}
