@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdxl_trainer import files
 from sdxl_trainer.blueprint import Size, TextSize, UNetSize, VaeSize, configs
@@ -49,18 +49,35 @@ def random_part(name: str, config: dict[str, Any], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = modules.construct(name, config)
-        if name == "unet":
-            nn.init.zeros_(module.conv_out.weight)  # type: ignore[union-attr, arg-type]
-            nn.init.zeros_(module.conv_out.bias)  # type: ignore[union-attr, arg-type]
-            return module
         for parameter, weight in module.named_parameters():
-            if "token_embedding" in parameter:
-                nn.init.normal_(weight, std=TOKEN_DEVIATION)
-            elif "position_embedding" in parameter:
-                nn.init.normal_(weight, std=POSITION_DEVIATION)
-            elif weight.ndim == 2:  # a layer keeps the size of what goes through it, as deep nets of this width want
-                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+            deviation = (unet_deviation if name == "unet" else text_deviation)(parameter, weight)
+            if deviation is not None:
+                nn.init.normal_(weight, std=deviation)
     return module
+
+
+def unet_deviation(parameter: str, weight: Tensor) -> float | None:
+    """Standard deviation of a weight of the UNet; None: as diffusers makes it.
+
+    With PyTorch's own linear layers the caption is a few percent of what a block computes, and colours and places
+    wait for it. Here each layer between the caption and a block keeps the size of what it is given.
+    """
+    if parameter.startswith("conv_out."):
+        return 0.0
+    if weight.ndim != 2:
+        return None
+    if any(part in parameter for part in ("time_emb", "add_embedding")):
+        return (2 / weight.shape[1]) ** 0.5
+    return weight.shape[1] ** -0.5 if ".attn2." in parameter else None
+
+
+def text_deviation(parameter: str, weight: Tensor) -> float | None:
+    """Standard deviation of a weight of a text encoder; None: as transformers makes it."""
+    if "token_embedding" in parameter:
+        return TOKEN_DEVIATION
+    if "position_embedding" in parameter:
+        return POSITION_DEVIATION
+    return weight.shape[1] ** -0.5 if weight.ndim == 2 else None
 
 
 def make(out: Path, vae: Path, tokenizers: Path, seed: int = 0, size: Size = SIZE) -> Path:
