@@ -114,6 +114,9 @@ def save_part(name: str, part: Any, folder: Path) -> None:
     """A part as a folder of a pipeline. Text encoders get the names of published files, which all versions read."""
     if name == "unet":
         part.save_pretrained(folder)
+        mode = (folder / "config.json").stat().st_mode
+        for path in folder.glob("*.safetensors"):
+            path.chmod(mode)  # safetensors makes files that only their owner can read
         return
     part.config.save_pretrained(folder)
     pipelines.write_tensors(folder / pipelines.WEIGHTS[name], pipelines.published_names(name, part.state_dict()))

@@ -159,6 +159,7 @@ class Validation(Section):
     height: Side | None = option(None, "default: the first data set's resolution")
     width: Side | None = option(None, "default: the first data set's resolution")
     every_epochs: Positive | None = option(None, "pictures after epochs 0, n, 2n, ... (counted from 0)")
+    at_start: bool = option(False, "pictures of the base, before the first step")
     at_end: bool = option(True, "pictures of the final model")
 
 

@@ -115,13 +115,12 @@ def from_disk(
         pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
             base.folder,
             variant=weights_file(base, "unet"),
-            dtype=dtype,
+            dtype={"vae": torch.float32, "default": dtype},
             use_safetensors=True,
             add_watermarker=False,
         ).to(device)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         pretrained.refuse_broken(getattr(pipeline, name), base.part(name))
-    pipeline.vae.to(torch.float32)
     for name, request in requests(prompts, images, seed, **settings):
         save(draw(pipeline, request), out / name)
         record(out, [note(request, name, 0, model)])

@@ -100,6 +100,9 @@ def _loop(job: Job, stop: Stop) -> None:
         config.train.workers,
         pin=accelerator.device.type == "cuda",
     )
+    if state.step == 0 and job.validator.due(0, run.steps, job.order.steps_per_epoch):
+        with job.watch.phase("validation pictures"):
+            finish.draw_validation(job)
     job.console.progress(state.step, run.steps, "steps")
     job.watch.lap()
     for epoch, images, micro_batches in batches:

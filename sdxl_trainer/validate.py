@@ -37,8 +37,8 @@ class Validator:
         options, every = self.config.validation, self.config.train.validate_every
         if not options.prompts:
             return False
-        if step == steps:
-            return options.at_end
+        if step in {0, steps}:
+            return options.at_end if step else options.at_start
         if every and step % every == 0:
             return True
         epoch, position = divmod(step, steps_per_epoch)
@@ -112,7 +112,11 @@ class Validator:
 
         for tracker in self.accelerator.trackers:
             for prompt in dict.fromkeys(row["prompt"] for row in rows):
-                images = [np.asarray(Image.open(folder / row["file"])) for row in rows if row["prompt"] == prompt]
+                images = []
+                for row in rows:
+                    if row["prompt"] == prompt:
+                        with Image.open(folder / row["file"]) as image:
+                            images.append(np.asarray(image))
                 if tracker.name == "tensorboard":
                     tracker.log_images({prompt: np.stack(images)}, step=step, dataformats="NHWC")
                 elif tracker.name == "wandb":

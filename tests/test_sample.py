@@ -36,8 +36,13 @@ def test_validation_draws_what_the_saved_pipeline_draws(
             "a red circle", num_inference_steps=3, guidance_scale=4.0, height=64, width=64,
             generator=torch.Generator().manual_seed(5 + image),
         ).images[0]  # fmt: skip
-        drawn = Image.open(output / "samples" / "step-000001" / f"0-{image}.png")
-        assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected)).max() <= 1
+        drawn = pixels(output / "samples" / "step-000001" / f"0-{image}.png")
+        assert np.abs(drawn - np.asarray(expected)).max() <= 1
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
 
 
 def test_validation_leaves_training_as_it_was(config: Callable[..., Any], tmp_path: Path) -> None:
@@ -56,7 +61,7 @@ def test_pictures_from_disk_are_noted_with_their_settings(base: Path, tmp_path: 
     settings = {"negative": "a blue square", "steps": 2, "guidance": 3.0, "height": 64, "width": 72}
     paths = list(sample.from_disk(str(base), ["a red circle", "a green square"], tmp_path, 2, 7, settings))
     assert [p.name for p in paths] == ["0-0.png", "0-1.png", "1-0.png", "1-1.png"]
-    assert {Image.open(p).size for p in paths} == {(72, 64)}
+    assert {pixels(path).shape for path in paths} == {(64, 72, 3)}
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == [7, 8, 7, 8]
     assert all(row["negative"] == "a blue square" and row["steps"] == 2 for row in rows)
