@@ -17,6 +17,8 @@ from sdxl_trainer import checkpoint, files
 from sdxl_trainer.formats import folder
 
 LEARNED = ("unet", "text_encoder", "text_encoder_2")
+# What the trainer notes of its averages in the UNet's configuration, for other tools that go on with them.
+AVERAGING = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
 CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -56,7 +58,8 @@ def half(source: Path, name: str, out: Path) -> int:
     config = json.loads((source / folder.CONFIGS[name]).read_text(encoding="utf-8"))
     for key in {"dtype", "torch_dtype"} & config.keys():
         config[key] = "float16"
-    config.pop("_name_or_path", None)
+    dropped = {"_name_or_path", *(AVERAGING if name == "unet" else ())}
+    config = {key: value for key, value in config.items() if key not in dropped}
     files.write_json(out / name / folder.CONFIGS[name], config)
     return sum(value.numel() for value in weights.values())
 
