@@ -138,7 +138,7 @@ def schema(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder of the demo")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 1500,
+    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 1200,
 ) -> None:
     """The embedded default: a small SDXL, trained here on pictures drawn here."""
     from sdxl_trainer import demo as demos
