@@ -30,8 +30,8 @@ def run(out: Path, steps: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
     print(
         f"demo: draws {PICTURES} scenes, builds a small SDXL that knows nothing yet, and trains it for {steps} steps.\n"
-        "      About five minutes on two free CPU cores; nothing is downloaded. In that time it learns what its prompts\n"
-        f"      say of backgrounds, not yet of shapes. Everything goes to {out}"
+        "      About five minutes on two free CPU cores; nothing is downloaded. In that time it learns what\n"
+        f"      prompts say of backgrounds, not yet of shapes. Everything goes to {out}"
     )
     data = _pictures(out / "pictures")
     config = validated(settings(out, data, _base(out / "base", data), steps), "the demo's config")
