@@ -59,8 +59,8 @@ def random_part(name: str, config: dict[str, Any], seed: int) -> nn.Module:
 def unet_deviation(parameter: str, weight: Tensor) -> float | None:
     """Standard deviation of a weight of the UNet; None: as diffusers makes it.
 
-    With PyTorch's own linear layers the caption is a few percent of what a block computes, and colours and places
-    wait for it. Here each layer between the caption and a block keeps the size of what it is given.
+    With PyTorch's own linear layers the caption is a small part of what a block computes, and all that it decides
+    waits for that. Here each layer between the caption and a block keeps the size of what it is given.
     """
     if parameter.startswith("conv_out."):
         return 0.0
