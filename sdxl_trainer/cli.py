@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from sdxl_trainer.config import Config
@@ -50,12 +50,9 @@ def guarded(command: Callable[[], object]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
-        # Its class is named, not imported: a run has been loaded if this is one of its own.
-        if type(error).__name__ != "Interrupted":
-            raise
+    except Interrupted as stop:
         print("interrupted; the same command continues", file=sys.stderr)
-        return 128 + error.args[0]
+        return 128 + stop.number
     return status if isinstance(status, int) else 0
 
 

@@ -16,6 +16,14 @@ class UserError(Exception):
         return f"error: {what}\n   at: {where}\n  fix: {fix}"
 
 
+class Interrupted(Exception):
+    """A signal stopped the run."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def closest(name: str, allowed: Iterable[str]) -> str:
     """A sentence part naming the nearest allowed name, or all of them if none is near."""
     allowed = sorted(allowed)

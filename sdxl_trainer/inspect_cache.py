@@ -31,17 +31,7 @@ def run(config: Config, *, verify: bool, gc: bool) -> None:
         console.say(f"freed {_collect(stock) / 1e6:.1f} MB in {folder}")
         return
     new = len(stock.missing_latents()), len(stock.missing_texts())
-    prepare.fill(
-        config,
-        base,
-        stock,
-        accelerator.device,
-        console.progress,
-        console.say,
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.wait_for_everyone,
-    )
+    setup.fill(config, base, stock, accelerator, console)
     size = (stock.latents.bytes() + stock.texts.bytes()) / 1e6
     console.say(f"encoded {new[0]} latents and {new[1]} captions; {folder} holds {size:.1f} MB")
 

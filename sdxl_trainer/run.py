@@ -16,6 +16,7 @@ from sdxl_trainer.config import Config
 from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.ema import Ema
+from sdxl_trainer.errors import Interrupted
 from sdxl_trainer.log import Console, Metrics
 from sdxl_trainer.model import SDXL, LatentScale
 from sdxl_trainer.objective import Objective
@@ -119,14 +120,6 @@ class Job:
     watch: Watch
     output: Path
     data_hash: str
-
-
-class Interrupted(Exception):
-    """A signal stopped the run."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 @dataclass

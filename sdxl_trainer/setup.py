@@ -60,17 +60,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if config.hub.push and accelerator.is_main_process:
         publish.repository(output, config.hub)
     with watch.phase("encoding"):
-        prepare.fill(
-            config,
-            base,
-            stock,
-            accelerator.device,
-            console.progress,
-            console.say,
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.wait_for_everyone,
-        )
+        fill(config, base, stock, accelerator, console)
     with watch.phase("loading the model"):
         job = _assemble(config, base, stock, order, begin, accelerator, precision, console, watch, output)
     if accelerator.is_main_process:
@@ -78,6 +68,21 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if config.log.trackers:
         accelerator.init_trackers(config.log.project, manifest.flat(config))
     return job
+
+
+def fill(config: Config, base: Base, stock: Stock, accelerator: Any, console: Console) -> None:
+    """Encode what is missing, shared among the processes."""
+    prepare.fill(
+        config,
+        base,
+        stock,
+        accelerator.device,
+        console.progress,
+        console.say,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.wait_for_everyone,
+    )
 
 
 def _refuse_early(config: Config, base: Base, stock: Stock) -> None:

@@ -12,9 +12,9 @@ from sdxl_trainer import checkpoint, finish, optim, setup
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import Interrupted, UserError, shortened
 from sdxl_trainer.formats import pretrained
-from sdxl_trainer.run import CONTINUE, Interrupted, Job, Run, Start, State, Stop, Unread, stopping
+from sdxl_trainer.run import CONTINUE, Job, Run, Start, State, Stop, Unread, stopping
 
 
 def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tuple[Tensor, Tensor, float]:

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(job: Job) -> int:
-    from sdxl_trainer.run import Interrupted
+    from sdxl_trainer.errors import Interrupted
     from sdxl_trainer.train import train
 
     try:

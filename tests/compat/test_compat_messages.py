@@ -8,8 +8,7 @@ import pytest
 
 from sdxl_trainer.compat.train_text_to_image_sdxl import main, translate
 from sdxl_trainer.config import Config
-from sdxl_trainer.errors import UserError
-from sdxl_trainer.run import Interrupted
+from sdxl_trainer.errors import Interrupted, UserError
 
 BASE = ["--pretrained_model_name_or_path=base", "--dataset_name=pictures", "--report_to=none", "--seed=1"]
 RANGE = ("--timestep_bias_strategy=range",)
