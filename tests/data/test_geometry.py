@@ -44,17 +44,18 @@ def _check_painted(random: np.random.Generator) -> None:
     assert (original_h, original_w) == (height, width)
     assert pixels.shape == (target_h, target_w, 3) == (data.resolution, data.resolution, 3)
     resized_h, resized_w = geometry.resized
-    assert read_offset(pixels[:, target_w // 2, 0], resized_h) == pytest.approx(top, abs=1.0)
+    assert read_offset(pixels[:, target_w // 2, 0], height, resized_h) == top
     columns = pixels[target_h // 2, :, 1]
-    columns = 255 - columns if geometry.flip else columns
-    assert read_offset(columns, resized_w) == pytest.approx(left, abs=1.0)
+    assert read_offset(255 - columns if geometry.flip else columns, width, resized_w) == left
 
 
-def read_offset(ramp: np.ndarray, length: int) -> float:
-    """Where in a picture of `length` pixels, whose values run from 0 to 255, this piece was taken from."""
-    positions = np.arange(len(ramp))
+def read_offset(ramp: np.ndarray, original: int, resized: int) -> int:
+    """Where in the resized picture this piece begins, read from values that run from 0 to 255 over the original."""
     inner = (ramp > 3) & (ramp < 252)  # resampling flattens the ramp at its ends
-    return float(np.mean(ramp[inner] / 255 * (length - 1) - positions[inner]))
+    source = ramp[inner] / 255 * (original - 1)
+    # The centre of pixel p of the original lies at (p + 1/2) / original of the picture's length.
+    positions = (source + 0.5) * resized / original - 0.5
+    return round(float(np.mean(positions - np.arange(len(ramp))[inner])))
 
 
 def test_exact_pixels_when_nothing_is_resized() -> None:

@@ -76,6 +76,20 @@ def test_averaged_and_raw_weights_are_both_kept(config: Callable[..., Any]) -> N
     assert loaded.optimization_step == 4
 
 
+def test_a_single_file_trains_as_the_folder_it_was_packed_from(
+    config: Callable[..., Any], base: Path, tmp_path: Path
+) -> None:
+    from sdxl_trainer.formats import single_file
+
+    path = tmp_path / "model.safetensors"
+    single_file.pack(base, path)
+    model = {"path": str(path), "configs": str(base)}
+    packed = train(config(model=model, train={"steps": 2}, output_dir=str(tmp_path / "packed")))
+    folder = train(config(train={"steps": 2}))
+    one, two = ([row["loss"] for row in read_metrics(output / "metrics.jsonl")] for output in (packed, folder))
+    assert one == pytest.approx(two, rel=1e-6)
+
+
 def test_only_what_the_rules_name_learns(config: Callable[..., Any], base: Path) -> None:
     output = train(config(learn=[{"match": r"unet\..*attn2.*"}], train={"steps": 2}))
     before, after = (checkpoint.read_weights(folder) for folder in (base / "unet", output / "unet"))
