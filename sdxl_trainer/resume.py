@@ -72,9 +72,8 @@ def starting_point(
         changed = [key for key, _, _ in differences(state["config"], config)] + ["data"] * (state["data"] != data_hash)
         if changed:
             say(f"not an exact continuation, since these changed: {shortened(changed)}")
-    if start.at_least_one_step:
-        steps = max(steps, chosen.step + 1)
-    return Begin(chosen, steps, chosen.step >= steps, data_hash)
+    # At its last step a run is not done: its pipeline may not have been written yet.
+    return Begin(chosen, max(steps, chosen.step + start.at_least_one_step), False, data_hash)
 
 
 def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:

@@ -213,6 +213,26 @@ def test_already_done_is_said_and_nothing_changes(config: Callable[..., Any], ca
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()} == before
 
 
+def test_a_run_killed_after_its_last_step_is_finished_by_the_same_command(config: Callable[..., Any]) -> None:
+    """The last checkpoint is there, the pipeline is not: nothing is trained again, everything else is made."""
+    import shutil
+
+    made = config(ema={"enabled": True})
+    output = train(made)
+    whole = checkpoint.read_weights(output / "unet")
+    losses = (output / "metrics.jsonl").read_text()
+    manifest = json.loads((output / "manifest.json").read_text())
+    (output / "manifest.json").write_text(json.dumps({**manifest, "finished": None}))
+    shutil.rmtree(output / "unet")
+    (output / "model_index.json").unlink()
+    train(made)
+    again = checkpoint.read_weights(output / "unet")
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    assert (output / "model_index.json").is_file()
+    assert (output / "metrics.jsonl").read_text() == losses
+    assert json.loads((output / "manifest.json").read_text())["finished"]
+
+
 def test_fresh_refuses_a_folder_that_holds_a_run(config: Callable[..., Any]) -> None:
     train(config(train={"steps": 1}))
     with pytest.raises(UserError, match="already holds a run"):
