@@ -43,6 +43,10 @@ class Base:
             raise UserError("this file is not valid JSON of a config", str(path), "copy the model again")
         return found
 
+    def zeros_for_empty(self) -> bool:
+        """Whether the pipeline's unconditional embeddings are zeros, and not those of the empty caption."""
+        return bool(self.config("model_index").get("force_zeros_for_empty_prompt", True))
+
     def hash(self, part: str, memo: Memo) -> str:
         """SHA-256 over a part's files: two models that encode alike have one hash."""
         paths = sorted(

@@ -13,7 +13,6 @@ from sdxl_trainer.errors import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LAUNCHER_NAMES = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 
 

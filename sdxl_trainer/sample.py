@@ -41,7 +41,7 @@ def scheduler_config(base: dict[str, Any], prediction: str, zero_terminal_snr: b
     return config
 
 
-def live_pipeline(unet: Any, vae: Any, scheduler: dict[str, Any], zeros_for_empty: bool) -> Any:
+def live_pipeline(unet: Any, vae: Any, scheduler: dict[str, Any]) -> Any:
     """A pipeline around modules that are in memory; prompts come as embeddings."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
@@ -53,7 +53,6 @@ def live_pipeline(unet: Any, vae: Any, scheduler: dict[str, Any], zeros_for_empt
         None,
         unet,
         EulerDiscreteScheduler.from_config(scheduler),
-        force_zeros_for_empty_prompt=zeros_for_empty,
         add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -97,9 +96,10 @@ def from_disk(
     from sdxl_trainer import distributed
     from sdxl_trainer.base import resolve, weights_file
     from sdxl_trainer.config import Model
+    from sdxl_trainer.data.encode import DTYPES
 
     base = resolve(Model(path=model), Path.home() / ".cache" / "sdxl-trainer")
-    device, dtype = distributed.device_type(), distributed.DTYPES[distributed.precision("auto", print)]
+    device, dtype = distributed.device_type(), DTYPES[distributed.precision("auto", print)]
     side = base.config("unet").get("sample_size", 128) * 8
     settings = {**settings, "height": settings["height"] or side, "width": settings["width"] or side}
     for name in ("height", "width"):

@@ -25,6 +25,7 @@ from sdxl_trainer.base import Base
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import plan, prepare
+from sdxl_trainer.data.encode import DTYPES
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.log import Console, Metrics
@@ -178,7 +179,7 @@ def _model(
 ) -> tuple[Run, State]:
     """The model, its optimizer and averages, as they are at the step to begin with."""
     at: Checkpoint | None = begin.checkpoint
-    weights = distributed.DTYPES[config.train.weights]
+    weights = DTYPES[config.train.weights]
     sdxl = model.load(
         config.model, base, at.path if at else None, weights, config.train.gradient_checkpointing, text_learns
     )

@@ -70,8 +70,7 @@ class Validator:
         vae = pretrained.load(
             AutoencoderKL, self.base.vae, weights_file(self.base, "vae"), torch_dtype=torch.float32
         ).to(self.accelerator.device)
-        pipeline = sample.live_pipeline(unet, vae, self.scheduler, zeros_for_empty=True)
-        return pipeline
+        return sample.live_pipeline(unet, vae, self.scheduler)
 
     def _seed(self) -> int:
         seed = self.config.validation.seed
@@ -90,7 +89,7 @@ class Validator:
     def _conditions(self, request: sample.Request, sdxl: SDXL) -> dict[str, Tensor]:
         embeds, pooled = self._embed(request.prompt, sdxl)
         negative, negative_pooled = self._embed(request.negative or EMPTY, sdxl)
-        if request.negative is None and self.base.config("model_index").get("force_zeros_for_empty_prompt", True):
+        if request.negative is None and self.base.zeros_for_empty():
             negative, negative_pooled = torch.zeros_like(negative), torch.zeros_like(negative_pooled)
         conditions = {
             "prompt_embeds": embeds,

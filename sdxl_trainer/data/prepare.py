@@ -109,8 +109,7 @@ def dropped_caption(config: Config, base: Base, samples: Samples) -> dict[str, T
     """What stands for a caption that is left out. The pipeline's own is zeros where the model says so
     (`force_zeros_for_empty_prompt`, true for SDXL base), else the embedding of the empty caption."""
     empty = samples.text(EMPTY)
-    zeros = bool(base.config("model_index").get("force_zeros_for_empty_prompt", True))
     choice = config.text.dropped_caption
-    if choice == "zeros" or (choice == "pipeline" and zeros):
+    if choice == "zeros" or (choice == "pipeline" and base.zeros_for_empty()):
         return {name: value if name == "tokens" else torch.zeros_like(value) for name, value in empty.items()}
     return empty

@@ -1,11 +1,9 @@
 """The recipe of micro-SDXL's UNet and text encoders: put together, trained, shipped, evaluated."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,8 +13,8 @@ import toyworld
 from sdxl_trainer.blueprint import Size, TextSize, UNetSize, VaeSize
 from sdxl_trainer.configfile import load as load_config
 from sdxl_trainer.train import train
+from tests.recipes.loading import RECIPES, recipe
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "micro"
 SMALL = Size(
     UNetSize((16, 16, 16), (1, 1, 1), (1, 1, 1), layers=1, time_dim=8, groups=2),
     TextSize(16, layers=2, heads=1, intermediate=16, projection=16),
@@ -24,15 +22,6 @@ SMALL = Size(
     VaeSize((8, 8, 8, 8), layers=1, groups=1),
     resolution=64,
 )
-
-
-def recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"micro_{name}", RECIPES / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 make_base, data, ship, curves = recipe("make_base"), recipe("data"), recipe("ship"), recipe("curves")

@@ -1,9 +1,7 @@
 """The recipes of micro-SDXL's tokenizers and VAE."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,20 +11,9 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
 import toyworld as tw
+from tests.recipes.loading import RECIPES, recipe
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "micro"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"micro_{name}", RECIPES / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tokenizers, vae = load("make_tokenizers"), load("train_vae")
+tokenizers, vae = recipe("make_tokenizers"), recipe("train_vae")
 
 
 @pytest.fixture(scope="module")
