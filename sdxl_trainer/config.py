@@ -129,9 +129,9 @@ class Train(Section):
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "adamw8bit", "adafactor"] = option("adamw", "optimizer")
-    betas: tuple[Fraction, Fraction] = option((0.9, 0.999), "decay of the moments (adamw, adamw8bit)")
-    eps: float = option(1e-8, "added to the denominator (adamw, adamw8bit)", gt=0)
+    name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = option("adamw", "optimizer")
+    betas: tuple[Fraction, Fraction] = option((0.9, 0.999), "decay of AdamW's moments (not adafactor)")
+    eps: float = option(1e-8, "added to AdamW's denominator (not adafactor)", gt=0)
     weight_decay: float = option(1e-2, "decoupled weight decay", ge=0)
 
 

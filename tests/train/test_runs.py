@@ -157,7 +157,7 @@ def test_weights_in_bf16_computed_in_fp32_give_nearly_the_same_loss(config: Call
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "muon"])
 def test_every_optimizer_lowers_the_loss_of_the_same_sample(config: Callable[..., Any], name: str) -> None:
     """One picture, noise drawn anew: the loss of the last steps is below that of the first."""
     sizes = {"steps": 30, "batch_size": 2, "learning_rate": 2e-3, "checkpoint_every": 0}
@@ -179,7 +179,7 @@ def test_checkpoints_are_limited(config: Callable[..., Any]) -> None:
     assert {c.step for c in checkpoint.found(output)} == {4, 6}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
     config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:

@@ -1,14 +1,17 @@
-"""Optimizers and learning rates. A rate is a base rate times a pure function of the step (law 6)."""
+"""Optimizers, and the learning rates that they get."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from sdxl_trainer.config import LearningRate, Optimizer
+from sdxl_trainer.config import Optimizer
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.optim.muon import Muon
+from sdxl_trainer.optim.rates import SHAPES, factor, set_learning_rates
 from sdxl_trainer.parameters import Group
+
+__all__ = ["OPTIMIZERS", "SHAPES", "factor", "make", "set_learning_rates"]
 
 
 def _adamw(groups: list[dict[str, Any]], options: Optimizer) -> torch.optim.Optimizer:
@@ -31,10 +34,16 @@ def _adafactor(groups: list[dict[str, Any]], options: Optimizer) -> torch.optim.
     return torch.optim.Adafactor(groups)
 
 
+def _muon(groups: list[dict[str, Any]], options: Optimizer) -> torch.optim.Optimizer:
+    """Orthogonalised momentum for matrices, AdamW for the rest (Jordan et al. 2024)."""
+    return Muon(groups, betas=options.betas, eps=options.eps)
+
+
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Optimizer], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
     "adafactor": _adafactor,
+    "muon": _muon,
 }
 
 
@@ -43,6 +52,7 @@ def make(groups: Sequence[Group], options: Optimizer) -> torch.optim.Optimizer:
     described = [
         {
             "params": list(g.parameters),
+            "names": g.names,
             "lr": g.learning_rate,
             "base_lr": g.learning_rate,
             "weight_decay": g.weight_decay,
@@ -50,36 +60,3 @@ def make(groups: Sequence[Group], options: Optimizer) -> torch.optim.Optimizer:
         for g in groups
     ]
     return OPTIMIZERS[options.name](described, options)
-
-
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group's rate to its base rate times `factor`; gives the first group's."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-    return optimizer.param_groups[0]["lr"]
-
-
-def factor(options: LearningRate, step: int, steps: int) -> float:
-    """Factor on the base rate at optimizer step `step` (from 0) of `steps`; the shapes of diffusers.optimization."""
-    if options.name == "constant":
-        return 1.0
-    if step < options.warmup_steps:
-        return step / max(1, options.warmup_steps)
-    progress = (step - options.warmup_steps) / max(1, steps - options.warmup_steps)
-    return SHAPES[options.name](min(progress, 1.0), options)
-
-
-def _cosine_with_restarts(progress: float, options: LearningRate) -> float:
-    if progress >= 1.0:
-        return 0.0
-    return 0.5 * (1.0 + math.cos(math.pi * ((options.cycles * progress) % 1.0)))
-
-
-# Shape after the warm-up, from progress 0..1.
-SHAPES: dict[str, Callable[[float, LearningRate], float]] = {
-    "constant_with_warmup": lambda progress, options: 1.0,
-    "linear": lambda progress, options: 1.0 - progress,
-    "cosine": lambda progress, options: 0.5 * (1.0 + math.cos(math.pi * progress)),
-    "cosine_with_restarts": _cosine_with_restarts,
-    "polynomial": lambda progress, options: (1.0 - progress) ** options.power,
-}
