@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sdxl_trainer import adapters, files, model, parameters, resume, setup, text
 from sdxl_trainer import base as bases
-from sdxl_trainer import files, model, parameters, resume, setup, text
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import plan, prepare
@@ -52,7 +52,9 @@ def run(config: Config) -> None:
 def learning(config: Config, base: Base, stock: Stock) -> tuple[list[parameters.Group], int]:
     """The rules' groups on a model without weights, and the number of its parameters."""
     sdxl = model.skeleton(base, stock.text_learns)
-    groups = parameters.apply_rules(sdxl, config.learn, config.train, config.optimizer, sdxl.unused())
+    if config.adapter:
+        adapters.inject(sdxl, config.adapter, config.seed)
+    groups = parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
     return groups, sum(p.numel() for p in sdxl.parameters())
 
 

@@ -2,6 +2,8 @@
 
 checkpoint-N/  unet/  unet_ema/          as diffusers folders, in the type in which they are trained; likewise
                text_encoder/ ...         the text encoders, if they learn
+               added.safetensors         or, of a run with an adapter, what was injected, by parameter name; its
+               added_ema.safetensors     averages; and the adapter as other programs load it
                optimizer.safetensors     tensors named <parameter>|<key>
                state.json                step, counts, loss scale, the run's config
                manifest.json             SHA-256 of every file above
@@ -17,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sdxl_trainer import files
+from sdxl_trainer import adapter_files, files
 from sdxl_trainer.ema import Ema
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import folder as pipelines
@@ -25,7 +27,8 @@ from sdxl_trainer.model import SDXL
 from sdxl_trainer.parameters import Group
 
 PREFIX = "checkpoint-"
-_NEEDED = {"state.json", "optimizer.safetensors", "unet/config.json"}
+_NEEDED = {"state.json", "optimizer.safetensors"}
+_WEIGHTS = {"unet/config.json", "added.safetensors"}  # one of them
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def verify(checkpoint: Checkpoint) -> Checkpoint:
         manifest = dict(json.loads((where / "manifest.json").read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError("the checkpoint has no readable manifest.json", str(where), fix) from None
-    for name in _NEEDED - manifest.keys():
+    lacking = _NEEDED if _WEIGHTS & manifest.keys() else _NEEDED | {"unet/config.json"}
+    for name in lacking - manifest.keys():
         raise UserError(f"the checkpoint's manifest.json does not name {name}", str(where), fix)
     for name, digest in manifest.items():
         path = where / name
@@ -78,7 +82,9 @@ def save(
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        for name, part in sdxl.parts().items():
+        if sdxl.added:
+            _save_added(folder, sdxl, ema)
+        for name, part in sdxl.parts().items() if not sdxl.added else ():
             save_part(name, part, folder / name)
             if ema is not None:
                 save_averaged(name, part, ema, folder / f"{name}_ema")
@@ -89,6 +95,34 @@ def save(
     path = output / f"{PREFIX}{step}"
     files.write_atomically(path, write)
     return Checkpoint(path, step)
+
+
+def _save_added(folder: Path, sdxl: SDXL, ema: Ema | None) -> None:
+    """What was injected, to continue from and to draw with."""
+    values = added(sdxl, None)
+    files.save_tensors(folder / "added.safetensors", values)
+    if ema is not None:
+        files.save_tensors(folder / "added_ema.safetensors", added(sdxl, ema))
+    adapter_files.save(folder, sdxl, added(sdxl, ema), {})
+
+
+def added(sdxl: SDXL, ema: Ema | None) -> dict[str, Tensor]:
+    """The injected parameters by name, averaged where they are."""
+    averages = ema.state() if ema else {}
+    return {name: averages.get(name, sdxl.get_parameter(name).detach()) for name in sorted(sdxl.added)}
+
+
+@torch.no_grad()
+def load_added(checkpoint: Checkpoint, sdxl: SDXL) -> None:
+    """Give the injected parameters the values that they had."""
+    saved = _tensors(checkpoint.path / "added.safetensors")
+    for name in sdxl.added:
+        sdxl.get_parameter(name).copy_(saved[name])
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}
 
 
 def save_averaged(name: str, part: Any, ema: Ema, folder: Path) -> None:
@@ -140,7 +174,9 @@ def load_training_state(
 
 
 def _averages(checkpoint: Checkpoint, sdxl: SDXL) -> Iterator[tuple[str, Tensor]]:
-    for name, part in sdxl.parts().items():
+    if sdxl.added:
+        yield from _tensors(checkpoint.path / "added_ema.safetensors").items()
+    for name, part in sdxl.parts().items() if not sdxl.added else ():
         folder = checkpoint.path / f"{name}_ema"
         # The modules of transformers have other names than published files: it alone can read them back.
         read = read_weights(folder) if name == "unet" else type(part).from_pretrained(folder).state_dict()
@@ -151,8 +187,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a diffusers folder, sharded or not."""
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as shard:
-            tensors.update({name: shard.get_tensor(name) for name in shard.keys()})
+        tensors.update(_tensors(path))
     return tensors
 
 

@@ -97,6 +97,9 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 def sample(
     model: Annotated[str, typer.Argument(help="diffusers folder, hub id or .safetensors file")],
     prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
+    lora: Annotated[
+        list[str] | None, typer.Option(help="adapter FILE or FILE:weight; may be given several times")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
     negative: Annotated[str | None, typer.Option(help="what not to draw")] = None,
     seed: Annotated[int, typer.Option(help="seed of the first picture of each prompt")] = 0,
@@ -110,7 +113,7 @@ def sample(
     from sdxl_trainer import sample as samples
 
     settings = {"negative": negative, "steps": steps, "guidance": guidance, "height": height, "width": width}
-    for path in samples.from_disk(model, prompt, out, images, seed, settings):
+    for path in samples.from_disk(model, prompt, out, images, seed, settings, lora or ()):
         print(path)
 
 

@@ -105,6 +105,26 @@ class Timesteps(Section):
     end: int = option(1000, "timestep after the last of range", gt=0)
 
 
+class Adapter(Section):
+    kind: Literal["lora", "dora", "loha", "lokr"] = option("lora", "what is put beside the frozen layers")
+    parts: tuple[Literal["unet", "text_encoder", "text_encoder_2"], ...] = option(
+        ("unet",), "models that get adapters", min_length=1
+    )
+    targets: str = option(
+        "attention",
+        "layers: attention, linear, all (linear and convolutions), or a regular expression over their names",
+    )
+    rank: Positive = option(16, "rank of the update")
+    alpha: float | None = option(None, "the update is scaled by alpha / rank; default: the rank", gt=0)
+    conv_rank: Positive | None = option(None, "rank for convolutions; default: rank")
+    conv_alpha: float | None = option(None, "alpha of convolutions; default: the scale of the other layers", gt=0)
+    ranks: dict[str, Positive] = option({}, "regular expression over layer names = rank; the first match decides")
+    alphas: dict[str, float] = option({}, "regular expression over layer names = alpha; the first match decides")
+    dropout: float = option(0.0, "share of the adapter's inputs set to zero (lora, dora)", ge=0, lt=1)
+    rslora: bool = option(False, "scale by alpha / sqrt(rank) (lora, dora; Kalajdzievski 2023)")
+    init: Literal["kaiming", "gaussian"] = option("kaiming", "how A begins (lora, dora); B begins at zero")
+
+
 class Learn(Section):
     match: str = Field(description="regular expression over parameter names; the first rule that matches decides")
     learning_rate: float | None = option(None, "base rate of these tensors; default: train.learning_rate", ge=0)
@@ -185,7 +205,8 @@ class Config(Section):
     cache: Cache = Cache()
     objective: Objective = Objective()
     timesteps: Timesteps = Timesteps()
-    learn: tuple[Learn, ...] = option((Learn(match=r"unet\..*"),), "what learns, and how fast")
+    adapter: Adapter | None = option(None, "train a small adapter and leave the model as it is")
+    learn: tuple[Learn, ...] = option((), "what learns, and how fast; default: the adapter, or the whole UNet")
     train: Train
     optimizer: Optimizer = Optimizer()
     schedule: LearningRate = LearningRate()

@@ -4,7 +4,7 @@ import json
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -31,6 +31,10 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
     ("ema.decay", lambda c: not c.ema.enabled, "ema.enabled is false"),
     ("optimizer.betas", lambda c: c.optimizer.name == "adafactor", "adafactor has no betas"),
     ("optimizer.eps", lambda c: c.optimizer.name == "adafactor", "adafactor has its own eps"),
+    *(
+        (f"adapter.{name}", lambda c: c.adapter.kind not in {"lora", "dora"}, "it is of kind 'lora' and 'dora'")
+        for name in ("dropout", "rslora", "init")
+    ),
     ("hub.id", lambda c: not c.hub.push, "hub.push is false"),
     ("hub.private", lambda c: not c.hub.push, "hub.push is false"),
     ("model.vae_revision", lambda c: c.model.vae is None, "model.vae is not given"),
@@ -102,7 +106,7 @@ def options_table() -> str:
     for name, field in Config.model_fields.items():
         section = _section_class(field)
         if section:
-            heading = f"[[{name}]]" if get_args(field.annotation) else f"[{name}]"
+            heading = f"[[{name}]]" if get_origin(field.annotation) is tuple else f"[{name}]"
             lines += ["", f"### {heading}", "", *_rows(list(section.model_fields.items()))]
     return "\n".join(lines) + "\n"
 
@@ -135,6 +139,8 @@ def _lines(section: dict[str, Any]) -> list[str]:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
     # JSON's strings, numbers and booleans are TOML's, but for the escape of DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
@@ -235,7 +241,7 @@ def _refuse_contradictions(config: Config, where: str) -> None:
     for key, inert, why in INERT:
         section, name = key.split(".")
         options = getattr(config, section)
-        if getattr(options, name) != type(options).model_fields[name].default and inert(config):
+        if options is not None and getattr(options, name) != type(options).model_fields[name].default and inert(config):
             raise UserError(f"{key} = {_shown(getattr(options, name))} has no effect: {why}", where, f"remove {key}")
     for index, data in enumerate(config.data):
         if data.crops_per_image is not None and data.crop != "random":

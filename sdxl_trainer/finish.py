@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer import checkpoint, files, manifest, publish, report
+from sdxl_trainer import adapter_files, checkpoint, files, manifest, publish, report
 from sdxl_trainer.base import Base
 from sdxl_trainer.data import prepare
 from sdxl_trainer.ema import Ema
@@ -26,11 +26,11 @@ def conclude(job: Job) -> None:
             draw_validation(job)
     if accelerator.is_main_process:
         with job.watch.phase("saving the pipeline"):
-            save_pipeline(job.output, job.base, job.run.sdxl, job.state.ema, job.scheduler)
+            save_result(job)
         manifest.end(job)
         files.write_text(job.output / "README.md", publish.card(job.output, config))
         page = report.write(job.output)
-        job.console.say(f"done: the trained pipeline is in {job.output}, the report in {page}")
+        job.console.say(f"done: the result is in {job.output}, the report in {page}")
     accelerator.wait_for_everyone()
     if config.log.trackers:
         accelerator.end_training()  # also ends the group of processes
@@ -39,6 +39,18 @@ def conclude(job: Job) -> None:
         left_out = [f"{config.log.dir}/*"]
         left_out += [f"{cached.relative_to(job.output)}/*"] if cached.is_relative_to(job.output) else []
         job.console.say(f"pushed to {publish.push(job.output, config.hub, left_out)}")
+
+
+def save_result(job: Job) -> None:
+    """The pipeline, or the adapter by itself: the averaged weights, and with EMA also the last ones."""
+    sdxl, ema = job.run.sdxl, job.state.ema
+    if not sdxl.added:
+        save_pipeline(job.output, job.base, sdxl, ema, job.scheduler)
+        return
+    facts = adapter_files.facts(job.run.config, job.scheduler)
+    if ema is not None:
+        adapter_files.save(job.output, sdxl, checkpoint.added(sdxl, None), facts, "_raw")
+    adapter_files.save(job.output, sdxl, checkpoint.added(sdxl, ema), facts)
 
 
 def draw_validation(job: Job) -> None:

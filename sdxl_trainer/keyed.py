@@ -22,6 +22,7 @@ PURPOSES = {
             "crop",
             "subset",
             "split",
+            "adapter",
         ]
     )
 }

@@ -25,6 +25,8 @@ class SDXL(nn.Module):
         super().__init__()
         self.unet = unet
         self.text_encoder, self.text_encoder_2 = encoders or (None, None)
+        self.added: set[str] = set()  # parameters that were injected: then they alone may learn
+        self.dropout_keys: list[int] = []  # of the samples in the pass, for layers that drop
 
     def forward(
         self,
@@ -35,10 +37,13 @@ class SDXL(nn.Module):
         pooled: Tensor | None = None,
         tokens: Tensor | None = None,
         kept: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """Prediction [B, 4, h, w] from x_t [B, 4, h, w], timesteps [B], integer time_ids [B, 6], whose sinusoids the
         UNet computes in fp32, and either embeddings [B, 77, 2048] and pooled [B, 1280], or token ids [B, 2, 77] and
-        `kept` [B], which is 0 where the caption's embeddings are to be zeros."""
+        `kept` [B], which is 0 where the caption's embeddings are to be zeros. `keys` [B] decide adapters' dropout."""
+        if keys is not None:
+            self.dropout_keys[:] = keys.tolist()
         if tokens is not None and kept is not None:
             prompt_embeds, pooled = self.embed(tokens)
             prompt_embeds, pooled = prompt_embeds * kept[:, None, None], pooled * kept[:, None]
@@ -52,6 +57,11 @@ class SDXL(nn.Module):
     def parts(self) -> dict[str, Any]:
         """The models in here, by the name of their folder in a pipeline."""
         return {name: part for name, part in self.named_children()}
+
+    def closed(self) -> set[str]:
+        """Parameters that no rule may let learn: what nothing depends on, and all of the base beside an adapter."""
+        base = {name for name, _ in self.named_parameters() if name not in self.added} if self.added else set()
+        return self.unused() | base
 
     def unused(self) -> set[str]:
         """Parameters that nothing depends on: SDXL reads the first encoder before its last layer."""
@@ -98,7 +108,9 @@ def load(
     if checkpointing:
         unet.enable_gradient_checkpointing()
         for encoder in encoders or ():
-            encoder.gradient_checkpointing_enable()
+            # The old name warns in newer versions of transformers.
+            new = getattr(encoder, "activation_checkpointing_enable", None)
+            (new or encoder.gradient_checkpointing_enable)()
     return SDXL(unet, encoders)
 
 

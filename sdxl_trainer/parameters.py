@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sdxl_trainer.config import Learn, Optimizer, Train
+from sdxl_trainer.config import Config, Learn, Optimizer, Train
 from sdxl_trainer.errors import UserError
 
 
@@ -25,6 +25,18 @@ class Group:
         return sum(p.numel() for p in self.parameters)
 
 
+def rules(config: Config) -> tuple[Learn, ...]:
+    """The config's rules; by default everything of an adapter, else the whole UNet."""
+    return config.learn or (Learn(match=r".*" if config.adapter else r"unet\..*"),)
+
+
+def text_learns(config: Config, names: Iterable[str]) -> bool:
+    """Whether something of the text encoders learns; `names` are those of their parameters."""
+    if config.adapter is not None:
+        return any(part != "unet" for part in config.adapter.parts)
+    return named(rules(config), names)
+
+
 def named(rules: Sequence[Learn], names: Iterable[str]) -> bool:
     """Whether a rule lets any of these names learn."""
     patterns = [_compiled(rule, index) for index, rule in enumerate(rules)]
@@ -36,15 +48,15 @@ def named(rules: Sequence[Learn], names: Iterable[str]) -> bool:
 
 
 def apply_rules(
-    model: nn.Module, rules: Sequence[Learn], train: Train, optimizer: Optimizer, unused: Collection[str] = ()
+    model: nn.Module, rules: Sequence[Learn], train: Train, optimizer: Optimizer, closed: Collection[str] = ()
 ) -> list[Group]:
-    """Freeze everything, then let learn what a rule names, but for parameters that nothing depends on. A rule that
-    decides nothing is an error."""
+    """Freeze everything, then let learn what a rule names, but for parameters that are `closed`. A rule that decides
+    nothing is an error."""
     chosen: dict[int, dict[str, nn.Parameter]] = {index: {} for index in range(len(rules))}
     patterns = [_compiled(rule, index) for index, rule in enumerate(rules)]
     for name, parameter in model.named_parameters():
         matching = (i for i, pattern in enumerate(patterns) if pattern.fullmatch(name))
-        index = None if name in unused else next(matching, None)
+        index = None if name in closed else next(matching, None)
         learns = index is not None and _rate(rules[index], train) > 0
         parameter.requires_grad_(learns)
         if index is not None:
@@ -52,7 +64,7 @@ def apply_rules(
     groups = []
     for index, rule in enumerate(rules):
         if not chosen[index]:
-            some = next(name for name, _ in model.named_parameters())
+            some = next(name for name, _ in model.named_parameters() if name not in closed)
             what = f"the rule '{rule.match}' decides nothing: no parameter name matches it that no earlier rule took"
             raise UserError(what, f"learn.{index}.match", f"names look like {some}; the whole name must match")
         if _rate(rule, train) > 0:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer.config import Config, Data, Hub, Model
+from sdxl_trainer.config import Adapter, Config, Data, Hub, Model
 from sdxl_trainer.errors import UserError
 
 # What stays here: states to resume from, caches, logs, unfinished files (and the old names of such folders).
@@ -15,6 +15,14 @@ LEFT_OUT = ("checkpoint-*", "cache/*", "logs/*", "wandb/*", "step_*", "epoch_*",
 TAGS = ("text-to-image", "diffusers", "diffusers-training", "stable-diffusion-xl", "stable-diffusion-xl-diffusers")
 OPENRAIL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")
+# Kinds of adapters in words, and those that `load_lora_weights` reads.
+KINDS = {
+    "lora": "A LoRA",
+    "dora": "A DoRA",
+    "loha": "A LoHa adapter",
+    "lokr": "A LoKr adapter",
+}
+STOCK = ("lora", "dora")
 COLUMNS = 4  # pictures side by side
 # Options that say how a model was made, in the words of the config file.
 SETTINGS = (
@@ -29,6 +37,11 @@ SETTINGS = (
     "train.max_grad_norm",
     "train.precision",
     "ema.enabled",
+    "adapter.kind",
+    "adapter.targets",
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.dropout",
     "objective.prediction",
     "objective.snr_gamma",
     "objective.zero_terminal_snr",
@@ -121,7 +134,8 @@ def _front_matter(config: Config, licence: dict[str, Any], samples: list[dict[st
 
     base = config.model.path if _is_hub_id(config.model.path) else None
     datasets = [data.path for data in config.data if _is_hub_id(data.path)]
-    more: dict[str, Any] = {"base_model_relation": "finetune"} if base else {}
+    adapter = config.adapter
+    more: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
     if samples:
         more["widget"] = [_widget(row) for row in samples]
     data = ModelCardData(
@@ -130,7 +144,7 @@ def _front_matter(config: Config, licence: dict[str, Any], samples: list[dict[st
         datasets=list(dict.fromkeys(datasets)) or None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=list(TAGS),
+        tags=[*TAGS, *((adapter.kind, "template:sd-lora") if adapter else ())],
         **more,
     )
     return f"---\n{data.to_yaml()}\n---\n"
@@ -149,8 +163,14 @@ def _introduction(config: Config, manifest: dict[str, Any]) -> str:
     sets = " and ".join(_linked(item.path, "datasets/") for item in config.data)
     trained = "trained from random weights in the shape of" if config.model.init == "random" else "fine-tuned from"
     vae = f" Its VAE is {_linked(config.model.vae)}." if config.model.vae else ""
-    kind = config.objective.prediction
-    predicts = f" It predicts `{kind}`, as its scheduler's config says." if kind not in (None, "epsilon") else ""
+    objective = config.objective.prediction
+    predicts = (
+        f" It predicts `{objective}`, as its scheduler's config says." if objective not in (None, "epsilon") else ""
+    )
+    if config.adapter:
+        kind, parts = KINDS[config.adapter.kind], " and ".join(f"`{part}`" for part in config.adapter.parts)
+        base = _linked(config.model.path)
+        return f"{kind} for {base}, trained on {counted}{sets}. It adapts {parts} and needs that base to draw."
     return f"A Stable Diffusion XL pipeline, {trained} {_linked(config.model.path)} on {counted}{sets}.{vae}{predicts}"
 
 
@@ -171,20 +191,33 @@ def _gallery(samples: list[dict[str, Any]]) -> str:
 
 def _usage(name: str, config: Config, samples: list[dict[str, Any]]) -> str:
     prompt = samples[0]["prompt"] if samples else "a photograph of a lighthouse at dusk"
+    model, then = (config.model.path, _loading(name, config.adapter)) if config.adapter else (name, "")
     settings = f"num_inference_steps={config.validation.steps}, guidance_scale={config.validation.guidance}"
     averaged = (
         "\n\n`unet/` holds the averaged weights, `unet_raw/` those of the last step." if config.ema.enabled else ""
     )
+    if config.adapter and config.ema.enabled:
+        averaged = "\n\nThe weights are averaged; files with `_raw` in their names hold those of the last step."
     return f"""## Use
 
 ```python
 import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained({json.dumps(name)}, torch_dtype=torch.float16).to("cuda")
+pipeline = DiffusionPipeline.from_pretrained({json.dumps(model)}, torch_dtype=torch.float16).to("cuda"){then}
 image = pipeline({json.dumps(prompt, ensure_ascii=False)}, {settings}).images[0]
 image.save("picture.png")
 ```{averaged}"""
+
+
+def _loading(name: str, adapter: Adapter) -> str:
+    """The line of Python that loads an adapter."""
+    if adapter.kind in STOCK:
+        return f"\npipeline.load_lora_weights({json.dumps(name)})"
+    lines = ["\nfrom huggingface_hub import snapshot_download", "from peft import PeftModel", ""]
+    lines += [f"files = snapshot_download({json.dumps(name)})"]
+    load = 'pipeline.{0} = PeftModel.from_pretrained(pipeline.{0}, files, subfolder="{0}_adapter")'
+    return "\n".join([*lines, *(load.format(part) for part in adapter.parts)])
 
 
 def _training(config: Config, manifest: dict[str, Any]) -> str:
@@ -276,7 +309,7 @@ def _short(path: str) -> str:
 def _option(config: Config, path: str) -> Any:
     node: Any = config
     for part in path.split("."):
-        node = getattr(node, part)
+        node = getattr(node, part, None)
     return node
 
 

@@ -86,14 +86,20 @@ def _latents(pipeline: Any, request: Request, conditions: dict[str, Any]) -> Ten
 
 
 def from_disk(
-    model: str, prompts: Sequence[str], out: Path, images: int, seed: int, settings: dict[str, Any]
+    model: str,
+    prompts: Sequence[str],
+    out: Path,
+    images: int,
+    seed: int,
+    settings: dict[str, Any],
+    loras: Sequence[str] = (),
 ) -> Iterator[Path]:
     """Draw pictures with a model on disk or on the hub and save them with their settings in samples.jsonl."""
     from diffusers import StableDiffusionXLPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    from sdxl_trainer import distributed
+    from sdxl_trainer import attach, distributed
     from sdxl_trainer.base import resolve, weights_file
     from sdxl_trainer.config import Model
     from sdxl_trainer.data.encode import DTYPES
@@ -121,9 +127,10 @@ def from_disk(
         ).to(device)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         pretrained.refuse_broken(getattr(pipeline, name), base.part(name))
+    attach.attach(pipeline, loras)
     for name, request in requests(prompts, images, seed, **settings):
         save(draw(pipeline, request), out / name)
-        record(out, [note(request, name, 0, model)])
+        record(out, [note(request, name, 0, " + ".join([model, *loras]))])
         yield out / name
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from sdxl_trainer import base as bases
 from sdxl_trainer import (
+    adapters,
     checkpoint,
     distributed,
     ema,
@@ -21,6 +21,7 @@ from sdxl_trainer import (
     sample,
     schedule,
 )
+from sdxl_trainer import base as bases
 from sdxl_trainer.base import Base
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
@@ -91,7 +92,9 @@ def _refuse_early(config: Config, base: Base, stock: Stock) -> None:
     noise_schedule(config, base)
     if stock.missing_latents() or stock.missing_texts():
         sdxl = model.skeleton(base, stock.text_learns)
-        parameters.apply_rules(sdxl, config.learn, config.train, config.optimizer, sdxl.unused())
+        if config.adapter:
+            adapters.inject(sdxl, config.adapter, config.seed)
+        parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
 
 
 def computing(config: Config, notes: list[str]) -> str:
@@ -180,13 +183,16 @@ def _model(
     """The model, its optimizer and averages, as they are at the step to begin with."""
     at: Checkpoint | None = begin.checkpoint
     weights = DTYPES[config.train.weights]
-    sdxl = model.load(
-        config.model, base, at.path if at else None, weights, config.train.gradient_checkpointing, text_learns
-    )
+    folder = at.path if at and not config.adapter else None  # where the whole model lies
+    sdxl = model.load(config.model, base, folder, weights, config.train.gradient_checkpointing, text_learns)
+    if config.adapter:
+        adapters.inject(sdxl, config.adapter, config.seed)
+        if at:
+            checkpoint.load_added(at, sdxl)
     line = model.use_attention(sdxl, config.model.attention, accelerator.device)
     if line:
         console.say(line)
-    groups = parameters.apply_rules(sdxl, config.learn, config.train, config.optimizer, sdxl.unused())
+    groups = parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
     sdxl.train()
     if precision == "fp32" and weights != torch.float32:
         model.compute_in_fp32(sdxl)

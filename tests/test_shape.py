@@ -40,6 +40,9 @@ LAYERS = [
         "data.pictures",
     ],
     ["base", "text", "model", "parameters", "optim", "ema", "data.encode"],
+    ["adapters"],
+    ["adapter_files"],
+    ["attach"],
     ["data.loader", "data.prepare", "distributed", "sample", "checkpoint"],
     ["validate", "publish"],
     ["run"],
@@ -52,7 +55,7 @@ LAYERS = [
 DOORS = {
     "accelerate": {"distributed", "setup", "run", "validate"},
     "datasets": {"data.sources"},
-    "peft": set(),
+    "peft": {"adapters"},
     "bitsandbytes": {"optim"},
     "wandb": set(),
     "typer": {"cli"},

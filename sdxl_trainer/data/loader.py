@@ -28,7 +28,8 @@ class Batch:
     posterior_noise: Tensor  # [B, 4, h, w] fp32
     noise: Tensor  # [B, 4, h, w] fp32
     timesteps: Tensor  # [B] int64
-    text: dict[str, Tensor]  # prompt_embeds [B, 77, 2048] and pooled [B, 1280]; or tokens [B, 2, 77] and kept [B]
+    # prompt_embeds [B, 77, 2048] and pooled [B, 1280]; or tokens [B, 2, 77] and kept [B]; keys [B] int64 of dropout
+    text: dict[str, Tensor]
     time_ids: Tensor  # [B, 6] int64
     weight: Tensor  # [B] fp32: factor on the loss
 
@@ -61,6 +62,7 @@ class Samples:
     seed: int
     noise_offset: float
     timestep_probabilities: np.ndarray  # [T] cumulative
+    dropout: bool = False  # whether layers of the model drop, by keys that come with the text
 
     def text(self, caption: str) -> dict[str, Tensor]:
         """What the model takes for a caption: cached embeddings, or token ids for encoders that learn."""
@@ -94,6 +96,8 @@ def _row(samples: Samples, epoch: int, sample: int) -> tuple[dict[str, Tensor], 
         text = samples.dropped
     else:
         text = samples.text(picture.captions[draw("caption").integers(len(picture.captions))])
+    if samples.dropout:
+        text = {**text, "keys": torch.tensor(draw("adapter").integers(1 << 63))}
     tensors = {
         "mean": moments[: shape[0]],
         "std": moments[shape[0] :],

@@ -50,7 +50,7 @@ def take_stock(config: Config, base: Base, text_precision: str) -> Stock:
     captions = list(dict.fromkeys([EMPTY, *prompts, *(c for p in pictures for c in p.captions)]))
     keys = encode.keys(base, config.cache, text_precision, memo)
     latents, texts = cache.open_store(folder / "latents"), cache.open_store(folder / "texts")
-    learns = parameters.named(config.learn, text.parameter_names(base))
+    learns = parameters.text_learns(config, text.parameter_names(base))
     return Stock(pictures, captions, learns, keys, latents, texts, memo)
 
 
@@ -101,6 +101,7 @@ def samples(config: Config, base: Base, stock: Stock, timesteps: int) -> Samples
         config.seed,
         config.objective.noise_offset,
         noise.cumulative(config.timesteps, timesteps),
+        dropout=bool(config.adapter and config.adapter.dropout),
     )
     return replace(made, dropped=dropped_caption(config, base, made))
 

@@ -1,0 +1,85 @@
+"""Adapters on disk. What diffusers can load lies in one file with its keys; other kinds in the folders of peft.
+
+pytorch_lora_weights.safetensors      lora, dora: unet.<layer>.lora_A.weight, ...; ranks and alphas in the header
+unet_adapter/ text_encoder_adapter/   other kinds: adapter_config.json and adapter_model.safetensors
+"""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sdxl_trainer import files
+from sdxl_trainer.adapters import NAME
+from sdxl_trainer.config import Config
+from sdxl_trainer.formats import folder as pipelines
+from sdxl_trainer.formats.metadata import modelspec
+from sdxl_trainer.model import SDXL
+
+FILE = "pytorch_lora_weights.safetensors"
+FOLDER = "_adapter"  # after the part's name
+_METADATA = "lora_adapter_metadata"  # what diffusers reads ranks and alphas from
+_PEFT = "base_model.model."
+
+
+def save(output: Path, sdxl: SDXL, values: Mapping[str, Tensor], facts: Mapping[str, str], suffix: str = "") -> None:
+    """Write the adapter whose parameters have these values, in fp32, whole or not at all. `facts` go into the header
+    of the file; `suffix` into the name."""
+    found = {part: module for part, module in sdxl.parts().items() if hasattr(module, "peft_config")}
+    tensors = {part: _tensors(part, values) for part in found}
+    configs = {part: module.peft_config[NAME] for part, module in found.items()}
+    if all(config.peft_type.value == "LORA" for config in configs.values()):
+        named = {
+            f"{part}.{name}": tensor
+            for part, own in tensors.items()
+            for name, tensor in pipelines.published_names(part, own).items()
+        }
+        told = {f"{part}.{key}": value for part, config in configs.items() for key, value in _told(config).items()}
+        more = {_METADATA: json.dumps(told, sort_keys=True)}
+        path = output / FILE.replace(".safetensors", f"{suffix}.safetensors")
+        pipelines.write_tensors(path, named, {**facts, **more})
+        return
+    for part, config in configs.items():
+        write = partial(_peft_folder, config, tensors[part])
+        files.write_atomically(output / f"{part}{FOLDER}{suffix}", write)
+
+
+def facts(config: Config, scheduler: Mapping[str, Any]) -> dict[str, str]:
+    """What the file says of itself; the keys `ss_*` are those by which UIs sort files."""
+    side, adapter = config.data[0].resolution, config.adapter
+    found = modelspec(
+        Path(config.output_dir).resolve().name,
+        resolution=(side, side),
+        v_prediction=scheduler.get("prediction_type") == "v_prediction",
+        kind="lora",
+        implementation="https://github.com/huggingface/diffusers",
+    )
+    found |= {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
+    if adapter is not None:
+        network = {"dim": adapter.rank, "alpha": adapter.alpha or adapter.rank}
+        found |= {f"ss_network_{key}": str(value) for key, value in network.items()}
+    return found
+
+
+def _tensors(part: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A part's tensors under the names of peft's files, without the adapter's own name."""
+    own = {name.removeprefix(f"{part}."): value for name, value in values.items() if name.startswith(f"{part}.")}
+    magnitude = f".lora_magnitude_vector.{NAME}.weight"
+    # transformers looks for the name of the module's parameter, diffusers and peft for their own.
+    short = ".lora_magnitude_vector" if part == "unet" else ".lora_magnitude_vector.weight"
+    return {n.replace(magnitude, short).replace(f".{NAME}", ""): v for n, v in own.items()}
+
+
+def _told(config: Any) -> dict[str, Any]:
+    """A config of peft as plain data."""
+    plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
+    return {key: getattr(value, "value", value) for key, value in plain.items() if value is not None}
+
+
+def _peft_folder(config: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    folder.mkdir()
+    files.write_json(folder / "adapter_config.json", _told(config))
+    pipelines.write_tensors(folder / "adapter_model.safetensors", {f"{_PEFT}{n}": t for n, t in tensors.items()})

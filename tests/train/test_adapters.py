@@ -1,0 +1,154 @@
+"""Adapters: only they move, they resume bitwise, and diffusers draws with them what the live model draws."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdxl_trainer.log import read_metrics
+from sdxl_trainer.train import train
+from tests.test_sample import pixels
+
+VALIDATION = {"prompts": ["a red circle"], "images": 1, "steps": 3, "guidance": 4.0, "seed": 5}
+TRAIN = {"steps": 3, "learning_rate": 1e-2}
+
+
+def losses(output: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
+
+
+def stock_picture(base: Path, output: Path) -> np.ndarray:
+    """What diffusers alone draws with the base and the file."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(output)
+    drawn = pipeline(
+        "a red circle", num_inference_steps=3, guidance_scale=4.0, height=64, width=64,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]  # fmt: skip
+    return np.asarray(drawn).astype(int)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"rank": 4},
+        {"rank": 4, "alpha": 1.0, "targets": "linear", "parts": ["unet", "text_encoder", "text_encoder_2"]},
+        {"rank": 4, "alpha": 8.0, "targets": "all", "conv_rank": 2, "rslora": True, "init": "gaussian"},
+        {"kind": "dora", "rank": 4, "alpha": 2.0, "targets": "all", "parts": ["unet", "text_encoder_2"]},
+    ],
+    ids=["attention", "linear, text, alpha", "all, rslora", "dora"],
+)
+def test_diffusers_draws_what_the_live_model_draws(
+    config: Callable[..., Any], base: Path, adapter: dict[str, Any], tmp_path: Path
+) -> None:
+    output = train(config(adapter=adapter, train=TRAIN, validation=VALIDATION))
+    drawn = pixels(output / "samples" / "step-000003" / "0-0.png")
+    assert np.abs(drawn - stock_picture(base, output)).max() <= 1
+    untrained = train(
+        config(
+            adapter=adapter,
+            train={"steps": 1, "learning_rate": 1e-9},
+            validation=VALIDATION,
+            output_dir=str(tmp_path / "no"),
+        )
+    )
+    assert np.abs(drawn - pixels(untrained / "samples" / "step-000001" / "0-0.png")).max() > 3
+    assert losses(output)[0] == pytest.approx(losses(untrained)[0], rel=1e-5)
+
+
+EVERYTHING = {
+    "adapter": {"rank": 4, "targets": "linear", "dropout": 0.2, "parts": ["unet", "text_encoder_2"]},
+    "ema": {"enabled": True},
+    "data": [{"caption_dropout": 0.3, "flip": True}],
+}
+RESULTS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_raw.safetensors")
+
+
+def same(one: Path, two: Path) -> bool:
+    first, second = load_file(one), load_file(two)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_exactly_these_files(config: Callable[..., Any]) -> None:
+    output = train(config(**EVERYTHING))
+    records = {"config.toml", "manifest.json", "metrics.jsonl", "report.html", "README.md"}
+    assert {p.name for p in output.iterdir()} == {*RESULTS, *records, "checkpoint-2", "checkpoint-4"}
+    kept = {"added.safetensors", "added_ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+    assert {p.name for p in (output / "checkpoint-4").iterdir()} == {*kept, RESULTS[0]}
+    assert same(output / RESULTS[0], output / "checkpoint-4" / RESULTS[0])
+    assert not same(output / RESULTS[0], output / RESULTS[1])
+    names = set(load_file(output / RESULTS[0]))
+    assert all(
+        "lora" in name and name.startswith(("unet.", "text_encoder_2.text_model.", "text_encoder_2.text_proj"))
+        for name in names
+    )
+    assert {tensor.dtype for tensor in load_file(output / RESULTS[0]).values()} == {torch.float32}
+
+
+def test_resume_is_bitwise(config: Callable[..., Any], tmp_path: Path) -> None:
+    whole = train(config(**EVERYTHING, output_dir=str(tmp_path / "whole")))
+    train(config(**EVERYTHING, train={"steps": 2}))
+    parted = train(config(**EVERYTHING))
+    assert losses(parted) == losses(whole)
+    assert all(same(whole / name, parted / name) for name in RESULTS)
+
+
+def test_the_mask_of_a_sample_depends_on_neither_micro_batch_nor_checkpointing(
+    config: Callable[..., Any], tmp_path: Path
+) -> None:
+    """And there is a mask: without dropout the losses are others."""
+    found = {}
+    for name, dropout, options in (
+        ("whole", 0.3, {}),
+        ("micro", 0.3, {"micro_batch": 1}),
+        ("recomputed", 0.3, {"gradient_checkpointing": True}),
+        ("none", 0.0, {}),
+    ):
+        adapter = {**EVERYTHING["adapter"], "dropout": dropout}
+        sizes = {"steps": 3, "batch_size": 3, "learning_rate": 1e-3, **options}
+        found[name] = losses(train(config(adapter=adapter, train=sizes, output_dir=str(tmp_path / name))))
+    assert found["micro"] == pytest.approx(found["whole"], rel=1e-5)
+    assert found["recomputed"] == pytest.approx(found["whole"], rel=1e-5)
+    assert found["none"] != pytest.approx(found["whole"], rel=1e-4)
+
+
+def test_only_what_the_rules_name_moves(config: Callable[..., Any]) -> None:
+    """LoRA+ (Hayou et al. 2024) is a rule: B learns faster than A. Here A does not learn at all."""
+    from sdxl_trainer import setup
+    from sdxl_trainer.run import CONTINUE, Stop
+    from sdxl_trainer.train import _loop
+
+    rules = [{"match": r".*\.lora_B\..*", "learning_rate": 1e-2}, {"match": ".*", "learning_rate": 0.0}]
+    job = setup.prepare_job(config(adapter={"rank": 4}, learn=rules), CONTINUE)
+    assert job is not None
+    before = {name: p.detach().clone() for name, p in job.run.sdxl.named_parameters()}
+    _loop(job, Stop())
+    job.metrics.close()
+    moved = {n for n, p in job.run.sdxl.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {name for name in before if ".lora_B." in name}
+
+
+def test_sample_draws_with_adapters_by_weight(config: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    """Twice half of an adapter is the adapter; weight 0 is the base."""
+    from sdxl_trainer import sample
+
+    output = train(config(adapter={"rank": 2, "alpha": 3.0}, train=TRAIN, validation=VALIDATION))
+    settings = {"negative": None, "steps": 3, "guidance": 4.0, "height": 64, "width": 64}
+    file = str(output / RESULTS[0])
+    pictures = []
+    for number, loras in enumerate(([str(output)], [f"{file}:0.5", f"{output}:0.5"], [f"{file}:0"], [])):
+        folder = tmp_path / str(number)
+        (path,) = sample.from_disk(str(base), ["a red circle"], folder, 1, 5, settings, loras)
+        pictures.append(pixels(path))
+    live = pixels(output / "samples" / "step-000003" / "0-0.png")
+    assert np.abs(pictures[0] - live).max() <= 1
+    assert np.abs(pictures[1] - live).max() <= 1
+    assert np.abs(pictures[2] - pictures[3]).max() == 0
+    assert np.abs(pictures[0] - pictures[3]).max() > 3
