@@ -8,7 +8,7 @@ from sdxl_trainer import adapters, files, model, parameters, resume, setup, text
 from sdxl_trainer import base as bases
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
-from sdxl_trainer.data import plan, prepare
+from sdxl_trainer.data import ledger, plan, prepare
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.errors import shortened
 from sdxl_trainer.run import CONTINUE
@@ -30,7 +30,7 @@ def run(config: Config) -> None:
     setup.noise_schedule(config, base)
     stock = prepare.take_stock(config, base, precision)
     setup.refuse_trackers(config)
-    order = plan.make(config.seed, config.train.batch_size, [p.geometries[0].target for p in stock.pictures])
+    order = prepare.order(config, stock)
     begin = resume.starting_point(config, CONTINUE, Path(config.output_dir).expanduser(), stock, order, notes.append)
     if begin.done:
         notes.append(f"already done: {begin.steps} steps, in {config.output_dir}")
@@ -94,17 +94,14 @@ def _learns(groups: list[parameters.Group], unet: int) -> list[tuple[str, str]]:
 def _data(config: Config, base: Base, stock: Stock, order: plan.Plan) -> list[tuple[str, str]]:
     captions = list(dict.fromkeys(c for p in stock.pictures for c in p.captions))
     cut = text.cut(text.tokenizers(base), captions)
-    upscaled = [p.name for p in stock.pictures if p.geometries[0].resized > p.geometries[0].original]
     variants = sum(len(p.geometries) for p in stock.pictures)
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
     rows = [
         ("pictures", f"{len(stock.pictures)}, with {variants} crops and flips; {len(captions)} distinct captions"),
         ("steps", f"{order.steps_per_epoch} per epoch; {steps} in all, {steps / order.steps_per_epoch:.3g} epochs"),
         ("captions cut at 77 tokens", f"{len(cut)}: {shortened((repr(c[:30]) for c in cut), 2)}" if cut else "none"),
-        ("enlarged pictures", f"{len(upscaled)}: {shortened(upscaled, 3)}" if upscaled else "none"),
     ]
-    doubles = len(stock.pictures) - len({p.content for p in stock.pictures})
-    return [*rows, ("duplicates", f"{doubles} pictures have the same bytes as another")] if doubles else rows
+    return rows + ledger.rows(config, stock, order)
 
 
 def _cache(config: Config, stock: Stock) -> list[tuple[str, str]]:

@@ -61,16 +61,43 @@ class Data(Section):
     caption_column: str = option("text", "column holding a caption or a list of captions")
     caption: Text = option(None, "one caption for all pictures that have none")
     max_samples: Positive | None = option(None, "use only this many pictures, drawn with the run's seed")
-    resolution: Side = option(1024, "shorter side after resizing, and side of the crop, in pixels")
+    resolution: Side = option(1024, "side of the square crop in pixels; with buckets the root of the area")
+    more_resolutions: tuple[Side, ...] = option((), "every picture is trained at each of these too")
+    buckets: Literal["none", "area", "sdxl", "sizes"] = option(
+        "none", "shapes of the crops: squares, all shapes of one area, the SDXL paper's list, or bucket_sizes"
+    )
+    bucket_step: Side = option(64, "sides of area buckets are multiples of this")
+    bucket_min: Side | None = option(None, "shortest side of area buckets; default: a quarter of the resolution")
+    bucket_max: Side | None = option(None, "longest side of area buckets; default: twice the resolution")
+    bucket_sizes: tuple[tuple[Side, Side], ...] = option((), "[width, height] of each bucket, for buckets = 'sizes'")
+    no_upscale: bool = option(False, "no picture is enlarged: small ones get a bucket of their own size")
     interpolation: Literal["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest"] = option(
         "lanczos", "resampling filter"
     )
     crop: Literal["center", "random"] = option("center", "where the crop is taken")
     crops_per_image: Positive | None = option(None, "random crops kept in the cache per picture; default 4")
     flip: bool = option(False, "mirror half of the time")
+    focus: Literal["none", "column", "mask"] = option(
+        "none", "a point that crops keep: the one named in focus_column, or the centre of the mask"
+    )
+    focus_column: str = option("focus", "column of the point: x and y as shares of the picture, from the top left")
+    mask: Literal["none", "file", "alpha", "column"] = option(
+        "none", "what of a picture is trained: white in a file beside it or named in mask_column, or what is opaque"
+    )
+    mask_suffix: str = option("-masklabel", "the mask of a.jpg is a-masklabel.png", min_length=1)
+    mask_column: str = option("mask", "column holding or naming the mask")
+    mask_normalised: bool = option(True, "divide by the mask's mean: small masks weigh as much as large ones")
+    unmasked_weight: Fraction = option(0.0, "weight of what the mask leaves out")
     max_upscale: float = option(8.0, "pictures that would be enlarged by more are refused", gt=0)
     caption_dropout: Fraction = option(0.0, "how often the caption is left out; drawn anew every time")
     weight: float = option(1.0, "factor on the loss of these pictures", gt=0)
+    repeats: float = option(1.0, "how often each picture is seen per epoch; 0.5: half of them, in turn", gt=0)
+    sampling_weight: float | None = option(
+        None, "share of the samples relative to other data sets, in place of repeats", gt=0
+    )
+    regularisation: bool = option(False, "as many samples an epoch as all other data sets together, in turn")
+    kohya_folders: bool = option(False, "folders named 10_words: 10 repeats, and words where there is no caption")
+    held_out: Fraction = option(0.0, "share of the pictures kept out of training, chosen by their bytes alone")
 
 
 class TextOptions(Section):

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from sdxl_trainer.config import Config
+from sdxl_trainer.data import options
 from sdxl_trainer.errors import UserError, closest, shortened
 
 # (option, when it does nothing, why): an option that differs from its default but has no effect is refused.
@@ -182,6 +183,11 @@ def _user_error(error: ValidationError, where: str) -> UserError:
     if first["type"] == "extra_forbidden":
         fields = _fields(first["loc"][:-1])
         return UserError(f"unknown key '{key}'{more}", where, closest(str(first["loc"][-1]), fields))
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
+        parent = key.rpartition(".")[0]
+        return UserError(
+            f"'{parent}' has too few values{more}", where, f"give every value of {parent}: see docs/config.md"
+        )
     if first["type"] == "missing":
         return UserError(f"'{key}' is missing{more}", where, f"add {first['loc'][-1]} = ... {_section(first['loc'])}")
     what = f"{key} = {_shown(first['input'])} is not allowed{more}"
@@ -240,13 +246,10 @@ def _refuse_contradictions(config: Config, where: str) -> None:
         raise UserError(what, where, "give exactly one of them under [train]")
     for key, inert, why in INERT:
         section, name = key.split(".")
-        options = getattr(config, section)
-        if options is not None and getattr(options, name) != type(options).model_fields[name].default and inert(config):
-            raise UserError(f"{key} = {_shown(getattr(options, name))} has no effect: {why}", where, f"remove {key}")
-    for index, data in enumerate(config.data):
-        if data.crops_per_image is not None and data.crop != "random":
-            what = f"data.{index}.crops_per_image has no effect: data.{index}.crop is 'center'"
-            raise UserError(what, where, 'remove it, or set crop = "random"')
+        given = getattr(config, section)
+        if given is not None and getattr(given, name) != type(given).model_fields[name].default and inert(config):
+            raise UserError(f"{key} = {_shown(getattr(given, name))} has no effect: {why}", where, f"remove {key}")
+    options.refuse(config.data, where)
     _refuse_overwriting(config, where)
     _refuse_objective(config, where)
 

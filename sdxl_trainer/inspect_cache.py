@@ -5,7 +5,7 @@ from pathlib import Path
 from sdxl_trainer import base as bases
 from sdxl_trainer import distributed, setup
 from sdxl_trainer.config import Config
-from sdxl_trainer.data import cache, prepare
+from sdxl_trainer.data import cache, masks, prepare
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.log import Console
 
@@ -49,5 +49,6 @@ def _verify(folder: Path) -> None:
 
 def _collect(stock: prepare.Stock) -> int:
     latents = {stock.keys.latent(p, g) for p in stock.pictures for g in p.geometries}
+    latents |= masks.rows(stock.pictures).keys()
     texts = {f"{stock.keys.text_row(c)}.{kind}" for c in stock.captions for kind in ("states", "pooled")}
     return sum(cache.collect_garbage(s.folder, n) for s, n in ((stock.latents, latents), (stock.texts, texts)))

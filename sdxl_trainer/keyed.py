@@ -23,6 +23,9 @@ PURPOSES = {
             "subset",
             "split",
             "adapter",
+            "leftovers",
+            "pass",
+            "validation",
         ]
     )
 }

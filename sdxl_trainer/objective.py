@@ -50,11 +50,15 @@ class Objective:
     prediction: str
     snr_gamma: float | None
 
-    def loss(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Weighted mean squared error of each sample, [B] fp32, from [B, C, h, w] tensors and timesteps [B]."""
+    def loss(
+        self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Weighted mean squared error of each sample, [B] fp32, from [B, C, h, w] tensors and timesteps [B]; `mask`
+        [B, 1, h, w] is a factor on the error of each latent cell."""
         target, _ = PREDICTIONS[self.prediction]
         error = prediction.float() - target(latents, noise, *self.schedule.scales(timesteps))
-        return error.square().mean(dim=(1, 2, 3)) * self.weight(timesteps)
+        squared = error.square() if mask is None else error.square() * mask
+        return squared.mean(dim=(1, 2, 3)) * self.weight(timesteps)
 
     def weight(self, timesteps: Tensor) -> Tensor:
         """Factor on each sample's mean squared error, [B]."""

@@ -11,6 +11,7 @@ from sdxl_trainer import checkpoint
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import cache
+from sdxl_trainer.data.pictures import Picture
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.errors import UserError, shortened
@@ -50,7 +51,7 @@ def starting_point(
 ) -> Begin:
     """Choose the checkpoint, verify it, and refuse to continue another run's."""
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
-    pictures = [[picture.content, picture.captions] for picture in stock.pictures]
+    pictures = [_identity(picture) for picture in stock.pictures]
     data_hash = cache.key(pictures, stock.keys.vae, stock.keys.text)
     last = _last_run(output)
     if start.mode == "new" and (last or checkpoint.found(output)):
@@ -74,6 +75,13 @@ def starting_point(
             say(f"not an exact continuation, since these changed: {shortened(changed)}")
     # At its last step a run is not done: its pipeline may not have been written yet.
     return Begin(chosen, max(steps, chosen.step + start.at_least_one_step), False, data_hash)
+
+
+def _identity(picture: Picture) -> list[Any]:
+    """What of a picture decides its steps and is not in the config."""
+    record = picture.record
+    more = [picture.mask, [g.crop for g in picture.geometries] if record.focus else None, record.repeats]
+    return [picture.content, picture.captions] + (more if more != [None, None, 1] else [])
 
 
 def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:

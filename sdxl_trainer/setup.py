@@ -51,7 +51,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     with watch.phase("reading the data"), accelerator.main_process_first():
         base = bases.resolve(config.model, prepare.cache_folder(config))
         stock = prepare.take_stock(config, base, precision)
-    order = plan.make(config.seed, config.train.batch_size, [p.geometries[0].target for p in stock.pictures])
+    order = prepare.order(config, stock)
     if accelerator.is_main_process:
         checkpoint.sweep(output)
     begin = resume.starting_point(config, start, output, stock, order, console.say)

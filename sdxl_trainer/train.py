@@ -30,7 +30,7 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
             latents = run.scale.sample(batch.mean, batch.std, batch.posterior_noise)
             noisy = run.objective.schedule.add_noise(latents, batch.noise, batch.timesteps)
             prediction = run.model(noisy.to(run.dtype), batch.timesteps, batch.time_ids, **batch.text)
-            loss = run.objective.loss(prediction, latents, batch.noise, batch.timesteps)  # [B]
+            loss = run.objective.loss(prediction, latents, batch.noise, batch.timesteps, batch.mask)  # [B]
             loss = (loss * batch.weight).sum() / images
             # Processes average their gradients; the loss is already divided by the images of all of them.
             accelerator.backward(loss * accelerator.num_processes)

@@ -15,6 +15,7 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -102,16 +103,25 @@ def probe(content: bytes, name: str) -> tuple[int, int]:
 
 def decode(content: bytes, name: str) -> Image.Image:
     """The whole picture as upright RGB, 8 bits per channel. UserError names a picture that cannot be read."""
+    return _upright(content, name, _rgb)
+
+
+def opacity(content: bytes, name: str) -> Image.Image:
+    """The upright picture's alpha channel, mode L; white all over where there is none."""
+    return _upright(content, name, _alpha)
+
+
+def _upright(content: bytes, name: str, converted: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
     _quiet()
     image = _open(content, name)
     try:
         upright = UPRIGHT.get(_orientation(image, content))
         image.load()
         _correct_transparency(image, content)
-        rgb = _rgb(image, name)
+        made = converted(image, name)
     except DAMAGED as error:
         raise _damaged(error, name) from None
-    return rgb if upright is None else rgb.transpose(upright)
+    return made if upright is None else made.transpose(upright)
 
 
 def pixels(image: Image.Image, geometry: Geometry, interpolation: str) -> np.ndarray:
@@ -129,7 +139,8 @@ def resized(image: Image.Image, geometry: Geometry, interpolation: str) -> Image
 
 
 def cut(image: Image.Image, geometry: Geometry) -> np.ndarray:
-    """Mirror and crop a resized picture: uint8 [height, width, 3]. ValueError if the crop leaves the picture."""
+    """Mirror and crop a resized picture: uint8 [height, width, 3], or [height, width] of a grey one. ValueError if the
+    crop leaves the picture."""
     (rows, columns), (top, left), (height, width) = geometry.resized, geometry.crop, geometry.target
     if top < 0 or left < 0 or top + height > rows or left + width > columns:
         raise ValueError(f"the crop leaves the picture: {geometry}")
@@ -212,6 +223,11 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         paper.paste(image, mask=alpha)
         return paper
     return image
+
+
+def _alpha(image: Image.Image, name: str) -> Image.Image:
+    opaque, alpha = _opaque(_eight_bit(image, name))
+    return Image.new("L", opaque.size, 255) if alpha is None else alpha
 
 
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sdxl_trainer import keyed, noise
-from sdxl_trainer.data import cache, plan
+from sdxl_trainer.data import cache, masks, plan
 from sdxl_trainer.data.encode import Keys
+from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.pictures import Picture
 
 # Steps prepared ahead of the one that trains.
@@ -32,6 +33,7 @@ class Batch:
     text: dict[str, Tensor]
     time_ids: Tensor  # [B, 6] int64
     weight: Tensor  # [B] fp32: factor on the loss
+    mask: Tensor  # [B, 1, h, w] fp32: factor on the squared error of each latent cell
 
     def to(self, device: torch.device, text: torch.dtype) -> "Batch":
         """The batch on a device, with the text's floating-point tensors in the UNet's type."""
@@ -64,6 +66,16 @@ class Samples:
     timestep_probabilities: np.ndarray  # [T] cumulative
     dropout: bool = False  # whether layers of the model drop, by keys that come with the text
 
+    def picture(self, sample: int) -> Picture:
+        """The picture of a sample of the plan."""
+        return self.pictures[sample % len(self.pictures)]
+
+    def mask(self, picture: Picture, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
+        """Factor on the loss of each latent cell, [1, h, w]."""
+        if picture.mask is None:
+            return torch.ones(1, *shape)
+        return masks.factor(picture.data, self.latents.get(masks.key(picture, geometry)))
+
     def text(self, caption: str) -> dict[str, Tensor]:
         """What the model takes for a caption: cached embeddings, or token ids for encoders that learn."""
         if self.tokens is not None:
@@ -77,14 +89,14 @@ def batch(samples: Samples, epoch: int, chosen: Sequence[tuple[int, bool]]) -> B
     rows = [_row(samples, epoch, sample) for sample, _ in chosen]
     columns = {name: torch.stack([row[name] for row, _ in rows]) for name in rows[0][0]}
     text = {name: torch.stack([words[name] for _, words in rows]) for name in rows[0][1]}
-    counts = [samples.pictures[s].data.weight if counted else 0.0 for s, counted in chosen]
-    names = tuple(samples.pictures[sample].name for sample, _ in chosen)
+    counts = [samples.picture(s).data.weight if counted else 0.0 for s, counted in chosen]
+    names = tuple(samples.picture(sample).name for sample, _ in chosen)
     return Batch(names=names, weight=torch.tensor(counts), text=text, **columns)
 
 
 def _row(samples: Samples, epoch: int, sample: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A sample's tensors and its text."""
-    picture, seed = samples.pictures[sample], samples.seed
+    picture, seed = samples.picture(sample), samples.seed
 
     def draw(purpose: str) -> np.random.Generator:
         return keyed.generator(seed, purpose, epoch, sample)
@@ -105,6 +117,7 @@ def _row(samples: Samples, epoch: int, sample: int) -> tuple[dict[str, Tensor], 
         "noise": torch.from_numpy(noise.draw(seed, epoch, sample, shape, samples.noise_offset)),
         "timesteps": torch.tensor(noise.timestep(seed, epoch, sample, samples.timestep_probabilities)),
         "time_ids": torch.tensor(geometry.time_ids()),
+        "mask": samples.mask(picture, geometry, shape[1:]),
     }
     return tensors, text
 
@@ -124,7 +137,7 @@ def steps(
 
     def make(step: int) -> tuple[int, int, list[Batch]]:
         epoch, chosen = order.step(step)
-        batches = [batch(samples, epoch, part) for part in plan.share(chosen, micro_batch, rank, processes)]
+        batches = [batch(samples, epoch, part) for part in plan.share(order, chosen, micro_batch, rank, processes)]
         return epoch, len(chosen), [b.pinned() for b in batches] if pin else batches
 
     if workers == 0:

@@ -10,10 +10,10 @@ from torch import Tensor
 from sdxl_trainer import noise, parameters, text
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
-from sdxl_trainer.data import cache, encode
+from sdxl_trainer.data import cache, encode, masks, plan
 from sdxl_trainer.data.loader import Samples
-from sdxl_trainer.data.pictures import Memo, Picture, load, open_memo
-from sdxl_trainer.errors import shortened
+from sdxl_trainer.data.pictures import Memo, Picture, load, open_memo, raise_all
+from sdxl_trainer.errors import UserError, shortened
 
 EMPTY = ""
 
@@ -22,7 +22,8 @@ EMPTY = ""
 class Stock:
     """The data of a run beside what the cache holds of it."""
 
-    pictures: list[Picture]
+    pictures: list[Picture]  # what is trained
+    held_out: list[Picture]
     captions: list[str]  # distinct, with validation prompts and the empty one
     text_learns: bool  # then captions are encoded in the step and not cached
     keys: encode.Keys
@@ -32,6 +33,9 @@ class Stock:
 
     def missing_latents(self) -> list:
         return encode.missing_latents(self.latents, self.keys, self.pictures)
+
+    def missing_masks(self) -> list:
+        return masks.missing(self.latents, self.pictures)
 
     def missing_texts(self) -> list[str]:
         return [] if self.text_learns else encode.missing_texts(self.texts, self.keys, self.captions)
@@ -45,13 +49,50 @@ def take_stock(config: Config, base: Base, text_precision: str) -> Stock:
     """Read data sets, sizes and hashes; look up what is cached. Encodes nothing."""
     folder = cache_folder(config)
     memo = open_memo(folder)
-    pictures = load(config, memo)
+    found = load(config, memo)
+    pictures = [picture for picture in found if not picture.held_out]
+    _refuse_empty(config, pictures)
     prompts = [*config.validation.prompts, *([config.validation.negative] if config.validation.negative else [])]
     captions = list(dict.fromkeys([EMPTY, *prompts, *(c for p in pictures for c in p.captions)]))
     keys = encode.keys(base, config.cache, text_precision, memo)
     latents, texts = cache.open_store(folder / "latents"), cache.open_store(folder / "texts")
     learns = parameters.text_learns(config, text.parameter_names(base))
-    return Stock(pictures, captions, learns, keys, latents, texts, memo)
+    return Stock(pictures, [p for p in found if p.held_out], captions, learns, keys, latents, texts, memo)
+
+
+def _refuse_empty(config: Config, pictures: Sequence[Picture]) -> None:
+    for index, data in enumerate(config.data):
+        if not any(picture.data is data for picture in pictures):
+            what = f"held_out = {data.held_out:g} leaves no picture to train on"
+            raise UserError(what, f"data.{index}.path = '{data.path}'", "hold out less, or add pictures")
+
+
+def order(config: Config, stock: Stock) -> plan.Plan:
+    """Which pictures each step trains on."""
+    targets = [picture.geometries[0].target for picture in stock.pictures]
+    members = [[i for i, p in enumerate(stock.pictures) if p.data is data] for data in config.data]
+    entries = [sum(stock.pictures[i].record.repeats for i in m) for m in members]
+    trained = [n for n, data in zip(entries, config.data, strict=True) if not data.regularisation]
+    weights = sum(data.sampling_weight or 0.0 for data in config.data)
+    counts = {}
+    for number, data in enumerate(config.data):
+        if not data.regularisation:
+            share = (
+                data.sampling_weight / weights * sum(trained)
+                if data.sampling_weight
+                else entries[number] * data.repeats
+            )
+            counts[number] = max(1, round(share))
+    learned, others = sum(counts.values()), sum(entries) - sum(trained)
+    streams = [
+        plan.Stream(
+            tuple(m),
+            tuple(stock.pictures[i].record.repeats for i in m),
+            counts.get(number) or max(1, round(learned * entries[number] / others)),
+        )
+        for number, m in enumerate(members)
+    ]
+    return plan.make(config.seed, config.train.batch_size, targets, streams)
 
 
 def fill(
@@ -66,13 +107,15 @@ def fill(
     wait: Callable[[], None] = lambda: None,
 ) -> None:
     """Encode what is missing; several processes share the work and meet in `wait`."""
+    # All lists come first: rows that other processes have already written must not shift the shares.
     captions: Sequence[str] = stock.missing_texts()[rank::processes]
+    mine, latents = stock.missing_masks()[rank::processes], stock.missing_latents()[rank::processes]
+    raise_all(masks.fill(stock.latents, mine, progress))
     if captions:
         cut = encode.fill_texts(base, config.cache, stock.texts, stock.keys, captions, device, progress)
         _say_cut(cut, say)
     if stock.text_learns:
         _say_cut(text.cut(text.tokenizers(base), stock.captions), say)
-    latents = stock.missing_latents()[rank::processes]
     if latents:
         encode.fill_latents(base, config.cache, stock.latents, stock.keys, latents, device, progress)
     wait()

@@ -145,3 +145,46 @@ def test_latents_are_scaled_as_the_vae_says() -> None:
         torch.full((1, 4, 1, 1), 5.0).half(), torch.ones(1, 4, 1, 1).half(), torch.full((1, 4, 1, 1), 2.0)
     )
     assert got.flatten().tolist() == [(7 - m) * 0.5 / s for m, s in zip([1, 2, 3, 4], [2, 2, 2, 4], strict=True)]
+
+
+BUCKETS = {"buckets": "area", "bucket_step": 8, "bucket_min": 24}
+
+
+def test_with_buckets_exactly_what_changed_is_encoded(stock: Callable[..., Stock], base: Path, tmp_path: Path) -> None:
+    """One picture, one caption, the VAE, the resolution, the buckets: counted; rates, weights and repeats: nothing."""
+    from PIL import Image
+
+    from sdxl_trainer.blueprint import build
+    from tests.conftest import CAPTIONS
+
+    plain = {"data": [BUCKETS]}
+    assert missing(stock(**plain)) == (6, 7)
+    first = stock(fill=True, **plain)
+    assert len({p.geometries[0].target for p in first.pictures}) == 5
+    same = {"repeats": 3, "weight": 0.5, "caption_dropout": 0.1, "held_out": 0.3}
+    assert missing(stock(data=[BUCKETS | same], train={"learning_rate": 1e-5, "batch_size": 3})) == (0, 0)
+    # Squares are the same rows with and without buckets: two of the six pictures are square.
+    assert missing(stock()) == (4, 0)
+    assert missing(stock(data=[{**BUCKETS, "resolution": 72}])) == (6, 0)
+    assert missing(stock(data=[{**BUCKETS, "more_resolutions": [48]}])) == (6, 0)
+    other = build(tmp_path / "other", "tiny", captions=CAPTIONS, seed=1)
+    assert missing(stock(model={"vae": str(other / "vae")}, **plain)) == (6, 0)
+    Image.new("RGB", (60, 110), "red").save(tmp_path / "copy" / "0.png")
+    path = tmp_path / "copy" / "metadata.jsonl"
+    path.write_text(path.read_text().replace("a green circle", "a green circle, edited"))
+    assert missing(stock(**plain)) == (1, 1)
+    stock(fill=True, **plain)
+    assert missing(stock(**plain)) == (0, 0)
+
+
+def test_a_moved_focus_is_one_row(stock: Callable[..., Stock], tmp_path: Path) -> None:
+    import json
+
+    path = tmp_path / "copy" / "metadata.jsonl"
+    rows = [json.loads(line) | {"focus": [0.0, 0.0]} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    focused = {"data": [{"focus": "column"}]}
+    stock(fill=True, **focused)
+    rows[0]["focus"] = [1.0, 0.0]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert missing(stock(**focused)) == (1, 0)

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdxl_trainer.config import Data
-from sdxl_trainer.data import images
+from sdxl_trainer.data import buckets, images
 from sdxl_trainer.data.geometry import Geometry, covering, variants
 from sdxl_trainer.errors import UserError
 
 SIDES = st.integers(64, 400)
+CROPS = ["random", "center"]
 
 
 def options(**more: object) -> Data:
@@ -36,17 +37,50 @@ def test_painted_coordinates_are_the_time_ids(block: int) -> None:
 
 def _check_painted(random: np.random.Generator) -> None:
     height, width = (int(side) for side in random.integers(70, 400, 2))
-    data = options(crop="random", flip=True, interpolation="bilinear", resolution=int(random.choice([64, 72, 96])))
-    choices = variants(data, (height, width), int(random.integers(1 << 60)), "picture")
+    data = options(
+        crop=str(random.choice(["random", "center"])),
+        flip=True,
+        interpolation="bilinear",
+        resolution=int(random.choice([64, 72, 96])),
+        buckets=str(random.choice(["none", "area"])),
+        bucket_step=int(random.choice([8, 16, 32])),
+    )
+    focus = (float(random.random()), float(random.random())) if random.random() < 0.5 else None
+    choices = variants(data, (height, width), int(random.integers(1 << 60)), "picture", focus=focus)
     geometry = choices[random.integers(len(choices))]
     pixels = images.pixels(painted(height, width), geometry, data.interpolation).astype(float)
     original_h, original_w, top, left, target_h, target_w = geometry.time_ids()
     assert (original_h, original_w) == (height, width)
-    assert pixels.shape == (target_h, target_w, 3) == (data.resolution, data.resolution, 3)
+    assert pixels.shape == (target_h, target_w, 3)
+    assert (target_h, target_w) in buckets.sizes(data, data.resolution)
     resized_h, resized_w = geometry.resized
     assert read_offset(pixels[:, target_w // 2, 0], height, resized_h) == top
     columns = pixels[target_h // 2, :, 1]
     assert read_offset(255 - columns if geometry.flip else columns, width, resized_w) == left
+
+
+FOCI = st.floats(0, 1)
+
+
+@given(height=SIDES, width=SIDES, x=FOCI, y=FOCI, content=st.integers(0, 2**64 - 1), crop=st.sampled_from(CROPS))
+@settings(max_examples=500, deadline=None)
+def test_every_crop_holds_the_focus(height: int, width: int, x: float, y: float, content: int, crop: str) -> None:
+    """Also mirrored; and a centre crop has it in its middle unless an edge of the picture is nearer."""
+    data = options(crop=crop, flip=True, buckets="area", bucket_step=8)
+    for geometry in variants(data, (height, width), content, "p", focus=(x, y)):
+        shares = (y, 1 - x if geometry.flip else x)
+        for share, whole, side, corner in zip(shares, geometry.resized, geometry.target, geometry.crop, strict=True):
+            assert 0 <= corner <= whole - side
+            point = min(share * whole, whole - 1e-9)
+            assert corner - 1e-6 <= point <= corner + side + 1e-6
+            if crop == "center" and 0 < corner < whole - side:
+                assert abs(point - corner - side / 2) <= 1
+
+
+def test_random_crops_with_a_focus_use_all_the_room_there_is() -> None:
+    data = options(crop="random", crops_per_image=1)
+    lefts = [variants(data, (64, 264), c, "p", focus=(0.25, 0.5))[0].crop[1] for c in range(3000)]
+    assert set(lefts) == set(range(3, 67)), "pixel 66 of 264 is the first or the last of the crop, or between"
 
 
 def read_offset(ramp: np.ndarray, original: int, resized: int) -> int:

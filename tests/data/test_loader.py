@@ -118,5 +118,5 @@ def test_reading_ahead_changes_neither_order_nor_content(samples: Callable[..., 
     for step, (epoch, images, batches) in zip(range(3, 9), read, strict=True):
         expected_epoch, chosen = order.step(step)
         assert (epoch, images) == (expected_epoch, len(chosen))
-        for batch, part in zip(batches, plan.share(chosen, 2, 0, 1), strict=True):
+        for batch, part in zip(batches, plan.share(order, chosen, 2, 0, 1), strict=True):
             assert equal(batch, loader.batch(made, epoch, part))

@@ -1,39 +1,106 @@
-"""The plan: every sample once per epoch, the same whatever the micro-batch and the number of processes."""
+"""The plan: every picture as often as asked, the same whatever the micro-batch and the number of processes."""
 
 from collections import Counter
+from itertools import groupby
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_trainer.data import plan
+from sdxl_trainer.data.plan import Plan, Stream
 
 GROUPS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 
 
+def epoch(made: Plan, number: int) -> list[tuple[int, ...]]:
+    steps = range(number * made.steps_per_epoch, (number + 1) * made.steps_per_epoch)
+    drawn = [made.step(step) for step in steps]
+    assert {epoch for epoch, _ in drawn} == {number}
+    return [samples for _, samples in drawn]
+
+
 @given(groups=GROUPS, batch=st.integers(1, 9), seed=st.integers(0, 2**63 - 1))
 @settings(max_examples=200, deadline=None)
-def test_every_epoch_has_every_sample_once(groups: list[int], batch: int, seed: int) -> None:
+def test_every_epoch_has_every_sample_once_in_full_batches(groups: list[int], batch: int, seed: int) -> None:
     made = plan.make(seed, batch, groups)
     for number in range(3):
-        steps = range(number * made.steps_per_epoch, (number + 1) * made.steps_per_epoch)
-        drawn = [made.step(step) for step in steps]
-        assert {epoch for epoch, _ in drawn} == {number}
-        assert Counter(s for _, samples in drawn for s in samples) == Counter(range(len(groups)))
-        for _, samples in drawn:
-            assert len({groups[sample] for sample in samples}) == 1
-            assert 1 <= len(samples) <= batch
+        steps = epoch(made, number)
+        assert Counter(s for samples in steps for s in samples) == Counter(range(len(groups)))
+        smaller = [samples for samples in steps if len(samples) < batch]
+        assert len(smaller) == (len(groups) % batch > 0), "whatever the buckets, one batch at most is not full"
+        for samples in steps:
+            kinds = [groups[sample] for sample in samples]
+            assert len(list(groupby(kinds))) == len(set(kinds)), "samples of one group lie together"
+
+
+@given(
+    sets=st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=9), min_size=1, max_size=3),
+    passes=st.lists(st.integers(1, 3), min_size=3, max_size=3),
+    batch=st.integers(1, 5),
+    processes=st.sampled_from([1, 2, 3, 7]),
+    micro=st.integers(1, 5),
+)
+@settings(max_examples=200, deadline=None)
+def test_repeats_are_exact_on_any_number_of_processes(
+    sets: list[list[int]], passes: list[int], batch: int, processes: int, micro: int
+) -> None:
+    """Each picture exactly repeats times an epoch, every time as a sample of its own."""
+    streams, first = [], 0
+    for repeats, times in zip(sets, passes, strict=False):
+        pictures = range(first, first + len(repeats))
+        streams.append(Stream(tuple(pictures), tuple(repeats), times * sum(repeats)))
+        first += len(repeats)
+    made = plan.make(0, batch, [picture % 3 for picture in range(first)], streams)
+    wanted = Counter({p: n * s.count // s.length for s in streams for p, n in zip(s.pictures, s.repeats, strict=True)})
+    for number in range(2):
+        trained = [
+            sample
+            for samples in epoch(made, number)
+            for rank in range(processes)
+            for part in plan.share(made, samples, micro, rank, processes)
+            for sample, counts in part
+            if counts
+        ]
+        assert Counter(sample % first for sample in trained) == wanted
+        assert len(trained) == len(set(trained)) == made.samples_per_epoch
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 10, 13, 25])
+def test_part_of_a_pass_goes_on_in_the_next_epoch(count: int) -> None:
+    """10 pictures, any number of samples an epoch: after any number of epochs all were seen equally often, but one."""
+    made = plan.make(5, 4, [0] * 6 + [1] * 4, [Stream(tuple(range(10)), (1,) * 10, count)])
+    seen: Counter[int] = Counter(dict.fromkeys(range(10), 0))
+    for number in range(12):
+        samples = [s for batch in epoch(made, number) for s in batch]
+        assert len(samples) == len(set(samples)) == count
+        seen.update(sample % 10 for sample in samples)
+        assert max(seen.values()) - min(seen.values()) <= 1
 
 
 def test_any_step_can_be_asked_alone_and_in_any_order() -> None:
     groups = [0] * 10 + [1] * 7
-    forward = [plan.make(3, 4, groups).step(step) for step in range(20)]
-    assert [plan.make(3, 4, groups).step(step) for step in reversed(range(20))] == forward[::-1]
+    for streams in (None, [Stream(tuple(range(17)), (2,) * 17, 23)]):
+        forward = [plan.make(3, 4, groups, streams).step(step) for step in range(20)]
+        assert [plan.make(3, 4, groups, streams).step(step) for step in reversed(range(20))] == forward[::-1]
 
 
 def test_epochs_and_seeds_are_shuffled_differently() -> None:
     made = plan.make(0, 50, [0] * 50)
     assert made.step(0)[1] != made.step(1)[1]
     assert made.step(0)[1] != plan.make(1, 50, [0] * 50).step(0)[1]
+
+
+def test_leftovers_of_buckets_meet_others_in_each_epoch() -> None:
+    """Five groups of five, batches of four: the five that are left over are not always together in the same way."""
+    made = plan.make(0, 4, [picture // 5 for picture in range(25)])
+    mixed = {
+        frozenset(made.group(s) for s in samples)
+        for number in range(20)
+        for samples in epoch(made, number)
+        if len({made.group(s) for s in samples}) > 1
+    }
+    assert len(mixed) > 3
 
 
 @given(
@@ -43,9 +110,14 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
 )
 @settings(max_examples=300, deadline=None)
 def test_shares_hold_every_sample_once_and_are_equally_long(samples: list[int], micro: int, processes: int) -> None:
-    shares = [plan.share(tuple(samples), micro, rank, processes) for rank in range(processes)]
+    made = plan.make(0, 40, [picture // 250 for picture in range(1000)])
+    samples = sorted(samples)
+    shares = [plan.share(made, samples, micro, rank, processes) for rank in range(processes)]
     assert len({len(share) for share in shares}) == 1
-    assert {tuple(len(part) for part in share) for share in shares} == {tuple(len(part) for part in shares[0])}
     counted = [sample for share in shares for part in share for sample, counts in part if counts]
-    assert sorted(counted) == sorted(samples)
-    assert all(len(part) <= micro for share in shares for part in share)
+    assert sorted(counted) == samples
+    for share in shares:
+        assert all(1 <= len(part) <= micro for part in share)
+        assert all(len({made.group(sample) for sample, _ in part}) == 1 for part in share), "latents of one size"
+    sizes = [sum(counts for part in share for _, counts in part) for share in shares]
+    assert max(sizes) - min(sizes) <= 1

@@ -18,9 +18,11 @@ from sdxl_trainer import checkpoint, files
 from sdxl_trainer.configfile import dumps
 from sdxl_trainer.log import read_metrics
 
-# Everything that is drawn at random is on.
+# Everything that is drawn at random is on. Buckets leave steps of several sizes; an epoch has four steps, so that
+# checkpoints and interruptions fall into the middle of epochs, and ends in the middle of a pass over the pictures.
+DATA = {"crop": "random", "flip": True, "caption_dropout": 0.3, "crops_per_image": 3, "repeats": 2.5}
 EVERYTHING = {
-    "data": [{"crop": "random", "flip": True, "caption_dropout": 0.3, "crops_per_image": 3}],
+    "data": [{**DATA, "buckets": "area", "bucket_step": 8, "bucket_min": 32}],
     "objective": {"noise_offset": 0.05, "snr_gamma": 5.0},
     "timesteps": {"bias": "later", "multiplier": 2.0},
     "ema": {"enabled": True},

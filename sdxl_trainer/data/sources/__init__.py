@@ -49,6 +49,7 @@ def _records(data: Data, split: str, where: str, datasets_dir: str | None) -> li
     if path is None:
         return _remote(data, split, place, datasets_dir)
     if dataset.is_saved(path):
+        _refuse_folders_only(data, place)
         _refuse(data, ("name", "folder"), "the dataset was saved with save_to_disk", place)
         return dataset.saved(data, path, split, place)
     root = path / (data.folder or "")
@@ -56,8 +57,9 @@ def _records(data: Data, split: str, where: str, datasets_dir: str | None) -> li
         raise UserError(
             f"there is no sub-folder '{data.folder}'", place, f"allowed: {shortened(_folders(path)) or 'none'}"
         )
-    tree = scan(root, place)
+    tree = scan(root, place, data.mask_suffix)
     if tree.tables and (not tree.pictures or dataset.holds(tree.tables[0], data.image_column)):
+        _refuse_folders_only(data, place)
         return dataset.loaded(data, split, place, datasets_dir, local=path)
     _refuse(data, ("name",), "this is a folder of pictures", place)
     return folder.records(data, tree, split, place)
@@ -81,12 +83,20 @@ def _folder(text: str, place: str) -> Path | None:
 
 def _remote(data: Data, split: str, place: str, datasets_dir: str | None) -> list[Record]:
     if HUB_ID.fullmatch(data.path):
+        _refuse_folders_only(data, place)
         return dataset.loaded(data, split, place, datasets_dir, local=None)
     raise UserError(
         "there is no such folder, and it is not the id of a dataset on the hub either",
         place,
         f"check the spelling (relative paths start at {Path.cwd()}); hub ids are written owner/name",
     )
+
+
+def _refuse_folders_only(data: Data, place: str) -> None:
+    for option, given in (("mask", data.mask == "file"), ("kohya_folders", data.kohya_folders)):
+        if given:
+            what = f"'{option}' has no effect: this is a dataset, not a folder of pictures"
+            raise UserError(what, place, f"remove '{option}'" if option != "mask" else 'set mask = "column" or "alpha"')
 
 
 def _refuse(data: Data, options: tuple[str, ...], reason: str, place: str) -> None:

@@ -8,14 +8,16 @@ import errno
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from sdxl_trainer.config import Data
-from sdxl_trainer.data.records import Record
-from sdxl_trainer.data.sources.folder import clean, read_file, refuse
+from sdxl_trainer.data.records import Mask, Record
+from sdxl_trainer.data.sources import extras
+from sdxl_trainer.data.sources.folder import clean, refuse
+from sdxl_trainer.data.sources.tree import read_file
 from sdxl_trainer.errors import UserError, closest
 
 log = logging.getLogger("sdxl_trainer")
@@ -25,7 +27,7 @@ PROBLEMS = {
     "none": ("rows have no picture", "remove the rows"),
     "type": ("captions are not text", "choose a caption_column of strings or lists of strings"),
     "empty": ("captions are empty", "write them, or give 'caption' for all pictures that have none"),
-}
+} | extras.PROBLEMS
 
 
 @dataclass(frozen=True)
@@ -152,22 +154,47 @@ def _records(
         _require_columns(data, splits[part.split], place)
         table = _table(part.path).slice(part.first, part.last - part.first)
         captions = _captions(data, table)
-        for index, outer in enumerate(_paths(table.column(data.image_column))):
-            row = part.first + index
-            name = f"{data.path}[{part.split}] row {part.offset + row}"
-            read: Any = partial(read_row, part.path, data.image_column, row, name)
-            stamp = f"{part.fingerprint}:{part.offset + row}"
-            if outer is None:
-                problems["none"].append(name)
-            elif outer:
-                path = _within(outer, roots, name, problems)
-                if path:
-                    read, stamp = partial(read_file, path, name), _stamp(path)
-            found.append(Record(name, _cleaned(data, captions[index], name, problems), read, stamp))
+        points = table.column(data.focus_column).to_pylist() if data.focus == "column" else [None] * table.num_rows
+        pictures = _sources(data.image_column, part, table, data.path, roots, problems)
+        masks = (
+            _sources(data.mask_column, part, table, data.path, roots, problems, "unmasked")
+            if data.mask == "column"
+            else pictures
+        )
+        for (name, read, stamp), value, point, mask in zip(pictures, captions, points, masks, strict=True):
+            record = Record(name, _cleaned(data, value, name, problems), read, stamp)
+            focus = extras.focus(point, name, problems)
+            found.append(replace(record, mask=Mask(*mask) if data.mask != "none" else None, focus=focus))
     refuse(problems, PROBLEMS, place)
     if not found:
         raise UserError(f"split '{split}' has no rows", place, "choose another split, or remove the data set")
     log.info("%s: %d pictures of split '%s'", place, len(found), split)
+    return found
+
+
+def _sources(
+    column: str,
+    part: Part,
+    table: Any,
+    dataset: str,
+    roots: Sequence[Path],
+    problems: dict[str, list[str]],
+    absent: str = "none",
+) -> list[tuple[str, Any, str]]:
+    """Per row of a column of pictures: its name, what reads it, and its stamp. Problems are noted, `absent` for rows
+    without a picture."""
+    found: list[tuple[str, Any, str]] = []
+    for row, outer in enumerate(_paths(table.column(column)), start=part.first):
+        name = f"{dataset}[{part.split}] row {part.offset + row}"
+        read: Any = partial(read_row, part.path, column, row, name)
+        stamp = f"{part.fingerprint}:{column}:{part.offset + row}"
+        if outer is None:
+            problems[absent].append(name)
+        elif outer:
+            path = _within(outer, roots, name, problems)
+            if path:
+                read, stamp = partial(read_file, path, name), _stamp(path)
+        found.append((name, read, stamp))
     return found
 
 
@@ -199,24 +226,23 @@ def _require_columns(data: Data, rows: Any, place: str) -> None:
     wanted = [("image_column", data.image_column)]
     if data.caption is None:
         wanted.append(("caption_column", data.caption_column))
+    wanted += extras.columns(data)
     there = ", ".join(rows.column_names)
     for option, name in wanted:
         if name not in rows.column_names:
             raise UserError(
                 f"the dataset has no column '{name}'; columns: {there}", place, _fitting(option, name, rows.features)
             )
-    kind = rows.features.arrow_schema.field(data.image_column).type
-    if not _is_picture(kind):
-        raise UserError(
-            f"column '{data.image_column}' holds {kind}, not pictures; columns: {there}",
-            place,
-            _fitting("image_column", data.image_column, rows.features),
-        )
+    for option, name in wanted:
+        kind = rows.features.arrow_schema.field(name).type
+        if option in {"image_column", "mask_column"} and not _is_picture(kind):
+            what = f"column '{name}' holds {kind}, not pictures; columns: {there}"
+            raise UserError(what, place, _fitting(option, name, rows.features))
 
 
 def _fitting(option: str, name: str, features: Any) -> str:
     """How to set a column option: to the one column of the right type, or to the nearest name."""
-    kind = "Image" if option == "image_column" else "Value"
+    kind = "Image" if option in {"image_column", "mask_column"} else "Value"
     fitting = [
         column
         for column, feature in features.items()

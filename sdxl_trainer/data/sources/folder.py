@@ -4,14 +4,14 @@ import logging
 import os
 import posixpath
 from collections import Counter, defaultdict
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 
 from sdxl_trainer.config import Data
-from sdxl_trainer.data.records import Record
-from sdxl_trainer.data.sources import metadata
-from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES, Tree, natural
+from sdxl_trainer.data.records import Mask, Record
+from sdxl_trainer.data.sources import extras, metadata
+from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES, Tree, natural, read_file
 from sdxl_trainer.errors import UserError, shortened
 
 # Sub-folders that may lie beside the one of the wanted split. Any other name there may be a subject's.
@@ -36,44 +36,75 @@ PROBLEMS = {
     ),
     "uncaptioned": (
         "pictures have no caption",
-        "write a .txt file beside each, add a metadata.jsonl, or give 'caption' for all pictures that have none",
+        "write a .txt file beside each, add a metadata.jsonl, or give 'caption' for all pictures that have none"
+        " (kohya_folders = true: the words of folders named 10_words)",
     ),
     "zero": ("pictures are empty (zero bytes)", "restore the files, or take them out of the folder"),
-}
+} | extras.PROBLEMS
 
 
 def records(data: Data, tree: Tree, split: str, place: str) -> list[Record]:
     """The pictures of a folder in natural order of their names. UserError lists everything that is wrong."""
     if not tree.pictures:
         raise _no_pictures(tree, place)
+    extras.refuse_without_metadata(data, tree, place)
     names = _in_split(tree, split, place)
     problems: dict[str, list[str]] = defaultdict(list)
     problems["zero"] = sorted(set(tree.empty) & set(names), key=natural)
     listed = _listed(data, tree, place, problems)
+    masks = extras.named_masks(data, tree, listed, problems)
+    used = {mask.name for mask in masks.values()}
     governed = [posixpath.dirname(name) for name in tree.metadata]
     found = []
     for name in names:
+        if name in used:
+            continue
+        folder = _kohya(data, tree, name, problems)
+        fallback = data.caption if folder is None else folder[1]
         if name in listed:
-            captions = _listed_captions(data, listed[name][0], f"{name} ({listed[name][1]})", problems)
-        elif any(_below(name, base) for base in governed) and data.caption is None:
+            row = listed[name]
+            captions = _listed_captions(fallback, row.caption, f"{name} ({row.place})", problems)
+        elif any(_below(name, base) for base in governed) and fallback is None:
             problems["unlisted"].append(name)
             continue
         else:
-            captions = _beside(data, tree, name, problems)
-        found.append(Record(name, captions, partial(read_file, tree.root / name, name), tree.pictures[name]))
+            captions = _beside(fallback, tree, name, problems)
+        record = Record(name, captions, partial(read_file, tree.root / name, name), tree.pictures[name])
+        found.append(_with_extras(data, record, listed.get(name), masks.get(name), folder, problems))
     refuse(problems, PROBLEMS, place)
-    _tell(tree, found, place, set(listed))
+    _tell(data, tree, found, place, set(listed))
     return found
 
 
-def read_file(path: Path, name: str) -> bytes:
-    """The bytes of a picture. UserError names it if it cannot be read any more."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"the picture cannot be read: {error.strerror}", name, "restore the file and make it readable"
-        ) from None
+def _kohya(data: Data, tree: Tree, name: str, problems: dict[str, list[str]]) -> tuple[int, str] | None:
+    """Repeats and words of the folder that a picture lies in, if folders say that."""
+    if not data.kohya_folders:
+        return None
+    folder = extras.kohya(name, tree.root.name)
+    if folder is None:
+        problems["outside_kohya"].append(name)
+    elif folder[0] == 0:
+        problems["never"].append(name)
+    return folder
+
+
+def _with_extras(
+    data: Data,
+    record: Record,
+    row: metadata.Row | None,
+    mask: Mask | None,
+    folder: tuple[int, str] | None,
+    problems: dict[str, list[str]],
+) -> Record:
+    """The record with its mask, focus and repeats."""
+    if data.mask == "alpha":
+        mask = Mask(record.name, record.read, record.stamp)
+    elif data.mask != "none" and mask is None:
+        problems["unmasked"].append(record.name)
+    point = None
+    if data.focus == "column" and row is not None:
+        point = extras.focus(row.extra.get(data.focus_column), row.place, problems)
+    return replace(record, mask=mask, focus=point, repeats=folder[0] if folder else 1)
 
 
 def clean(value: object) -> tuple[str, ...] | None:
@@ -141,10 +172,10 @@ def _in_split(tree: Tree, split: str, place: str) -> list[str]:
     return list(tree.pictures)
 
 
-def _listed(data: Data, tree: Tree, place: str, problems: dict[str, list[str]]) -> dict[str, tuple[object, str]]:
-    """Per picture that a metadata row names: the caption as written and where it is written."""
-    listed: dict[str, tuple[object, str]] = {}
-    for row in metadata.rows(tree, data, place):
+def _listed(data: Data, tree: Tree, place: str, problems: dict[str, list[str]]) -> dict[str, metadata.Row]:
+    """The metadata row of each picture that one names."""
+    listed: dict[str, metadata.Row] = {}
+    for row in metadata.rows(tree, data, place, extras.columns(data)):
         if row.file_name is None:
             problems["unnamed"].append(row.place)
             continue
@@ -152,9 +183,9 @@ def _listed(data: Data, tree: Tree, place: str, problems: dict[str, list[str]]) 
         if trouble:
             problems[trouble].append(_with_hint(tree, row, trouble))
         elif name in listed:
-            problems["twice"].append(f"{name} ({listed[name][1]} and {row.place})")
+            problems["twice"].append(f"{name} ({listed[name].place} and {row.place})")
         else:
-            listed[name] = (row.caption, row.place)
+            listed[name] = row
     return listed
 
 
@@ -187,17 +218,19 @@ def _with_hint(tree: Tree, row: metadata.Row, trouble: str) -> str:
     return f"{row.file_name} ({row.place}{f'; there is {near[0]}' if near else ''})"
 
 
-def _listed_captions(data: Data, value: object, description: str, problems: dict[str, list[str]]) -> tuple[str, ...]:
+def _listed_captions(
+    fallback: str | None, value: object, description: str, problems: dict[str, list[str]]
+) -> tuple[str, ...]:
     captions = clean(value)
     if captions:
         return captions
-    if captions is not None and data.caption is not None:
-        return (data.caption.strip(),)
+    if captions is not None and fallback is not None:
+        return (fallback.strip(),)
     problems["type" if captions is None else "empty"].append(description)
     return ()
 
 
-def _beside(data: Data, tree: Tree, name: str, problems: dict[str, list[str]]) -> tuple[str, ...]:
+def _beside(fallback: str | None, tree: Tree, name: str, problems: dict[str, list[str]]) -> tuple[str, ...]:
     """The caption in the text file beside a picture; else the one for all."""
     stem = posixpath.splitext(name)[0]
     path = next((stem + suffix for suffix in CAPTIONS if stem + suffix in tree.captions), None)
@@ -211,8 +244,8 @@ def _beside(data: Data, tree: Tree, name: str, problems: dict[str, list[str]]) -
         except OSError as error:
             problems["unreadable"].append(f"{path} ({error.strerror})")
             return ()
-    if text or data.caption is not None:
-        return (text or str(data.caption).strip(),)
+    if text or fallback is not None:
+        return (text or str(fallback).strip(),)
     problems["empty" if path else "uncaptioned"].append(path or name)
     return ()
 
@@ -221,7 +254,7 @@ def _below(name: str, folder: str) -> bool:
     return not folder or name.startswith(f"{folder}/")
 
 
-def _tell(tree: Tree, found: list[Record], place: str, listed: set[str]) -> None:
+def _tell(data: Data, tree: Tree, found: list[Record], place: str, listed: set[str]) -> None:
     """One line: how many pictures, where their captions are from, and what was left out."""
     stems = {posixpath.splitext(record.name)[0] for record in found if record.name not in listed}
     unused = sum(posixpath.splitext(name)[0] not in stems for name in tree.captions)
@@ -229,3 +262,5 @@ def _tell(tree: Tree, found: list[Record], place: str, listed: set[str]) -> None
     counted = ", ".join(f"{kind} {skipped[kind]}" for kind in sorted(skipped, key=natural) if skipped[kind])
     rows = sum(record.name in listed for record in found)
     log.info("%s: %d pictures, %d captioned by metadata; skipped: %s", place, len(found), rows, counted or "nothing")
+    if not data.kohya_folders and any(extras.kohya(record.name, tree.root.name) for record in found):
+        log.info("%s: folders named like 10_words are plain folders here; kohya_folders = true reads repeats", place)

@@ -3,7 +3,7 @@
 import csv
 import json
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,19 @@ FILE_NAME = "file_name"
 
 @dataclass(frozen=True)
 class Row:
-    """`metadata` is the file's name in the tree, `place` names file and line; `caption` is as written."""
+    """`metadata` is the file's name in the tree, `place` names file and line; `caption` is as written, `extra` are
+    the values of other columns that were asked for."""
 
     metadata: str
     place: str
     file_name: str | None
     caption: object
+    extra: dict[str, object]
 
 
-def rows(tree: Tree, data: Data, place: str) -> Iterator[Row]:
-    """The rows of all metadata files. UserError: a file that cannot be read, or lacks a column."""
+def rows(tree: Tree, data: Data, place: str, more: Sequence[tuple[str, str]] = ()) -> Iterator[Row]:
+    """The rows of all metadata files, with `more` columns as (option, column). UserError: a file that cannot be read,
+    or lacks a column."""
     folders: dict[str, str] = {}
     for name in tree.metadata:
         other = folders.setdefault(posixpath.dirname(name), name)
@@ -41,10 +44,13 @@ def rows(tree: Tree, data: Data, place: str) -> Iterator[Row]:
         if data.caption is None:
             near = closest(data.caption_column, columns - {FILE_NAME}) if columns - {FILE_NAME} else "add captions"
             _require(columns, data.caption_column, name, place, f"set caption_column; {near}")
+        for option, column in more:
+            _require(columns, column, name, place, f"set {option}; {closest(column, columns - {FILE_NAME})}")
         for line, row in table:
             file_name = row.get(FILE_NAME)
             written = file_name if isinstance(file_name, str) and file_name else None
-            yield Row(name, f"{name}:{line}", written, row.get(data.caption_column))
+            extra = {column: row.get(column) for _, column in more}
+            yield Row(name, f"{name}:{line}", written, row.get(data.caption_column), extra)
 
 
 def _require(columns: set[str], wanted: str, name: str, place: str, fix: str) -> None:

@@ -18,7 +18,6 @@ TABLES = {".parquet", ".arrow"}
 ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"}
 # What operating systems and other trainers leave in folders of pictures.
 IGNORED = {"__macosx", "thumbs.db", "desktop.ini", "_latent_cache"}
-MASK = "-masklabel"
 
 
 @dataclass
@@ -27,6 +26,7 @@ class Tree:
 
     root: Path  # without symbolic links
     pictures: dict[str, str] = field(default_factory=dict)  # name -> stamp, in natural order
+    masks: dict[str, str] = field(default_factory=dict)  # name -> stamp
     empty: list[str] = field(default_factory=list)  # pictures of zero bytes
     captions: set[str] = field(default_factory=set)
     metadata: list[str] = field(default_factory=list)
@@ -45,8 +45,19 @@ def _chunks(part: str) -> list[str | int]:
     return [int(chunk) if index % 2 else chunk for index, chunk in enumerate(re.split("([0-9]+)", part.casefold()))]
 
 
-def scan(root: Path, place: str) -> Tree:
-    """Everything below a folder. UserError names links that lead out of it or in circles, and unreadable folders."""
+def read_file(path: Path, name: str) -> bytes:
+    """The bytes of a picture. UserError names it if it cannot be read any more."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"the picture cannot be read: {error.strerror}", name, "restore the file and make it readable"
+        ) from None
+
+
+def scan(root: Path, place: str, mask_suffix: str) -> Tree:
+    """Everything below a folder; a picture whose stem ends in `mask_suffix` is a mask. UserError names links that lead
+    out of it or in circles, and unreadable folders."""
     tree = Tree(root.resolve())
     problems: dict[str, list[str]] = {"outside": [], "circle": [], "broken": [], "unreadable": []}
     waiting = [""]
@@ -67,7 +78,7 @@ def scan(root: Path, place: str) -> Tree:
                 tree.folders.append(name)
                 waiting.append(name + "/")
             else:
-                _sort_in(tree, name, entry)
+                _sort_in(tree, name, entry, mask_suffix)
     tree.skipped["links to folders inside"] += len(problems.pop("inside", []))
     _refuse(problems, place)
     tree.pictures = dict(sorted(tree.pictures.items(), key=lambda item: natural(item[0])))
@@ -96,16 +107,19 @@ def _link(tree: Tree, name: str) -> str | None:
     return None
 
 
-def _sort_in(tree: Tree, name: str, entry: os.DirEntry[str]) -> None:
+def _sort_in(tree: Tree, name: str, entry: os.DirEntry[str], mask_suffix: str) -> None:
     stem, suffix = posixpath.splitext(entry.name)
     suffix = suffix.lower()
     if not entry.is_file():
         tree.skipped["neither file nor folder"] += 1
-    elif suffix in PICTURES and not stem.endswith(MASK):
+    elif suffix in PICTURES:
         status = entry.stat()
         real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
-        tree.pictures[name] = f"{real}:{status.st_size}:{status.st_mtime_ns}"
-        if status.st_size == 0:
+        is_mask = stem.endswith(mask_suffix)
+        (tree.masks if is_mask else tree.pictures)[name] = f"{real}:{status.st_size}:{status.st_mtime_ns}"
+        if is_mask:
+            tree.skipped["masks"] += 1
+        elif status.st_size == 0:
             tree.empty.append(name)
     elif entry.name.lower() in METADATA:
         tree.metadata.append(name)
@@ -116,7 +130,7 @@ def _sort_in(tree: Tree, name: str, entry: os.DirEntry[str]) -> None:
             tree.tables.append(tree.root / name)
         elif suffix in ARCHIVES:
             tree.archives.append(name)
-        tree.skipped["masks" if suffix in PICTURES else suffix or "no extension"] += 1
+        tree.skipped[suffix or "no extension"] += 1
 
 
 REFUSED = {

@@ -1,0 +1,91 @@
+"""Options of a data set that contradict each other or would do nothing: refused before anything is read (law 7)."""
+
+from collections.abc import Callable, Sequence
+
+from sdxl_trainer.config import Data
+from sdxl_trainer.data import buckets
+from sdxl_trainer.errors import UserError
+
+# (option, when it does nothing, what would give it an effect): refused where it differs from its default.
+INERT: list[tuple[str, Callable[[Data], bool], str]] = [
+    ("crops_per_image", lambda d: d.crop != "random", 'crop = "random"'),
+    ("focus_column", lambda d: d.focus != "column", 'focus = "column"'),
+    ("mask_suffix", lambda d: d.mask != "file", 'mask = "file"'),
+    ("mask_column", lambda d: d.mask != "column", 'mask = "column"'),
+    ("mask_normalised", lambda d: d.mask == "none", 'mask = "file"'),
+    ("unmasked_weight", lambda d: d.mask == "none", 'mask = "file"'),
+    ("bucket_step", lambda d: d.buckets != "area", 'buckets = "area"'),
+    ("bucket_min", lambda d: d.buckets != "area", 'buckets = "area"'),
+    ("bucket_max", lambda d: d.buckets != "area", 'buckets = "area"'),
+    ("bucket_sizes", lambda d: d.buckets != "sizes", 'buckets = "sizes"'),
+    ("resolution", lambda d: d.buckets == "sizes", 'buckets = "area"'),
+    ("more_resolutions", lambda d: d.buckets == "sizes", 'buckets = "area"'),
+    ("no_upscale", lambda d: d.buckets == "none", 'buckets = "area"'),
+]
+
+
+def refuse(sets: Sequence[Data], where: str) -> None:
+    """UserError for the first contradiction; `where` is the config's name."""
+    for index, data in enumerate(sets):
+        if data.buckets == "sizes" and not data.bucket_sizes:
+            what = f"data.{index}.buckets = 'sizes' without bucket_sizes"
+            raise UserError(what, where, "list them: bucket_sizes = [[1024, 1024], [1216, 832]], each width and height")
+        for name, inert, needed in INERT:
+            if getattr(data, name) != _default(name) and inert(data):
+                what = f"data.{index}.{name} has no effect without {needed}"
+                raise UserError(what, where, f"remove it, or set {needed}")
+        _refuse_buckets(data, f"data.{index}", where)
+        _refuse_masks(data, f"data.{index}", where)
+        if data.held_out == 1:
+            raise UserError(f"data.{index}.held_out = 1 leaves nothing to train on", where, "give a share such as 0.05")
+    _refuse_sampling(sets, where)
+
+
+def _refuse_buckets(data: Data, key: str, where: str) -> None:
+    if data.buckets == "sizes":
+        return
+    if data.resolution in data.more_resolutions or len(set(data.more_resolutions)) < len(data.more_resolutions):
+        raise UserError(f"{key}.more_resolutions names one resolution twice", where, "name each once; see resolution")
+    for resolution in (data.resolution, *data.more_resolutions):
+        if data.buckets == "sdxl" and resolution % 128:
+            what = f"{key}: the SDXL paper's buckets do not scale to resolution {resolution} in multiples of 8"
+            raise UserError(what, where, 'use a multiple of 128, or buckets = "area" with a bucket_step')
+        if not buckets.sizes(data, resolution):
+            what = f"{key}: there is no bucket for resolution {resolution} in steps of {data.bucket_step}"
+            fix = "use a smaller bucket_step, and bucket_min <= resolution <= bucket_max"
+            raise UserError(what, where, fix)
+
+
+def _refuse_masks(data: Data, key: str, where: str) -> None:
+    if data.focus == "mask" and data.mask == "none":
+        raise UserError(f"{key}.focus = 'mask' without a mask", where, 'set mask = "file", "alpha" or "column"')
+    if data.unmasked_weight == 1:
+        what = f"{key}.unmasked_weight = 1: the mask has no effect"
+        raise UserError(what, where, 'give less than 1, or set mask = "none"')
+
+
+def _refuse_sampling(sets: Sequence[Data], where: str) -> None:
+    trained = [(index, data) for index, data in enumerate(sets) if not data.regularisation]
+    if not trained:
+        what = "every data set is one of regularisation: there is nothing to learn"
+        raise UserError(what, where, "set regularisation = false for the pictures to be learned")
+    for index, data in enumerate(sets):
+        given = [name for name in ("repeats", "sampling_weight") if getattr(data, name) != _default(name)]
+        if data.regularisation and given:
+            what = f"data.{index}.{given[0]} has no effect: regularisation says how often pictures are seen"
+            raise UserError(what, where, f"remove {given[0]}, or regularisation")
+        if len(given) == 2:
+            what = f"data.{index}.repeats and data.{index}.sampling_weight both say how often pictures are seen"
+            raise UserError(what, where, "give one of them")
+    weighted = [index for index, data in trained if data.sampling_weight is not None]
+    if weighted and len(trained) == 1:
+        what = f"data.{weighted[0]}.sampling_weight has no effect: it is relative to other data sets, and there is none"
+        raise UserError(what, where, "remove it, or use repeats")
+    if weighted and len(weighted) < len(trained):
+        other = next(index for index, data in trained if data.sampling_weight is None)
+        what = f"data.{weighted[0]} has a sampling_weight, data.{other} has none"
+        raise UserError(what, where, "give one to each data set but those of regularisation, or to none")
+
+
+def _default(name: str) -> object:
+    return Data.model_fields[name].default
