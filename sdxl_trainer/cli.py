@@ -118,6 +118,45 @@ def sample(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="model, adapter or embedding: a file or a folder")],
+    target: Annotated[Path | None, typer.Argument(metavar="DST", help=".safetensors file, or a folder")] = None,
+    show: Annotated[bool, typer.Option("--show", help="say what SRC is instead, and what it says of itself")] = False,
+    to: Annotated[str | None, typer.Option(help="folder, single, kohya, diffusers, embedding, learned")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default: as it is")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="FILE=0.8 or FILE=UNET,TEXT: merge into SRC; repeat")] = None,
+    weight: Annotated[str | None, typer.Option(help="strength of SRC itself, if it is an adapter")] = None,
+    extract_from: Annotated[Path | None, typer.Option(help="base: write what SRC learned since as an adapter")] = None,
+    rank: Annotated[int | None, typer.Option(help="rank of the adapter that is written")] = None,
+    energy: Annotated[float | None, typer.Option(help="least ranks that keep this share of the change")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="model whose configs or shape to use, if not full-size SDXL")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="word of an embedding in diffusers' files")] = None,
+    entry: Annotated[list[str] | None, typer.Option("--set", help="entry of the header: name=value; repeat")] = None,
+    metadata: Annotated[str | None, typer.Option(help="full, minimal or none: what the header keeps")] = None,
+    preview: Annotated[Path | None, typer.Option(help="picture to show an adapter by")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace DST")] = False,
+) -> None:
+    """Between formats: models, LoRA and its kin, embeddings; merge, extract, resize."""
+    from sdxl_trainer.convert import request, run
+
+    given = {"to": to, "dtype": dtype, "loras": lora, "weight": weight, "extract_from": extract_from, "rank": rank}
+    given |= {"energy": energy, "base": base, "token": token, "entries": entry, "metadata": metadata}
+    given |= {"preview": preview, "overwrite": overwrite}
+    if show:
+        from sdxl_trainer.convert import show as shows
+
+        request.checked(source=source, target=target or source, **given).only("--show")
+        shows.show(source)
+    elif target is None:
+        raise UserError("no DST is given", "sdxl convert", "name what to write, or use --show to look at SRC")
+    else:
+        for line in run(request.checked(source=source, target=target, **given)):
+            print(line)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run's output folder")]) -> None:
     """One self-contained HTML page about a run."""
     from sdxl_trainer import report as reports

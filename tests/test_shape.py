@@ -51,7 +51,7 @@ LAYERS = [
     ["run"],
     ["manifest", "resume"],
     ["setup", "finish"],
-    ["train", "check", "inspect_cache"],
+    ["train", "check", "inspect_cache", "convert"],
     ["demo", "cli", "compat"],
 ]
 # Heavy libraries and the only modules that may import them.

@@ -7,13 +7,17 @@ that has it is complete.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from sdxl_trainer import files
 from sdxl_trainer.errors import UserError
-from sdxl_trainer.formats.metadata import HASH, fill_hash
+from sdxl_trainer.formats import stream
+from sdxl_trainer.formats.metadata import fill_hashes
+
+if TYPE_CHECKING:
+    import torch
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "sdxl"
 INDEX = "model_index.json"
@@ -68,6 +72,21 @@ def read_weights(component: str, root: Path) -> dict[str, Tensor]:
     return published_names(component, weights)
 
 
+def write_component(
+    root: Path,
+    component: str,
+    weights: Mapping[str, stream.Source],
+    config: dict[str, Any],
+    dtype: "torch.dtype | None" = None,
+) -> None:
+    """Write one component's weights and configuration into a pipeline folder."""
+    if component.startswith("text_encoder"):
+        kept = dtype or next(iter(weights.values())).dtype
+        config = {**config, "torch_dtype": str(kept).removeprefix("torch.")}  # what loaders take
+    write_tensors(root / component / WEIGHTS[component], weights, dtype=dtype)
+    files.write_json(root / component / CONFIGS[component], config)
+
+
 def published_names(component: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights under the names of published files.
 
@@ -80,12 +99,20 @@ def published_names(component: str, weights: Mapping[str, Tensor]) -> dict[str, 
     return {name if name.startswith(bare) else f"text_model.{name}": value for name, value in weights.items()}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all. A place for a hash in the metadata is filled."""
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, stream.Source],
+    metadata: Mapping[str, str] | None = None,
+    dtype: "torch.dtype | None" = None,
+) -> None:
+    """Write a safetensors file whole or not at all. Places for hashes in the metadata are filled.
+
+    Tensors are written one at a time; with `dtype` they are cast to it on their way.
+    """
 
     def write(temporary: Path) -> None:
-        files.save_tensors(temporary, tensors, {"format": "pt", **(metadata or {})})
-        if metadata and HASH in metadata:
-            fill_hash(temporary)
+        digest = stream.write(temporary, tensors, {"format": "pt", **(metadata or {})}, dtype)
+        if metadata:
+            fill_hashes(temporary, digest)
 
     files.write_atomically(path, write)

@@ -14,15 +14,20 @@ UNPICKLE = "pickles can run code and are not opened: convert it with diffusers' 
 def read(path: Path, fix: str) -> dict[str, dict[str, Any]]:
     """The entries (dtype, shape, data_offsets) of all tensors by name. UserError, with `fix`, for what is no whole
     safetensors file."""
+    return described(path, fix)[0]
+
+
+def described(path: Path, fix: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The entries of all tensors, as `read` gives them, and the file's metadata."""
     if not path.is_file():
         raise UserError("this is a link that leads nowhere, or not a file", str(path), fix)
     try:
-        return _entries(path, fix)
+        return _described(path, fix)
     except OSError as error:
         raise UserError(f"the file cannot be read: {error.strerror}", str(path), "make it readable") from None
 
 
-def _entries(path: Path, fix: str) -> dict[str, dict[str, Any]]:
+def _described(path: Path, fix: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(9)
@@ -35,14 +40,14 @@ def _entries(path: Path, fix: str) -> dict[str, dict[str, Any]]:
         text = file.read(length)
     try:
         entries = json.loads(text)
-        entries.pop("__metadata__", None)
+        metadata = {str(key): str(value) for key, value in (entries.pop("__metadata__", None) or {}).items()}
         end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise UserError("the file is cut short or damaged: its header cannot be read", str(path), fix) from None
     if end != size:
         what = f"the file is cut short or damaged: {size:,} bytes in place of {end:,}"
         raise UserError(what, str(path), fix)
-    return entries
+    return entries, metadata
 
 
 def _foreign(start: bytes, path: Path, fix: str) -> UserError:

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from sdxl_trainer.formats.metadata import modelspec
 LOG = logging.getLogger(__name__)
 
 Components = dict[str, dict[str, Tensor]]
+Change = Callable[[Components], Components]  # gives components with some tensors replaced, perhaps by lazy ones
 
 PARTS = {
     "unet": "UNet",
@@ -79,11 +80,17 @@ def read(path: Path | str) -> Components:
     return components
 
 
-def expand(path: Path | str, target: Path | str, configs: Path | str | None = None) -> Path:
+def expand(
+    path: Path | str,
+    target: Path | str,
+    configs: Path | str | None = None,
+    dtype: torch.dtype | None = None,
+    change: Change = dict,
+) -> Path:
     """Write a single file as a diffusers folder, with no hub: configurations and vocabulary are those shipped.
 
     `configs` names a diffusers folder to take both from instead, for a model of another size or vocabulary. The
-    weights are checked against the configurations before anything is written.
+    weights are checked against the configurations before anything is written; `change` may replace some of them.
     """
     target = Path(target)
     root = Path(configs) if configs is not None else folder.SHIPPED
@@ -92,16 +99,12 @@ def expand(path: Path | str, target: Path | str, configs: Path | str | None = No
     schedule = _schedule(folder.read_config("scheduler", root), header)
     for component, weights in components.items():
         modules.check(component, settings[component], weights, f"{path} with the configuration of {root}")
-        if component.startswith("text_encoder"):
-            dtype = next(iter(weights.values())).dtype
-            settings[component]["torch_dtype"] = str(dtype).removeprefix("torch.")  # what loaders take
     if header.unused:
         names = shortened(header.unused, 3)
         LOG.warning("%s: %d tensors belong to no part of SDXL, left out: %s", path, len(header.unused), names)
     (target / folder.INDEX).unlink(missing_ok=True)
-    for component, weights in components.items():
-        folder.write_tensors(target / component / folder.WEIGHTS[component], weights)
-        files.write_json(target / component / folder.CONFIGS[component], settings[component])
+    for component, weights in change(components).items():
+        folder.write_component(target, component, weights, settings[component], dtype)
     for name in folder.TOKENIZERS:
         if configs is None:
             vocabulary.write(target / name, vocabulary.clip_merges(), root / name)
@@ -112,21 +115,34 @@ def expand(path: Path | str, target: Path | str, configs: Path | str | None = No
     return target
 
 
-def pack(source: Path | str, path: Path | str, metadata: Mapping[str, str] | None = None) -> Path:
+def pack(
+    source: Path | str,
+    path: Path | str,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    change: Change = dict,
+) -> Path:
     """Write a diffusers folder as a single file; how it was trained is read from its scheduler."""
     source, path = Path(source), Path(path)
-    schedule = folder.read_config("scheduler", source)
-    v_prediction = schedule.get("prediction_type") == "v_prediction"
+    v_prediction, zero_terminal_snr = trained(source)
     if metadata is None:
         side = folder.read_config("vae", source)["sample_size"]
         metadata = modelspec(path.stem, resolution=(side, side), v_prediction=v_prediction)
+    components = {component: folder.read_weights(component, source) for component in sgm.PREFIX}
     return write(
         path,
-        {component: folder.read_weights(component, source) for component in sgm.PREFIX},
+        change(components),
         metadata,
         v_prediction=v_prediction,
-        zero_terminal_snr=bool(schedule.get("rescale_betas_zero_snr")),
+        zero_terminal_snr=zero_terminal_snr,
+        dtype=dtype,
     )
+
+
+def trained(source: Path) -> tuple[bool, bool]:
+    """Whether the model of a diffusers folder predicts v, and whether its schedule ends without signal."""
+    schedule = folder.read_config("scheduler", source)
+    return schedule.get("prediction_type") == "v_prediction", bool(schedule.get("rescale_betas_zero_snr"))
 
 
 def write(
@@ -136,8 +152,9 @@ def write(
     *,
     v_prediction: bool = False,
     zero_terminal_snr: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write all four components as one file, whole or not at all, each tensor in the dtype it has."""
+    """Write all four components as one file, whole or not at all, each tensor in the dtype it has or in `dtype`."""
     path = Path(path)
     absent = [PARTS[component] for component in sgm.PREFIX if not components.get(component)]
     if absent:
@@ -148,7 +165,7 @@ def write(
     for name, wanted in ((V_PREDICTION, v_prediction), (ZERO_TERMINAL_SNR, zero_terminal_snr)):
         if wanted:
             tensors[name] = torch.empty(0)
-    folder.write_tensors(path, tensors, metadata)
+    folder.write_tensors(path, tensors, metadata, dtype)
     return path
 
 
