@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -129,9 +129,7 @@ def convert(
     extract_from: Annotated[Path | None, typer.Option(help="base: write what SRC learned since as an adapter")] = None,
     rank: Annotated[int | None, typer.Option(help="rank of the adapter that is written")] = None,
     energy: Annotated[float | None, typer.Option(help="least ranks that keep this share of the change")] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="model whose configs or shape to use, if not full-size SDXL")
-    ] = None,
+    base: Annotated[Path | None, typer.Option(help="model of SRC's shape, if not full-size SDXL")] = None,
     token: Annotated[str | None, typer.Option(help="word of an embedding in diffusers' files")] = None,
     entry: Annotated[list[str] | None, typer.Option("--set", help="entry of the header: name=value; repeat")] = None,
     metadata: Annotated[str | None, typer.Option(help="full, minimal or none: what the header keeps")] = None,
@@ -141,7 +139,14 @@ def convert(
     """Between formats: models, LoRA and its kin, embeddings; merge, extract, resize."""
     from sdxl_trainer.convert import request, run
 
-    given = {"to": to, "dtype": dtype, "loras": lora, "weight": weight, "extract_from": extract_from, "rank": rank}
+    given: dict[str, Any] = {
+        "to": to,
+        "dtype": dtype,
+        "loras": lora,
+        "weight": weight,
+        "extract_from": extract_from,
+        "rank": rank,
+    }
     given |= {"energy": energy, "base": base, "token": token, "entries": entry, "metadata": metadata}
     given |= {"preview": preview, "overwrite": overwrite}
     if show:

@@ -34,17 +34,7 @@ _TRAINING = {
     "ss_sd_model_name": "base",
     "ss_training_started_at": "trained on",
 }
-_ABOUT = (
-    "title",
-    "author",
-    "description",
-    "license",
-    "date",
-    "usage_hint",
-    "merged_from",
-    "architecture",
-    "resolution",
-)
+_ABOUT = ("title", "author", "description", "license", "date", "usage_hint", "merged_from", "architecture")
 TAGS = 12
 
 

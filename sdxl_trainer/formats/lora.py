@@ -235,7 +235,7 @@ def _module(name: str, roles: dict[str, Tensor], configured: dict[str, dict[str,
         # PEFT scales full matrices too; readers of kohya's layout do not look at their alpha.
         roles = {**roles, "lokr_w1": roles["lokr_w1"] * (config["alpha"] / config["r"])}
     module = Module(kind, roles)
-    alpha = float(given) if given is not None else _configured_alpha(name, module, config)
+    alpha = _decimal(given) if given is not None else _configured_alpha(name, module, config)
     if alpha is not None and not math.isfinite(alpha):
         raise UserError(f"{name} has the alpha {alpha}", str(path), "use an undamaged adapter")
     return Module(kind, roles, alpha if module.rank else None)
@@ -307,6 +307,11 @@ def _configured_alpha(name: str, module: Module, config: dict[str, Any]) -> floa
     if alpha is None:
         return None
     return float(alpha) * math.sqrt(module.rank) if config.get("use_rslora") else float(alpha)
+
+
+def _decimal(alpha: Tensor) -> float:
+    """The shortest decimal that is this number in fp32: 0.1, and not 0.10000000149."""
+    return float(str(alpha.float().reshape(-1)[0].numpy()))
 
 
 def _local(name: str) -> str:

@@ -42,7 +42,7 @@ def applied(weight: Tensor, module: Module, strength: float) -> Tensor:
         magnitude = module.tensors["magnitude"].float()
         if magnitude.dim() == 1:
             magnitude = magnitude.reshape(-1, *[1] * (new.dim() - 1))
-        new = new * (magnitude / new.norm(dim=axes, keepdim=True))
+        new = new * (magnitude / torch.linalg.vector_norm(new, dim=axes, keepdim=True))
         new = old + strength * (new - old)
     return new.to(weight.dtype)
 
