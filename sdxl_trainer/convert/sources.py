@@ -71,6 +71,8 @@ def _folder(path: Path) -> Source:
 
 def adapter(source: Source, layout: Layout | None) -> Adapter:
     """The adapter of a source."""
+    if source.kind in ("folder", "single", "embedding"):
+        raise UserError(f"this is no adapter: {source.label}", str(source.path), "give an adapter for SDXL")
     if source.kind != "peft":
         return lora.read(source.path, layout)
     modules: dict[str, lora.Module] = {}

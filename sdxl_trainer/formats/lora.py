@@ -161,7 +161,10 @@ def peft_tensors(adapter: Adapter, where: str) -> dict[str, Tensor]:
         for role, tensor in shapes.items():
             if role == "magnitude" and shapes["lora_down"].dim() == 4:
                 tensor = tensor.reshape(1, -1, 1, 1)
-            tensors[name + lora_names.PEFT_ENDS.get(role, f".{role}")] = tensor
+            end = lora_names.PEFT_ENDS.get(role, f".{role}")
+            # transformers, which loads the text encoders' adapters, passes over magnitudes under peft's own name.
+            end += ".weight" if role == "magnitude" and not name.startswith("unet.") else ""
+            tensors[name + end] = tensor
     return tensors
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats.lora import Module, outputs
 
+NOTHING = 1e-13  # a squared singular value, as a share of the largest, that is rounding
+
 
 @dataclass(frozen=True)
 class Reduced:
@@ -67,7 +69,7 @@ def joined(modules: Sequence[tuple[Module, float]], name: str) -> Module:
     return Module("lora", {"lora_down": down, "lora_up": up}, float(down.shape[0]))
 
 
-def reduced(difference: Tensor, rank: int | None, energy: float | None, limit: int | None = None) -> Reduced:
+def reduced(difference: Tensor, rank: int | None, energy: float | None) -> Reduced:
     """The best LoRA for a change [out, in] or [out, in, k, k]: of one rank, or the least that keeps so much `energy`.
 
     Energy is the share of the squared Frobenius norm. The singular vectors come from the smaller Gram matrix in fp64,
@@ -78,7 +80,7 @@ def reduced(difference: Tensor, rank: int | None, energy: float | None, limit: i
     values, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     total = float(values.sum())
-    kept = _rank(values, rank, energy, limit)
+    kept = _rank(values, rank, energy)
     chosen = vectors[:, :kept]
     other = (chosen.T @ matrix) if wide else (matrix @ chosen)
     # Both halves get the square root of the singular values, so that neither is large in half precision.
@@ -134,13 +136,12 @@ def _kernel(tensors: dict[str, Tensor], core: str) -> tuple[int, ...]:
     return tuple(tensors[core].shape[2:]) if core in tensors else ()
 
 
-def _rank(values: Tensor, rank: int | None, energy: float | None, limit: int | None) -> int:
-    most = min(len(values), limit or len(values))
-    if energy is None:
-        return min(rank or most, most)
+def _rank(values: Tensor, rank: int | None, energy: float | None) -> int:
+    """How many of the squared singular values to keep, largest first; never those that are rounding alone."""
+    real = int((values > values[0] * NOTHING).sum())
     shares = values.cumsum(0) / values.sum().clamp_min(1e-300)
-    enough = int((shares < energy).sum()) + 1
-    return max(1, min(enough, rank or most, most))
+    enough = real if energy is None else int((shares < energy).sum()) + 1
+    return max(1, min(enough, rank or real, real))
 
 
 def _lora(module: Module) -> Tensor:
