@@ -23,14 +23,14 @@ _NOT_KEPT = ("format", metadata.HASH, metadata.SD_HASH, metadata.LEGACY_HASH, lo
 def convert(source: Source, request: Request) -> list[str]:
     """Write the adapter in the wanted layout, alone or together with others, with its own rank or another."""
     request.only("an adapter", "dtype", "base", "loras", "weight", "rank", "energy", "entries", "metadata", "preview")
+    shape = sources.layout(sources.model(request.base, "--base")) if request.base else None
+    adapter = sources.adapter(source, shape)
     plain = ("loras", "weight", "rank", "energy", "dtype", "entries", "metadata", "preview")
     changes = any(getattr(request, name) for name in plain)
     if request.to == source.kind and not changes:
         what = f"there is nothing to convert: the adapter is in the layout '{source.kind}' already"
         other = "diffusers" if source.kind == "kohya" else "kohya"
         raise UserError(what, str(source.path), f"--to {other}, or name a change such as --rank, --dtype or --set")
-    shape = sources.layout(sources.model(request.base, "--base")) if request.base else None
-    adapter = sources.adapter(source, shape)
     lines: list[str] = []
     if request.loras or request.weight:
         adapter, lines = together(adapter, request)
