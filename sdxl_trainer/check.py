@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer import adapters, files, model, parameters, resume, setup, text
+import torch
+
+from sdxl_trainer import adapters, distributed, files, model, optim, parameters, resume, setup, text
 from sdxl_trainer import base as bases
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
@@ -14,8 +16,6 @@ from sdxl_trainer.errors import shortened
 from sdxl_trainer.run import CONTINUE
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Bytes of optimizer state per learning parameter.
-_STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1}
 # Activation bytes per image and latent pixel and UNet channel of the widest level, counted on SDXL at 1024 pixels
 # (8.05 GiB with autocast, 0.62 GiB with gradient checkpointing, for 128 x 128 latents; half of that in bf16).
 _ACTIVATIONS = {False: 8.05 * 2**30 / (128 * 128), True: 0.62 * 2**30 / (128 * 128)}
@@ -28,6 +28,7 @@ def run(config: Config) -> None:
     precision = setup.computing(config, notes)
     base = bases.resolve(config.model, prepare.cache_folder(config))
     setup.noise_schedule(config, base)
+    optim.refuse(config.optimizer, config.train, torch.device(distributed.device_type()))
     stock = prepare.take_stock(config, base, precision)
     setup.refuse_trackers(config)
     order = prepare.order(config, stock)
@@ -71,7 +72,7 @@ def memory(
     parts = {
         "weights": unet * weights,
         "gradients": learns * weights,
-        "optimizer": learns * _STATE_BYTES[config.optimizer.name],
+        "optimizer": learns * optim.state_bytes(config.optimizer, weights),
         "averages (EMA)": learns * 4 if config.ema.enabled else 0,
         "activations": images * rows * columns / 64 * per_pixel * narrow,
     }
@@ -120,7 +121,11 @@ def _disk(config: Config, unet: int) -> list[tuple[str, str]]:
     with files.explained(output):
         free = shutil.disk_usage(existing).free
     weights = unet * _BYTES[config.train.weights]
-    checkpoint = weights + unet * _STATE_BYTES[config.optimizer.name] + (unet * 4 if config.ema.enabled else 0)
+    checkpoint = (
+        weights
+        + unet * optim.state_bytes(config.optimizer, _BYTES[config.train.weights])
+        + (unet * 4 if config.ema.enabled else 0)
+    )
     return [("each checkpoint", f"up to {size(checkpoint)}"), ("free", f"{size(free)} at {existing}")]
 
 

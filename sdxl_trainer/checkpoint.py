@@ -4,7 +4,7 @@ checkpoint-N/  unet/  unet_ema/          as diffusers folders, in the type in wh
                text_encoder/ ...         the text encoders, if they learn
                added.safetensors         or, of a run with an adapter, what was injected, by parameter name; its
                added_ema.safetensors     averages; and the adapter as other programs load it
-               optimizer.safetensors     tensors named <parameter>|<key>
+               optimizer.safetensors     tensors named <parameter>|<key>, or #<group>|<key>
                state.json                step, counts, loss scale, the run's config
                manifest.json             SHA-256 of every file above
 """
@@ -19,11 +19,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sdxl_trainer import adapter_files, files
+from sdxl_trainer import adapter_files, files, optim
 from sdxl_trainer.ema import Ema
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import folder as pipelines
 from sdxl_trainer.model import SDXL
+from sdxl_trainer.optim import state as optim_state
 from sdxl_trainer.parameters import Group
 
 PREFIX = "checkpoint-"
@@ -82,14 +83,16 @@ def save(
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        if sdxl.added:
-            _save_added(folder, sdxl, ema)
-        for name, part in sdxl.parts().items() if not sdxl.added else ():
-            save_part(name, part, folder / name)
-            if ema is not None:
-                save_averaged(name, part, ema, folder / f"{name}_ema")
-        files.save_tensors(folder / "optimizer.safetensors", dict(_optimizer_tensors(optimizer, groups)))
-        files.write_json(folder / "state.json", {**state, "step": step, "optimizer": _scalars(optimizer, groups)})
+        with optim.evaluating(optimizer):
+            if sdxl.added:
+                _save_added(folder, sdxl, ema)
+            for name, part in sdxl.parts().items() if not sdxl.added else ():
+                save_part(name, part, folder / name)
+                if ema is not None:
+                    save_averaged(name, part, ema, folder / f"{name}_ema")
+        files.save_tensors(folder / "optimizer.safetensors", optim_state.tensors(optimizer, groups))
+        numbers = optim_state.scalars(optimizer, groups)
+        files.write_json(folder / "state.json", {**state, "step": step, "optimizer": numbers})
         files.write_json(folder / "manifest.json", {"files": files.tree_hashes(folder)})
 
     path = output / f"{PREFIX}{step}"
@@ -161,13 +164,7 @@ def load_training_state(
 ) -> None:
     """Optimizer moments and averages; the weights themselves were loaded with the model."""
     state = checkpoint.state()
-    position = {name: index for index, name in enumerate(name for group in groups for name in group.names)}
-    loaded: dict[int, dict[str, Any]] = {position[n]: dict(v) for n, v in state["optimizer"].items()}
-    with safe_open(checkpoint.path / "optimizer.safetensors", framework="pt") as tensors:
-        for entry in tensors.keys():
-            name, _, key = entry.rpartition("|")
-            loaded.setdefault(position[name], {})[key] = tensors.get_tensor(entry)
-    optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
+    optim_state.load(optimizer, groups, checkpoint.path / "optimizer.safetensors", state["optimizer"])
     if ema is not None:
         averages = dict(_averages(checkpoint, sdxl))
         ema.load({name: averages[name] for name in ema.names}, state["ema_updates"])
@@ -202,28 +199,3 @@ def sweep(output: Path) -> None:
     for pattern in (f".{PREFIX}*.tmp", f".{PREFIX}*.old"):
         for path in output.glob(pattern):
             files.remove(path)
-
-
-def _per_parameter(optimizer: torch.optim.Optimizer, groups: list[Group]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for group in groups:
-        for name, parameter in zip(group.names, group.parameters, strict=True):
-            yield name, optimizer.state.get(parameter, {})
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, groups: list[Group]) -> Iterator[tuple[str, Tensor]]:
-    seen: set[int] = set()
-    for name, state in _per_parameter(optimizer, groups):
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                # 8-bit optimizers share their quantisation map among parameters; a file may not.
-                tensor = value.clone() if value.data_ptr() in seen else value.contiguous()
-                seen.add(value.data_ptr())
-                yield f"{name}|{key}", tensor
-
-
-def _scalars(optimizer: torch.optim.Optimizer, groups: list[Group]) -> dict[str, dict[str, float]]:
-    scalars = {
-        name: {key: value for key, value in state.items() if isinstance(value, int | float)}
-        for name, state in _per_parameter(optimizer, groups)
-    }
-    return {name: values for name, values in scalars.items() if values}

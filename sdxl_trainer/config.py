@@ -3,10 +3,13 @@
 Options are grouped as the sections of the file. A field's `description` is what `docs/config.md` and editors show.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from sdxl_trainer.errors import closest
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -175,11 +178,50 @@ class Train(Section):
     workers: int = option(1, "threads that read cached rows ahead", ge=0, le=16)
 
 
+# Optimizers by name, with the options that each has beside weight_decay and what these are if not given.
+_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": _ADAM,
+    "adamw8bit": _ADAM,
+    "paged_adamw8bit": _ADAM,
+    "adamw_bf16": _ADAM,
+    "adafactor": {},
+    "came": {"betas": (0.9, 0.999, 0.9999)},
+    "lion": {"betas": (0.9, 0.99)},
+    "muon": _ADAM,
+    "prodigy": _ADAM,
+    "schedulefree": _ADAM,
+    "sgd": {},
+}
+
+
+def _optimizer(name: str) -> str:
+    if name not in OPTIMIZERS and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        raise ValueError(f"module:Class, or one of: {closest(name, OPTIMIZERS)}")
+    return name
+
+
 class Optimizer(Section):
-    name: Literal["adamw", "adamw8bit", "adafactor", "muon"] = option("adamw", "optimizer")
-    betas: tuple[Fraction, Fraction] = option((0.9, 0.999), "decay of AdamW's moments (not adafactor)")
-    eps: float = option(1e-8, "added to AdamW's denominator (not adafactor)", gt=0)
-    weight_decay: float = option(1e-2, "decoupled weight decay", ge=0)
+    name: Annotated[str, AfterValidator(_optimizer)] = option(
+        "adamw", f"one of {', '.join(OPTIMIZERS)}; or the `module:Class` of any other (see optimizers.md)"
+    )
+    betas: tuple[Fraction, ...] | None = option(
+        None,
+        "decay of the moments; default: 0.9, 0.999 (lion: 0.9, 0.99; came: 0.9, 0.999, 0.9999)",
+        validate_default=True,
+    )
+    eps: float | None = option(None, "added to the denominator; default: 1e-8", gt=0, validate_default=True)
+    weight_decay: float = option(1e-2, "weight decay, decoupled but for sgd", ge=0)
+    arguments: dict[str, bool | int | float | str | list[float]] = option(
+        {}, "any further keyword arguments of the optimizer's class, such as d_coef of prodigy"
+    )
+
+    @field_validator("betas", "eps")
+    @classmethod
+    def _filled(cls, value: Any, info: ValidationInfo) -> Any:
+        """What is not given is what the named optimizer has."""
+        own = OPTIMIZERS.get(info.data.get("name", ""), {})
+        return own.get(str(info.field_name)) if value is None else value
 
 
 class LearningRate(Section):

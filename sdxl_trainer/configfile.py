@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from sdxl_trainer import refusals
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import options
 from sdxl_trainer.errors import UserError, closest, shortened
@@ -30,8 +31,7 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
     ),
     ("schedule.power", lambda c: c.schedule.name != "polynomial", "schedule.name is not 'polynomial'"),
     ("ema.decay", lambda c: not c.ema.enabled, "ema.enabled is false"),
-    ("optimizer.betas", lambda c: c.optimizer.name == "adafactor", "adafactor has no betas"),
-    ("optimizer.eps", lambda c: c.optimizer.name == "adafactor", "adafactor has its own eps"),
+    *refusals.INERT,
     *(
         (f"adapter.{name}", lambda c: c.adapter.kind not in {"lora", "dora"}, "it is of kind 'lora' and 'dora'")
         for name in ("dropout", "rslora", "init")
@@ -252,6 +252,7 @@ def _refuse_contradictions(config: Config, where: str) -> None:
     options.refuse(config.data, where)
     _refuse_overwriting(config, where)
     _refuse_objective(config, where)
+    refusals.optimizer(config, where)
 
 
 def _refuse_overwriting(config: Config, where: str) -> None:

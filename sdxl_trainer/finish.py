@@ -2,12 +2,11 @@
 
 import re
 import shutil
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer import adapter_files, checkpoint, files, manifest, publish, report
+from sdxl_trainer import adapter_files, checkpoint, files, manifest, optim, publish, report
 from sdxl_trainer.base import Base
 from sdxl_trainer.data import prepare
 from sdxl_trainer.ema import Ema
@@ -25,7 +24,7 @@ def conclude(job: Job) -> None:
         with job.watch.phase("validation pictures"):
             draw_validation(job)
     if accelerator.is_main_process:
-        with job.watch.phase("saving the pipeline"):
+        with job.watch.phase("saving the pipeline"), optim.evaluating(job.run.optimizer.optimizer):
             save_result(job)
         manifest.end(job)
         files.write_text(job.output / "README.md", publish.card(job.output, config))
@@ -55,8 +54,8 @@ def save_result(job: Job) -> None:
 
 def draw_validation(job: Job) -> None:
     """Validation pictures with the averaged weights where there are some."""
-    averages = job.state.ema
-    with averages.swapped_in() if averages else nullcontext():
+    averages, optimizer = job.state.ema, job.run.optimizer.optimizer
+    with averages.swapped_in() if averages else optim.evaluating(optimizer):
         job.validator(job.run.sdxl, job.state.step, "ema" if averages else "raw")
 
 

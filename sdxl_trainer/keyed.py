@@ -26,6 +26,7 @@ PURPOSES = {
             "leftovers",
             "pass",
             "validation",
+            "rounding",
         ]
     )
 }

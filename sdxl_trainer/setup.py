@@ -58,7 +58,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if begin.done:
         console.say(f"already done: {begin.steps} steps, in {output}")
         return None
-    _refuse_early(config, base, stock)
+    _refuse_early(config, base, stock, accelerator.device)
     if config.hub.push and accelerator.is_main_process:
         publish.repository(output, config.hub)
     with watch.phase("encoding"):
@@ -87,9 +87,10 @@ def fill(config: Config, base: Base, stock: Stock, accelerator: Any, console: Co
     )
 
 
-def _refuse_early(config: Config, base: Base, stock: Stock) -> None:
+def _refuse_early(config: Config, base: Base, stock: Stock, device: torch.device) -> None:
     """What could only fail after the encoding, which may take hours, is looked at before it."""
     noise_schedule(config, base)
+    optim.refuse(config.optimizer, config.train, device)
     if stock.missing_latents() or stock.missing_texts():
         sdxl = model.skeleton(base, stock.text_learns)
         if config.adapter:
@@ -196,7 +197,8 @@ def _model(
     sdxl.train()
     if precision == "fp32" and weights != torch.float32:
         model.compute_in_fp32(sdxl)
-    prepared, optimizer = accelerator.prepare(sdxl, optim.make(groups, config.optimizer))
+    optimizer = optim.make(groups, config.optimizer, config.seed, accelerator.device)
+    prepared, optimizer = accelerator.prepare(sdxl, optimizer)
     averages = ema.make(groups, config.ema.decay) if config.ema.enabled else None
     if at is not None:
         checkpoint.load_training_state(at, sdxl, optimizer.optimizer, groups, averages)

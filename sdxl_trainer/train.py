@@ -40,8 +40,8 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
     rate = optim.set_learning_rates(run.optimizer, factor)
     limit = run.config.train.max_grad_norm or float("inf")
     norm = accelerator.clip_grad_norm_([p for group in run.groups for p in group.parameters], limit)
-    _guard(run, state, total, norm)
-    run.optimizer.step()
+    if _may_step(run, state, total, norm):
+        run.optimizer.step()
     run.optimizer.zero_grad()
     if state.ema is not None:
         state.ema.update()
@@ -49,17 +49,17 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
     return total, norm, rate
 
 
-def _guard(run: Run, state: State, loss: Tensor, norm: Tensor) -> None:
+def _may_step(run: Run, state: State, loss: Tensor, norm: Tensor) -> bool:
     """Keep a step that is not finite from the weights. Fused optimizers look at `found_inf` on the device; for the
     others the host has to look. Under fp16 the loss scaler skips such steps itself."""
     if run.accelerator.scaler is not None:
-        return
+        return True
     state.broken |= ~(torch.isfinite(loss) & torch.isfinite(norm))
     optimizer = run.optimizer.optimizer
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = state.broken.float()
-    elif bool(state.broken):
-        optimizer.zero_grad()
+        return True
+    return not bool(state.broken)
 
 
 def train(config: Config, start: Start = CONTINUE) -> Path:

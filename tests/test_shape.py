@@ -27,6 +27,7 @@ LAYERS = [
         "noise",
         "objective",
         "configfile",
+        "refusals",
         "log",
         "formats",
         "report",

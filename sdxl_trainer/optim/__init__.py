@@ -1,62 +1,171 @@
 """Optimizers, and the learning rates that they get."""
 
-from collections.abc import Callable, Sequence
+import importlib
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 import torch
+from torch import nn
 
-from sdxl_trainer.config import Optimizer
-from sdxl_trainer.errors import UserError
-from sdxl_trainer.optim.muon import Muon
+from sdxl_trainer.config import Optimizer, Train
+from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.optim.rates import SHAPES, factor, set_learning_rates
 from sdxl_trainer.parameters import Group
 
-__all__ = ["OPTIMIZERS", "SHAPES", "factor", "make", "set_learning_rates"]
+__all__ = [
+    "KINDS",
+    "SHAPES",
+    "evaluates",
+    "evaluating",
+    "factor",
+    "loaded",
+    "make",
+    "refuse",
+    "set_learning_rates",
+    "state_bytes",
+]
 
 
-def _adamw(groups: list[dict[str, Any]], options: Optimizer) -> torch.optim.Optimizer:
-    """Fused: one kernel over all tensors, 3 to 5 times faster than the default, on the CPU too."""
-    return torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
+@dataclass(frozen=True)
+class Kind:
+    """Where an optimizer's class is, the package that brings it, and arguments that should not be its own defaults.
+
+    `state`: what it keeps of each learning number: how many in the weights' type, and how many bytes beside.
+    """
+
+    place: str
+    package: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    state: tuple[float, float] = (2, 0)
 
 
-def _adamw8bit(groups: list[dict[str, Any]], options: Optimizer) -> torch.optim.Optimizer:
-    """Block-wise 8-bit moments (Dettmers et al. 2022)."""
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        fix = "pip install bitsandbytes, or choose adamw"
-        raise UserError("adamw8bit needs bitsandbytes, which is not installed", "optimizer.name", fix) from None
-    return AdamW8bit(groups, betas=options.betas, eps=options.eps)
-
-
-def _adafactor(groups: list[dict[str, Any]], options: Optimizer) -> torch.optim.Optimizer:
-    """Factored second moments, no first (Shazeer & Stern 2018): almost no memory of its own."""
-    return torch.optim.Adafactor(groups)
-
-
-def _muon(groups: list[dict[str, Any]], options: Optimizer) -> torch.optim.Optimizer:
-    """Orthogonalised momentum for matrices, AdamW for the rest (Jordan et al. 2024)."""
-    return Muon(groups, betas=options.betas, eps=options.eps)
-
-
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Optimizer], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "adamw8bit": _adamw8bit,
-    "adafactor": _adafactor,
-    "muon": _muon,
+KINDS: dict[str, Kind] = {
+    # Fused: one kernel over all tensors, 3 to 5 times faster than the default, on the CPU too.
+    "adamw": Kind("torch.optim:AdamW", arguments={"fused": True}),
+    # Block-wise 8-bit moments (Dettmers et al. 2022); paged: moved to host memory when the GPU's is short.
+    "adamw8bit": Kind("bitsandbytes.optim:AdamW8bit", "bitsandbytes", state=(0, 2.05)),
+    "paged_adamw8bit": Kind("bitsandbytes.optim:PagedAdamW8bit", "bitsandbytes", state=(0, 2.05)),
+    "adamw_bf16": Kind("sdxl_trainer.optim.rounding:AdamW"),
+    # Factored second moments, no first (Shazeer & Stern 2018): almost no memory of its own.
+    "adafactor": Kind("torch.optim:Adafactor", state=(0.02, 0)),
+    # Factored as well, with a first moment that is trusted as far as it is steady (Luo et al. 2023).
+    "came": Kind("pytorch_optimizer:CAME", "pytorch-optimizer", state=(1.05, 0)),
+    # The sign of a momentum (Chen et al. 2023).
+    "lion": Kind("pytorch_optimizer:Lion", "pytorch-optimizer", state=(1, 0)),
+    "muon": Kind("sdxl_trainer.optim.muon:Muon", state=(1, 0)),
+    # Finds its rate by itself (Mishchenko & Defazio 2024), with the settings of the reference's scripts.
+    "prodigy": Kind(
+        "prodigyopt:Prodigy", "prodigyopt", {"use_bias_correction": True, "safeguard_warmup": True}, state=(4, 0)
+    ),
+    # Averages instead of lowering the rate (Defazio et al. 2024).
+    "schedulefree": Kind("schedulefree:AdamWScheduleFree", "schedulefree"),
+    "sgd": Kind("torch.optim:SGD", arguments={"fused": True}, state=(1, 0)),
 }
 
 
-def make(groups: Sequence[Group], options: Optimizer) -> torch.optim.Optimizer:
-    """An optimizer whose param_groups keep their rule's `base_lr`."""
+def make(
+    groups: Sequence[Group], options: Optimizer, seed: int = 0, device: torch.device | None = None
+) -> torch.optim.Optimizer:
+    """An optimizer whose param_groups keep their rule's `base_lr`, for parameters that will be on `device`."""
+    if options.name.startswith("paged") and (device is None or device.type != "cuda"):
+        what = f"{options.name} pages between the memory of an NVIDIA GPU and the host's, and there is no such GPU"
+        raise UserError(what, "optimizer.name", f"choose {options.name.removeprefix('paged_')}")
+    kind = KINDS.get(options.name) or Kind(options.name, options.name.partition(":")[0].partition(".")[0])
+    found = _class(kind)
+    taken = inspect.signature(found).parameters
     described = [
-        {
-            "params": list(g.parameters),
-            "names": g.names,
-            "lr": g.learning_rate,
-            "base_lr": g.learning_rate,
-            "weight_decay": g.weight_decay,
-        }
+        {"params": list(g.parameters), "names": g.names, "lr": g.learning_rate, "base_lr": g.learning_rate}
+        | ({"weight_decay": g.weight_decay} if "weight_decay" in taken else {})
         for g in groups
     ]
-    return OPTIMIZERS[options.name](described, options)
+    given = {"betas": options.betas, "eps": options.eps, "seed": seed if "seed" in taken else None}
+    arguments = kind.arguments | {name: value for name, value in given.items() if value is not None}
+    arguments |= {n: tuple(v) if isinstance(v, list) else v for n, v in options.arguments.items()}
+    _refuse_unknown(arguments, taken, options)
+    try:
+        with redirect_stdout(StringIO()):  # prodigyopt prints
+            made = found(described, **arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        what = f"{options.name} cannot be made: {error}"
+        raise UserError(what, "optimizer", "change the options under [optimizer]") from error
+    if evaluates(made):
+        made.train()
+    return made
+
+
+def refuse(options: Optimizer, train: Train, device: torch.device) -> None:
+    """Refuse what cannot be made, before hours are spent on what comes before it."""
+    trial = nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16 if train.weights == "bf16" else torch.float32))
+    make([Group("", train.learning_rate, options.weight_decay, ("trial",), (trial,))], options, device=device)
+
+
+def state_bytes(options: Optimizer, weight: int) -> float:
+    """Bytes of state per learning number whose weight has `weight` bytes; of an unknown optimizer as of AdamW."""
+    copies, beside = KINDS.get(options.name, Kind("")).state
+    return copies * weight + beside
+
+
+def _class(kind: Kind) -> Any:
+    module, _, name = kind.place.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        what = f"{kind.place} needs {kind.package}, which cannot be imported: {error}"
+        fix = f"pip install {kind.package}, or choose another optimizer"
+        raise UserError(what, "optimizer.name", fix) from None
+    except AttributeError:
+        names = [n for n, v in vars(importlib.import_module(module)).items() if _is_optimizer(v)]
+        raise UserError(f"{module} has no '{name}'", "optimizer.name", closest(name, names)) from None
+    if not _is_optimizer(found) or "lr" not in inspect.signature(found).parameters:
+        what = f"{kind.place} is not an optimizer of PyTorch with a learning rate 'lr'"
+        raise UserError(what, "optimizer.name", "name a subclass of torch.optim.Optimizer")
+    return found
+
+
+def _is_optimizer(found: Any) -> bool:
+    return inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)
+
+
+def _refuse_unknown(arguments: dict[str, Any], taken: Any, options: Optimizer) -> None:
+    """An argument that a class would swallow in **kwargs would have no effect."""
+    known = [name for name, p in taken.items() if p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}]
+    for name in arguments:
+        if name not in known:
+            key = f"optimizer.arguments.{name}" if name in options.arguments else f"optimizer.{name}"
+            raise UserError(f"{options.name} takes no '{name}'", key, closest(name, set(known) - {"params", "lr"}))
+
+
+def evaluates(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the weights that it trains are others than those to be used (schedule-free)."""
+    return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
+
+
+@contextmanager
+def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The model as it is to be used; the tensors that train are back afterwards, bit by bit."""
+    if not evaluates(optimizer):
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    training = [p.detach().clone() for p in parameters]
+    optimizer.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        optimizer.train()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, training)
+
+
+def loaded(optimizer: torch.optim.Optimizer) -> None:
+    """What has to be done after state was loaded: paged state is brought back into paged memory."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for key in state.keys() & {"state1", "state2"}:
+            buffer = optimizer.get_state_buffer(parameter, dtype=state[key].dtype)  # type: ignore[attr-defined]
+            state[key] = buffer.copy_(state[key])
