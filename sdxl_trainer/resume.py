@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sdxl_trainer import checkpoint
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
@@ -86,9 +88,17 @@ def _identity(picture: Picture) -> list[Any]:
 
 def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:
     """(option, then, now) of the options that decide what a step computes."""
-    then, now = dict(_flat(old)), dict(_flat(config.model_dump(mode="json")))
+    then, now = dict(_flat(_completed(old))), dict(_flat(config.model_dump(mode="json")))
     keys = [k for k in {**then, **now} if not k.startswith(FREE) and not PLACE.fullmatch(k)]
     return [(k, then.get(k), now.get(k)) for k in keys if then.get(k) != now.get(k)]
+
+
+def _completed(old: dict[str, Any]) -> dict[str, Any]:
+    """A recorded config with the defaults of options that it was written without: it is older than they are."""
+    try:
+        return Config.model_validate_json(json.dumps(old)).model_dump(mode="json")
+    except ValidationError:
+        return old
 
 
 def _refuse_another(old: dict[str, Any], old_data: str, config: Config, data_hash: str, where: str) -> None:

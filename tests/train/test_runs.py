@@ -255,6 +255,20 @@ def test_another_run_is_not_continued(config: Callable[..., Any], change: dict[s
         train(config(**change))
 
 
+def test_options_that_are_newer_than_a_checkpoint_stand_at_their_defaults(config: Callable[..., Any]) -> None:
+    from sdxl_trainer.resume import differences
+
+    made = config(optimizer={"name": "lion"})
+    old = made.model_dump(mode="json")
+    del old["optimizer"]["arguments"], old["optimizer"]["betas"], old["timesteps"], old["objective"]["noise_offset"]
+    assert differences(old, made) == []
+    changed = config(optimizer={"name": "lion", "arguments": {"maximize": True}}, objective={"noise_offset": 0.1})
+    assert {key for key, _, _ in differences(old, changed)} == {
+        "optimizer.arguments.maximize",
+        "objective.noise_offset",
+    }
+
+
 def test_a_warm_start_imports_nothing_that_only_a_cold_one_needs(config: Callable[..., Any], tmp_path: Path) -> None:
     import subprocess
     import sys
