@@ -107,7 +107,7 @@ def _data(config: Config, base: Base, stock: Stock, order: plan.Plan) -> list[tu
 
 def _cache(config: Config, stock: Stock) -> list[tuple[str, str]]:
     latents, texts = stock.missing_latents(), stock.missing_texts()
-    wanted = len({stock.keys.latent(p, g) for p in stock.pictures for g in p.geometries})
+    wanted = len({stock.keys.latent(p, g) for p in stock.cached for g in p.geometries})
     bytes_ = sum(g.target[0] * g.target[1] / 64 * 16 for _, g in latents)
     return [
         ("latents", f"{wanted - len(latents)} cached, {len(latents)} to encode ({size(bytes_)})"),

@@ -250,6 +250,8 @@ class Validation(Section):
     every_epochs: Positive | None = option(None, "pictures after epochs 0, n, 2n, ... (counted from 0)")
     at_start: bool = option(False, "pictures of the base, before the first step")
     at_end: bool = option(True, "pictures of the final model")
+    loss_every: Positive | None = option(None, "steps between measures of the loss on the held-out pictures")
+    loss_timesteps: Positive = option(4, "timesteps at which each held-out picture is measured, evenly spread")
 
 
 class Log(Section):

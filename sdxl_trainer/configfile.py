@@ -42,6 +42,8 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
     ("log.project", lambda c: not c.log.trackers, "log.trackers is empty"),
     ("train.validate_every", lambda c: not c.validation.prompts, "validation.prompts is empty"),
     ("validation.every_epochs", lambda c: not c.validation.prompts, "validation.prompts is empty"),
+    ("validation.loss_every", lambda c: not any(d.held_out for d in c.data), "no data set has held_out pictures"),
+    ("validation.loss_timesteps", lambda c: c.validation.loss_every is None, "validation.loss_every is not given"),
     ("validation.negative", lambda c: not c.validation.prompts, "validation.prompts is empty"),
     ("train.checkpoints_limit", lambda c: c.train.checkpoint_every == 0, "train.checkpoint_every is 0"),
 ]

@@ -112,6 +112,7 @@ class Job:
     state: State
     base: Base
     samples: Samples
+    held_out: Samples | None  # where their loss is to be measured
     order: Plan
     validator: Validator
     scheduler: dict[str, Any]

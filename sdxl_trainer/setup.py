@@ -159,6 +159,7 @@ def _assemble(
         state=state,
         base=base,
         samples=samples,
+        held_out=prepare.held_out_samples(config, base, stock, len(noise)) if stock.measured else None,
         order=order,
         validator=Validator(config, accelerator, base, samples, scheduler, run.dtype, console.say),
         scheduler=scheduler,

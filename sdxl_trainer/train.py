@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import checkpoint, finish, optim, setup
+from sdxl_trainer import checkpoint, finish, held_out, optim, setup
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch
@@ -109,6 +109,7 @@ def _loop(job: Job, stop: Stop) -> None:
         loss, norm, rate = train_step(run, state, micro_batches, images)
         names = [name for batch in micro_batches for name in batch.names]
         row = {"step": state.step, "epoch": epoch, "learning_rate": rate, "images": images}
+        row |= held_out.measured(job)
         state.unread.append(Unread(row, loss, norm, names))
         done = state.step == run.steps
         stopping = _agreed(accelerator, stop) if state.step % read_every == 0 or done else False

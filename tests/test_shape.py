@@ -51,7 +51,7 @@ LAYERS = [
     ["validate", "publish"],
     ["run"],
     ["manifest", "resume"],
-    ["setup", "finish"],
+    ["setup", "finish", "held_out"],
     ["train", "check", "inspect_cache", "convert"],
     ["demo", "cli", "compat"],
 ]

@@ -30,12 +30,18 @@ class Stock:
     latents: cache.Store
     texts: cache.Store
     memo: Memo
+    measured: bool = False  # whether the loss on held-out pictures is wanted
+
+    @property
+    def cached(self) -> list[Picture]:
+        """The pictures whose latents and masks are needed."""
+        return self.pictures + (self.held_out if self.measured else [])
 
     def missing_latents(self) -> list:
-        return encode.missing_latents(self.latents, self.keys, self.pictures)
+        return encode.missing_latents(self.latents, self.keys, self.cached)
 
     def missing_masks(self) -> list:
-        return masks.missing(self.latents, self.pictures)
+        return masks.missing(self.latents, self.cached)
 
     def missing_texts(self) -> list[str]:
         return [] if self.text_learns else encode.missing_texts(self.texts, self.keys, self.captions)
@@ -51,13 +57,15 @@ def take_stock(config: Config, base: Base, text_precision: str) -> Stock:
     memo = open_memo(folder)
     found = load(config, memo)
     pictures = [picture for picture in found if not picture.held_out]
+    held_out = [replace(p, geometries=p.geometries[:1]) for p in found if p.held_out]
+    measured = config.validation.loss_every is not None and bool(held_out)
     _refuse_empty(config, pictures)
     prompts = [*config.validation.prompts, *([config.validation.negative] if config.validation.negative else [])]
-    captions = list(dict.fromkeys([EMPTY, *prompts, *(c for p in pictures for c in p.captions)]))
+    captions = list(dict.fromkeys([EMPTY, *prompts, *(c for p in pictures + held_out * measured for c in p.captions)]))
     keys = encode.keys(base, config.cache, text_precision, memo)
     latents, texts = cache.open_store(folder / "latents"), cache.open_store(folder / "texts")
     learns = parameters.text_learns(config, text.parameter_names(base))
-    return Stock(pictures, [p for p in found if p.held_out], captions, learns, keys, latents, texts, memo)
+    return Stock(pictures, held_out, captions, learns, keys, latents, texts, memo, measured)
 
 
 def _refuse_empty(config: Config, pictures: Sequence[Picture]) -> None:
@@ -147,6 +155,13 @@ def samples(config: Config, base: Base, stock: Stock, timesteps: int) -> Samples
         dropout=bool(config.adapter and config.adapter.dropout),
     )
     return replace(made, dropped=dropped_caption(config, base, made))
+
+
+def held_out_samples(config: Config, base: Base, stock: Stock, timesteps: int) -> Samples:
+    """The held-out pictures as samples: each in its first geometry, its caption never left out."""
+    plain = {"caption_dropout": 0.0, "weight": 1.0}
+    pictures = [replace(p, data=p.data.model_copy(update=plain)) for p in stock.held_out]
+    return samples(config, base, replace(stock, pictures=pictures), timesteps)
 
 
 def dropped_caption(config: Config, base: Base, samples: Samples) -> dict[str, Tensor]:

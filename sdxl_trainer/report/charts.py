@@ -24,6 +24,7 @@ class Chart:
 
 CHARTS = (
     Chart("loss", "Training loss", from_zero=False, smooth=True),
+    Chart("validation_loss", "Loss on held-out pictures", from_zero=False),
     Chart("learning_rate", "Learning rate"),
     Chart("grad_norm", "Gradient norm"),
     Chart("samples_per_second", "Pictures per second"),
