@@ -91,6 +91,7 @@ def metrics(steps: int) -> list[dict[str, Any]]:
             "step": step,
             "epoch": step // 100,
             "loss": 0.05 + 0.25 * math.exp(-4 * step / steps) * draw.lognormvariate(0, 0.5),
+            "validation_loss": 0.1 + 0.2 * math.exp(-4 * step / steps),
             "learning_rate": 1e-4 * min(1, step / 40),
             "grad_norm": draw.lognormvariate(-1, 0.4) * (40 if step in (90, 210) else 1),
             "samples_per_second": 4.5 + draw.gauss(0, 0.15),

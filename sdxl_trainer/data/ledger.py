@@ -66,7 +66,7 @@ def _exceptions(stock: Stock) -> Rows:
     if any(p.mask for p in stock.pictures):
         without = sum(p.mask is None for p in stock.pictures)
         found.append(("masks", f"{len(stock.pictures) - without} pictures with, {without} without"))
-    doubles = len({p.record.name for p in stock.pictures}) - len({p.content for p in stock.pictures})
+    doubles = len({(id(p.data), p.name) for p in stock.pictures}) - len({p.content for p in stock.pictures})
     if doubles > 0:
         found.append(("duplicates", f"{doubles} pictures have the same bytes as another"))
     return found
