@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,14 @@ def save_result(job: Job) -> None:
 
 def draw_validation(job: Job) -> None:
     """Validation pictures with the averaged weights where there are some."""
+    with evaluating(job):
+        job.validator(job.run.sdxl, job.state.step, "ema" if job.state.ema else "raw")
+
+
+def evaluating(job: Job) -> AbstractContextManager[Any]:
+    """While it lasts the model has the weights that are to be judged: averaged ones where there are some."""
     averages, optimizer = job.state.ema, job.run.optimizer.optimizer
-    with averages.swapped_in() if averages else optim.evaluating(optimizer):
-        job.validator(job.run.sdxl, job.state.step, "ema" if averages else "raw")
+    return averages.swapped_in() if averages else optim.evaluating(optimizer)
 
 
 def save_pipeline(output: Path, base: Base, sdxl: SDXL, ema: Ema | None, scheduler: dict[str, Any]) -> None:

@@ -1,14 +1,13 @@
 """The loss on pictures that are not trained: at fixed timesteps, with fixed noise, so that only the weights move it."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 import torch
 
-from sdxl_trainer import noise
+from sdxl_trainer import finish, noise
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch, Samples
 from sdxl_trainer.run import Job
@@ -21,7 +20,7 @@ def measured(job: Job) -> dict[str, Any]:
     if job.held_out is None or not options.loss_every or state.step % options.loss_every:
         return {}
     accelerator = run.accelerator
-    with job.watch.phase("validation loss"), state.ema.swapped_in() if state.ema else nullcontext():
+    with job.watch.phase("validation loss"), finish.evaluating(job):
         sums = torch.zeros(2, device=accelerator.device)
         training = run.sdxl.training
         run.sdxl.eval()
