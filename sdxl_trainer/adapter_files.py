@@ -29,7 +29,7 @@ def save(output: Path, sdxl: SDXL, values: Mapping[str, Tensor], facts: Mapping[
     """Write the adapter whose parameters have these values, in fp32, whole or not at all. `facts` go into the header
     of the file; `suffix` into the name."""
     found = {part: module for part, module in sdxl.parts().items() if hasattr(module, "peft_config")}
-    tensors = {part: _tensors(part, values) for part in found}
+    tensors = {part: tensors_of(part, values) for part in found}
     configs = {part: module.peft_config[NAME] for part, module in found.items()}
     if all(config.peft_type.value == "LORA" for config in configs.values()):
         named = {
@@ -37,8 +37,8 @@ def save(output: Path, sdxl: SDXL, values: Mapping[str, Tensor], facts: Mapping[
             for part, own in tensors.items()
             for name, tensor in pipelines.published_names(part, own).items()
         }
-        told = {f"{part}.{key}": value for part, config in configs.items() for key, value in _told(config).items()}
-        more = {_METADATA: json.dumps(told, sort_keys=True)}
+        said = {f"{part}.{key}": value for part, config in configs.items() for key, value in told(config).items()}
+        more = {_METADATA: json.dumps(said, sort_keys=True)}
         path = output / FILE.replace(".safetensors", f"{suffix}.safetensors")
         pipelines.write_tensors(path, named, {**facts, **more})
         return
@@ -64,7 +64,7 @@ def facts(config: Config, scheduler: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _tensors(part: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tensors_of(part: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A part's tensors under the names of peft's files, without the adapter's own name."""
     own = {name.removeprefix(f"{part}."): value for name, value in values.items() if name.startswith(f"{part}.")}
     magnitude = f".lora_magnitude_vector.{NAME}.weight"
@@ -73,7 +73,7 @@ def _tensors(part: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.replace(magnitude, short).replace(f".{NAME}", ""): v for n, v in own.items()}
 
 
-def _told(config: Any) -> dict[str, Any]:
+def told(config: Any) -> dict[str, Any]:
     """A config of peft as plain data."""
     plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     return {key: getattr(value, "value", value) for key, value in plain.items() if value is not None}
@@ -81,5 +81,5 @@ def _told(config: Any) -> dict[str, Any]:
 
 def _peft_folder(config: Any, tensors: dict[str, Tensor], folder: Path) -> None:
     folder.mkdir()
-    files.write_json(folder / "adapter_config.json", _told(config))
+    files.write_json(folder / "adapter_config.json", told(config))
     pipelines.write_tensors(folder / "adapter_model.safetensors", {f"{_PEFT}{n}": t for n, t in tensors.items()})

@@ -173,11 +173,45 @@ def _lokr(options: Adapter, places: list[Site]) -> Any:
     return LoKrConfig(**_places(options, places))
 
 
+def _oft(options: Adapter, places: list[Site]) -> Any:
+    """The layer's input is rotated in blocks (Qiu et al. 2023)."""
+    from peft import OFTConfig
+
+    size = _block(options, places, 32)
+    # The exact rotation; peft's default is the first terms of a series for it.
+    return OFTConfig(r=0, oft_block_size=size, use_cayley_neumann=False, target_modules=[s.name for s in places])
+
+
+def _boft(options: Adapter, places: list[Site]) -> Any:
+    """Rotated in blocks, and scaled (Liu et al. 2024). One butterfly factor: peft needs a compiler for CUDA to have
+    more, and without one makes it one."""
+    from peft import BOFTConfig
+    from peft.tuners.boft import layer
+
+    layer._FBD_CUDA = False  # type: ignore[assignment]  # do not compile, nor try to for every layer
+    size = _block(options, places, 4)
+    return BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=1, target_modules=[s.name for s in places])
+
+
+def _block(options: Adapter, places: list[Site], default: int) -> int:
+    size = options.block_size or default
+    for place in places:
+        width = int(place.layer.weight[0].numel())  # type: ignore[index]
+        if width % size:
+            what = f"blocks of {size} do not divide the {width} inputs of '{place.name}'"
+            possible = [str(n) for n in (4, 8, 16, 32, 64) if width % n == 0]
+            fix = f"one of {', '.join(possible)}" if possible else "exclude this layer by adapter.targets"
+            raise UserError(what, "adapter.block_size", fix)
+    return size
+
+
 KINDS: dict[str, Callable[[Adapter, list[Site]], Any]] = {
     "lora": _lora,
     "dora": _dora,
     "loha": _loha,
     "lokr": _lokr,
+    "oft": _oft,
+    "boft": _boft,
 }
 
 

@@ -1,12 +1,15 @@
 """Adapters from files, put into a pipeline to draw with."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdxl_trainer.adapter_files import FILE
+from sdxl_trainer.adapter_files import FILE, FOLDER
 from sdxl_trainer.adapters import quiet
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.formats import header
@@ -27,31 +30,84 @@ FOREIGN = {
 
 def attach(pipeline: Any, wanted: Sequence[str]) -> None:
     """Load adapters, each FILE or FILE:weight, where FILE may be a run's folder; together they act as their sum."""
-    names, weights = [], []
-    for number, text in enumerate(wanted):
-        path, weight = located(text)
+    found = [located(text, "--lora") for text in wanted]
+    folders = [(path, weight) for path, weight in found if path.is_dir()]
+    if folders:
+        if len(found) > 1:
+            what = f"'{folders[0][0]}' holds an adapter of a kind that cannot be added to others"
+            raise UserError(what, "--lora", "draw with it alone")
+        load_folder(pipeline, *folders[0])
+        return
+    for number, (path, _) in enumerate(found):
         load(pipeline, path, f"adapter_{number}")
-        names.append(f"adapter_{number}")
-        weights.append(weight)
+    names, weights = [f"adapter_{number}" for number in range(len(found))], [weight for _, weight in found]
     if names:
         with quiet():
             pipeline.set_adapters(names, weights)
 
 
-def located(text: str) -> tuple[Path, float]:
-    """The file that FILE or FILE:weight names, and the weight (default 1)."""
+def located(text: str, where: str) -> tuple[Path, float]:
+    """The file that FILE or FILE:weight names, or the folder that holds folders of peft; the weight (default 1)."""
     path, weight = Path(text).expanduser(), 1.0
     name, colon, number = text.rpartition(":")
     if not path.exists() and colon:
         try:
             path, weight = Path(name).expanduser(), float(number)
         except ValueError:
-            raise UserError(f"'{number}' in '{text}' is not a weight", "--lora", "write FILE:0.8") from None
+            raise UserError(f"'{number}' in '{text}' is not a weight", where, "write FILE:0.8") from None
+    if not math.isfinite(weight):
+        raise UserError(f"'{number}' in '{text}' is not a weight", where, "write FILE:0.8")
+    if any((path / f"{part}{FOLDER}").is_dir() for part in PARTS):
+        return path, weight
     found = path / FILE if path.is_dir() else path
     if not found.is_file():
         what = f"there is no {FILE} in '{path}'" if path.is_dir() else f"there is no file '{path}'"
-        raise UserError(what, "--lora", "give an adapter's .safetensors file or the folder of a run that made one")
+        raise UserError(what, where, "give an adapter's .safetensors file or the folder of a run that made one")
     return found, weight
+
+
+def load_folder(pipeline: Any, folder: Path, weight: float) -> None:
+    """Load an adapter in peft's folders, one for each part."""
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    for part in PARTS:
+        own = folder / f"{part}{FOLDER}"
+        if not own.is_dir():
+            continue
+        module, tensors = getattr(pipeline, part), read_folder(own)
+        try:
+            with quiet():
+                config = PeftConfig.from_pretrained(str(own))
+                inject_adapter_in_model(config, module, "adapter")
+                result: Any = set_peft_model_state_dict(module, tensors, "adapter")
+                missing = result.unexpected_keys
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            said = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"the adapter cannot be loaded: {said}", str(own), "use the base it was made for"
+            ) from error
+        if missing:
+            what = f"{len(missing)} tensors are for layers that this model has not: {shortened(missing, 2)}"
+            raise UserError(what, str(own), "use the base it was made for")
+        if weight != 1.0:
+            _scale(module, weight, own)
+
+
+def _scale(module: nn.Module, weight: float, folder: Path) -> None:
+    from peft.tuners.lycoris_utils import LycorisLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, LycorisLayer)]
+    if not layers:
+        raise UserError("a rotation has no weight", str(folder), "draw with it as it is: leave out the number")
+    for layer in layers:
+        layer.set_scale("adapter", weight)
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder of peft, by the names of the module's parameters without the adapter's."""
+    path = folder / "adapter_model.safetensors"
+    header.read(path, AGAIN)
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(path).items()}
 
 
 def load(pipeline: Any, path: Path, name: str) -> None:
@@ -59,12 +115,23 @@ def load(pipeline: Any, path: Path, name: str) -> None:
     refuse_foreign(header.read(path, AGAIN), path)
     try:
         state, _, _ = pipeline.lora_state_dict(path, unet_config=pipeline.unet.config, return_lora_metadata=True)
-        refuse_unfit({part: getattr(pipeline, part) for part in PARTS}, state, path)
+        refuse_unfit({part: getattr(pipeline, part) for part in PARTS}, renamed(state), path)
         with quiet():
             pipeline.load_lora_weights(path, adapter_name=name)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         said = str(error).strip().splitlines()[0] or type(error).__name__
         raise UserError(f"the adapter cannot be loaded: {said}", str(path), "use a LoRA made for SDXL base") from error
+
+
+def renamed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries under peft's names, from any that `lora_state_dict` of diffusers gives."""
+    return {_renamed(key): value for key, value in state.items()}
+
+
+def _renamed(key: str) -> str:
+    key = re.sub(r"\.to_(q|k|v|out)_lora\.(down|up)\.", r".\1_proj.lora.\2.", key)
+    key = re.sub(r"\.(lora|lora_linear_layer)\.(down|up)\.", r".lora.\2.", key)
+    return key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
 
 
 def refuse_foreign(keys: Mapping[str, Any], path: Path) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from sdxl_trainer import adapters, distributed, files, model, optim, parameters, resume, setup, text
+from sdxl_trainer import distributed, files, model, optim, parameters, resume, setup, text
 from sdxl_trainer import base as bases
 from sdxl_trainer.base import Base
+from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import ledger, plan, prepare
 from sdxl_trainer.data.prepare import Stock
@@ -37,7 +38,7 @@ def run(config: Config) -> None:
         notes.append(f"already done: {begin.steps} steps, in {config.output_dir}")
     elif begin.checkpoint:
         notes.append(f"continues after step {begin.checkpoint.step} ({begin.checkpoint.path})")
-    groups, unet = learning(config, base, stock)
+    groups, unet = learning(config, base, stock, begin.checkpoint)
     for title, rows in (
         ("what will learn", _learns(groups, unet)),
         ("data", _data(config, base, stock, order)),
@@ -50,11 +51,10 @@ def run(config: Config) -> None:
         print(line)
 
 
-def learning(config: Config, base: Base, stock: Stock) -> tuple[list[parameters.Group], int]:
+def learning(config: Config, base: Base, stock: Stock, at: Checkpoint | None) -> tuple[list[parameters.Group], int]:
     """The rules' groups on a model without weights, and the number of its parameters."""
     sdxl = model.skeleton(base, stock.text_learns)
-    if config.adapter:
-        adapters.inject(sdxl, config.adapter, config.seed)
+    setup.inject(sdxl, config, at)
     groups = parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
     return groups, sum(p.numel() for p in sdxl.parameters())
 

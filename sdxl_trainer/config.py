@@ -136,7 +136,9 @@ class Timesteps(Section):
 
 
 class Adapter(Section):
-    kind: Literal["lora", "dora", "loha", "lokr"] = option("lora", "what is put beside the frozen layers")
+    kind: Literal["lora", "dora", "loha", "lokr", "oft", "boft"] = option(
+        "lora", "what is put beside the frozen layers"
+    )
     parts: tuple[Literal["unet", "text_encoder", "text_encoder_2"], ...] = option(
         ("unet",), "models that get adapters", min_length=1
     )
@@ -144,7 +146,7 @@ class Adapter(Section):
         "attention",
         "layers: attention, linear, all (linear and convolutions), or a regular expression over their names",
     )
-    rank: Positive = option(16, "rank of the update")
+    rank: Positive = option(16, "rank of the update (not of oft, boft)")
     alpha: float | None = option(None, "the update is scaled by alpha / rank; default: the rank", gt=0)
     conv_rank: Positive | None = option(None, "rank for convolutions; default: rank")
     conv_alpha: float | None = option(None, "alpha of convolutions; default: the scale of the other layers", gt=0)
@@ -153,6 +155,8 @@ class Adapter(Section):
     dropout: float = option(0.0, "share of the adapter's inputs set to zero (lora, dora)", ge=0, lt=1)
     rslora: bool = option(False, "scale by alpha / sqrt(rank) (lora, dora; Kalajdzievski 2023)")
     init: Literal["kaiming", "gaussian"] = option("kaiming", "how A begins (lora, dora); B begins at zero")
+    block_size: Positive | None = option(None, "width of the rotated blocks (oft: default 32; boft: default 4)")
+    start: PathText | None = option(None, "adapter file, or folder of a run, to begin with")
 
 
 class Learn(Section):

@@ -13,6 +13,11 @@ from sdxl_trainer.config import Config
 from sdxl_trainer.data import options
 from sdxl_trainer.errors import UserError, closest, shortened
 
+
+def _kind(config: Config) -> str | None:
+    return config.adapter.kind if config.adapter else None
+
+
 # (option, when it does nothing, why): an option that differs from its default but has no effect is refused.
 INERT: list[tuple[str, Callable[[Config], bool], str]] = [
     ("timesteps.multiplier", lambda c: c.timesteps.bias == "none", "timesteps.bias is 'none'"),
@@ -33,9 +38,14 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
     ("ema.decay", lambda c: not c.ema.enabled, "ema.enabled is false"),
     *refusals.INERT,
     *(
-        (f"adapter.{name}", lambda c: c.adapter.kind not in {"lora", "dora"}, "it is of kind 'lora' and 'dora'")
+        (f"adapter.{name}", lambda c: _kind(c) not in {"lora", "dora"}, "it is of kind 'lora' and 'dora'")
         for name in ("dropout", "rslora", "init")
     ),
+    *(
+        (f"adapter.{name}", lambda c: _kind(c) in {"oft", "boft"}, "oft and boft rotate blocks of block_size")
+        for name in ("rank", "alpha", "conv_rank", "conv_alpha", "ranks", "alphas")
+    ),
+    ("adapter.block_size", lambda c: _kind(c) not in {"oft", "boft"}, "it is of kind 'oft' and 'boft'"),
     ("hub.id", lambda c: not c.hub.push, "hub.push is false"),
     ("hub.private", lambda c: not c.hub.push, "hub.push is false"),
     ("model.vae_revision", lambda c: c.model.vae is None, "model.vae is not given"),

@@ -21,6 +21,8 @@ KINDS = {
     "dora": "A DoRA",
     "loha": "A LoHa adapter",
     "lokr": "A LoKr adapter",
+    "oft": "An OFT adapter",
+    "boft": "A BOFT adapter",
 }
 STOCK = ("lora", "dora")
 COLUMNS = 4  # pictures side by side

@@ -7,6 +7,7 @@ import torch
 
 from sdxl_trainer import (
     adapters,
+    beginning,
     checkpoint,
     distributed,
     ema,
@@ -93,9 +94,18 @@ def _refuse_early(config: Config, base: Base, stock: Stock, device: torch.device
     optim.refuse(config.optimizer, config.train, device)
     if stock.missing_latents() or stock.missing_texts():
         sdxl = model.skeleton(base, stock.text_learns)
-        if config.adapter:
-            adapters.inject(sdxl, config.adapter, config.seed)
+        inject(sdxl, config, None)
         parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
+
+
+def inject(sdxl: model.SDXL, config: Config, at: Checkpoint | None) -> None:
+    """Put beside the model what learns in its stead, as it is at the checkpoint or at the beginning."""
+    if config.adapter:
+        adapters.inject(sdxl, config.adapter, config.seed)
+    if sdxl.added and at:
+        checkpoint.load_added(at, sdxl)
+    elif config.adapter and config.adapter.start:
+        beginning.load(sdxl, config.adapter.start)
 
 
 def computing(config: Config, notes: list[str]) -> str:
@@ -187,10 +197,7 @@ def _model(
     weights = DTYPES[config.train.weights]
     folder = at.path if at and not config.adapter else None  # where the whole model lies
     sdxl = model.load(config.model, base, folder, weights, config.train.gradient_checkpointing, text_learns)
-    if config.adapter:
-        adapters.inject(sdxl, config.adapter, config.seed)
-        if at:
-            checkpoint.load_added(at, sdxl)
+    inject(sdxl, config, at)
     line = model.use_attention(sdxl, config.model.attention, accelerator.device)
     if line:
         console.say(line)

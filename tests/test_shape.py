@@ -47,6 +47,7 @@ LAYERS = [
     ["adapters"],
     ["adapter_files"],
     ["attach"],
+    ["beginning"],
     ["data.loader", "data.prepare", "data.ledger", "distributed", "sample", "checkpoint"],
     ["validate", "publish"],
     ["run"],
@@ -59,7 +60,7 @@ LAYERS = [
 DOORS = {
     "accelerate": {"distributed", "setup", "run", "validate"},
     "datasets": {"data.sources"},
-    "peft": {"adapters"},
+    "peft": {"adapters", "attach", "beginning"},
     "bitsandbytes": {"optim"},
     "wandb": set(),
     "typer": {"cli"},

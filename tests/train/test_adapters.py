@@ -152,3 +152,95 @@ def test_sample_draws_with_adapters_by_weight(config: Callable[..., Any], base: 
     assert np.abs(pictures[1] - live).max() <= 1
     assert np.abs(pictures[2] - pictures[3]).max() == 0
     assert np.abs(pictures[0] - pictures[3]).max() > 3
+
+
+KINDS = {
+    "loha": {"rank": 2, "alpha": 3.0, "targets": "all"},
+    "lokr": {"rank": 2, "alpha": 1.0, "targets": "all", "parts": ["unet", "text_encoder"]},
+    "oft": {"block_size": 8, "targets": "attention", "parts": ["unet", "text_encoder"]},
+    "boft": {"block_size": 4, "targets": r"unet\..*attn2\.to_q"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
+def test_peft_draws_with_the_other_kinds_what_the_live_model_draws(
+    config: Callable[..., Any], base: Path, kind: str, tmp_path: Path
+) -> None:
+    """They are the base at first, resume bitwise, and are read back by peft alone and by `sdxl sample`."""
+    from diffusers import StableDiffusionXLPipeline
+    from peft import PeftModel
+
+    from sdxl_trainer import sample
+
+    adapter = {"kind": kind, **KINDS[kind]}
+    output = train(config(adapter=adapter, train=TRAIN, validation={**VALIDATION, "at_start": True}))
+    drawn, start = (pixels(output / "samples" / f"step-{step:06}" / "0-0.png") for step in (3, 0))
+    settings = {"negative": None, "steps": 3, "guidance": 4.0, "height": 64, "width": 64}
+    for loras, expected in (([str(output)], drawn), ([], start)):
+        (path,) = sample.from_disk(str(base), ["a red circle"], tmp_path / f"{loras}", 1, 5, settings, loras)
+        assert np.abs(pixels(path) - expected).max() <= 1
+    assert np.abs(drawn - start).max() > 3
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in adapter.get("parts", ["unet"]):
+        wrapped = PeftModel.from_pretrained(getattr(pipeline, part), output / f"{part}_adapter")
+        setattr(pipeline, part, wrapped.base_model.model)
+    by_peft = pipeline(
+        "a red circle", num_inference_steps=3, guidance_scale=4.0, height=64, width=64,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]  # fmt: skip
+    assert np.abs(drawn - np.asarray(by_peft).astype(int)).max() <= 1
+    parted = {"adapter": adapter, "output_dir": str(tmp_path / "parted")}
+    train(config(**parted, train={**TRAIN, "steps": 2}))
+    again = train(config(**parted, train=TRAIN))
+    assert losses(again) == losses(output)
+    for folder in output.glob("*_adapter"):
+        name = f"{folder.name}/adapter_model.safetensors"
+        assert same(output / name, again / name)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"rank": 4, "alpha": 2.0, "parts": ["unet", "text_encoder", "text_encoder_2"]},
+        {"kind": "dora", "rank": 4, "parts": ["text_encoder_2"]},
+        {"kind": "loha", "rank": 2, "alpha": 1.0},
+    ],
+    ids=["lora", "dora", "loha"],
+)
+def test_an_adapter_begins_where_an_older_one_ended(
+    config: Callable[..., Any], tmp_path: Path, adapter: dict[str, Any]
+) -> None:
+    first = train(config(adapter=adapter, train=TRAIN, output_dir=str(tmp_path / "first")))
+    next_one = {**adapter, "start": str(first)}
+    second = train(config(adapter=next_one, train={"steps": 1, "learning_rate": 1e-12}))
+    for path in [*first.glob("*.safetensors"), *first.glob("*_adapter/*.safetensors")]:
+        old, new = load_file(path), load_file(second / path.relative_to(first))
+        assert old.keys() == new.keys()
+        assert all(torch.allclose(new[name], old[name], atol=1e-9) for name in old)
+        assert any(tensor.abs().max() > 1e-3 for name, tensor in new.items() if "lora_B" in name or "w1" in name)
+
+
+def test_kohya_files_are_begun_with_by_their_alpha(config: Callable[..., Any], tmp_path: Path) -> None:
+    """And an alpha other than the config's is refused: the same tensors would be another update."""
+    from safetensors.torch import save_file
+
+    from sdxl_trainer.errors import UserError
+
+    adapter = {"rank": 4, "alpha": 2.0, "targets": r"text_encoder_2\..*q_proj", "parts": ["text_encoder_2"]}
+    first = train(config(adapter=adapter, train=TRAIN, output_dir=str(tmp_path / "first")))
+    mine, kohya = load_file(first / RESULTS[0]), {}
+    for name, tensor in mine.items():
+        layer, _, kind = name.removeprefix("text_encoder_2.").rpartition(".lora_")
+        stem = "lora_te2_" + layer.replace(".", "_")
+        kohya[f"{stem}.lora_{'down' if kind.startswith('A') else 'up'}.weight"] = tensor
+        kohya[f"{stem}.alpha"] = torch.tensor(2.0)
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    start = {**adapter, "start": str(tmp_path / "kohya.safetensors")}
+    output = train(config(adapter=start, train={"steps": 1, "learning_rate": 1e-12}))
+    new = load_file(output / RESULTS[0])
+    assert new.keys() == mine.keys()
+    assert all(torch.allclose(new[name], mine[name], atol=1e-9) for name in mine)
+    with pytest.raises(UserError, match=r"alpha 2; the config has alpha / rank, 4"):
+        train(config(adapter={**start, "alpha": 4.0}, output_dir=str(tmp_path / "other")))
