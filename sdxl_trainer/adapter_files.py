@@ -31,7 +31,7 @@ def save(output: Path, sdxl: SDXL, values: Mapping[str, Tensor], facts: Mapping[
     found = {part: module for part, module in sdxl.parts().items() if hasattr(module, "peft_config")}
     tensors = {part: tensors_of(part, values) for part in found}
     configs = {part: module.peft_config[NAME] for part, module in found.items()}
-    if all(config.peft_type.value == "LORA" for config in configs.values()):
+    if configs and all(config.peft_type.value == "LORA" for config in configs.values()):
         named = {
             f"{part}.{name}": tensor
             for part, own in tensors.items()
@@ -54,7 +54,7 @@ def facts(config: Config, scheduler: Mapping[str, Any]) -> dict[str, str]:
         Path(config.output_dir).resolve().name,
         resolution=(side, side),
         v_prediction=scheduler.get("prediction_type") == "v_prediction",
-        kind="lora",
+        kind="lora" if config.adapter else "textual-inversion",
         implementation="https://github.com/huggingface/diffusers",
     )
     found |= {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
@@ -66,7 +66,9 @@ def facts(config: Config, scheduler: Mapping[str, Any]) -> dict[str, str]:
 
 def tensors_of(part: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A part's tensors under the names of peft's files, without the adapter's own name."""
-    own = {name.removeprefix(f"{part}."): value for name, value in values.items() if name.startswith(f"{part}.")}
+    # Rows of new words have a file of their own.
+    mine = [name for name in values if name.startswith(f"{part}.") and ".token_embedding.new." not in name]
+    own = {name.removeprefix(f"{part}."): values[name] for name in mine}
     magnitude = f".lora_magnitude_vector.{NAME}.weight"
     # transformers looks for the name of the module's parameter, diffusers and peft for their own.
     short = ".lora_magnitude_vector" if part == "unet" else ".lora_magnitude_vector.weight"

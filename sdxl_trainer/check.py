@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from sdxl_trainer import distributed, files, model, optim, parameters, resume, setup, text
 from sdxl_trainer import base as bases
+from sdxl_trainer import distributed, files, model, optim, parameters, resume, setup, text
 from sdxl_trainer.base import Base
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
@@ -54,7 +54,7 @@ def run(config: Config) -> None:
 def learning(config: Config, base: Base, stock: Stock, at: Checkpoint | None) -> tuple[list[parameters.Group], int]:
     """The rules' groups on a model without weights, and the number of its parameters."""
     sdxl = model.skeleton(base, stock.text_learns)
-    setup.inject(sdxl, config, at)
+    setup.inject(sdxl, config, base, at)
     groups = parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
     return groups, sum(p.numel() for p in sdxl.parameters())
 

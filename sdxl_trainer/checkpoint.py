@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sdxl_trainer import adapter_files, files, optim
+from sdxl_trainer import adapter_files, files, optim, tokens
 from sdxl_trainer.ema import Ema
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import folder as pipelines
@@ -106,7 +106,13 @@ def _save_added(folder: Path, sdxl: SDXL, ema: Ema | None) -> None:
     files.save_tensors(folder / "added.safetensors", values)
     if ema is not None:
         files.save_tensors(folder / "added_ema.safetensors", added(sdxl, ema))
-    adapter_files.save(folder, sdxl, added(sdxl, ema), {})
+    save_added(folder, sdxl, added(sdxl, ema), {})
+
+
+def save_added(folder: Path, sdxl: SDXL, values: dict[str, Tensor], facts: dict[str, str], suffix: str = "") -> None:
+    """What was injected, with these values, as other programs load it."""
+    adapter_files.save(folder, sdxl, values, facts, suffix)
+    tokens.save(folder, sdxl, values, facts, suffix)
 
 
 def added(sdxl: SDXL, ema: Ema | None) -> dict[str, Tensor]:

@@ -100,6 +100,7 @@ def sample(
     lora: Annotated[
         list[str] | None, typer.Option(help="adapter FILE or FILE:weight; may be given several times")
     ] = None,
+    embedding: Annotated[list[str] | None, typer.Option(help="file of new words; may be given several times")] = None,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
     negative: Annotated[str | None, typer.Option(help="what not to draw")] = None,
     seed: Annotated[int, typer.Option(help="seed of the first picture of each prompt")] = 0,
@@ -113,7 +114,7 @@ def sample(
     from sdxl_trainer import sample as samples
 
     settings = {"negative": negative, "steps": steps, "guidance": guidance, "height": height, "width": width}
-    for path in samples.from_disk(model, prompt, out, images, seed, settings, lora or ()):
+    for path in samples.from_disk(model, prompt, out, images, seed, settings, lora or (), embedding or ()):
         print(path)
 
 

@@ -159,10 +159,18 @@ class Adapter(Section):
     start: PathText | None = option(None, "adapter file, or folder of a run, to begin with")
 
 
+class Token(Section):
+    name: str = Field(description="new word, as it stands in the captions: for example <x>", pattern=r"^[^\s.]+$")
+    vectors: Positive = option(1, "how many embeddings the word is; each takes a place of the 75 in a prompt")
+    init: Text = option(None, "words (or an earlier new word) whose embeddings it begins with; default: random")
+    start: PathText | None = option(None, "file of embeddings, or folder of a run, to begin with")
+
+
 class Learn(Section):
     match: str = Field(description="regular expression over parameter names; the first rule that matches decides")
     learning_rate: float | None = option(None, "base rate of these tensors; default: train.learning_rate", ge=0)
     weight_decay: float | None = option(None, "default: optimizer.weight_decay", ge=0)
+    until: float = option(1.0, "share of the run after which these tensors stay as they are", gt=0, le=1)
 
 
 class Train(Section):
@@ -281,7 +289,8 @@ class Config(Section):
     objective: Objective = Objective()
     timesteps: Timesteps = Timesteps()
     adapter: Adapter | None = option(None, "train a small adapter and leave the model as it is")
-    learn: tuple[Learn, ...] = option((), "what learns, and how fast; default: the adapter, or the whole UNet")
+    token: tuple[Token, ...] = option((), "new words of the text encoders (textual inversion)")
+    learn: tuple[Learn, ...] = option((), "what learns, how fast; default: adapter and new words, else the UNet")
     train: Train
     optimizer: Optimizer = Optimizer()
     schedule: LearningRate = LearningRate()

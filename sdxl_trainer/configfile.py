@@ -220,7 +220,7 @@ def _fix(error: Any) -> str:
         return f"give at least {error['ctx']['min_length']} [[{name}]]"
     if kind == "model_type":
         return f"it should be a section: [{name}], then its options, one per line"
-    if kind == "tuple_type" and name in {"data", "learn"}:
+    if kind == "tuple_type" and name in {"data", "learn", "token"}:
         return f"it should be a list of sections: write [[{name}]] above each"
     allowed = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"it should be {allowed}"
@@ -230,7 +230,7 @@ def _section(location: tuple[Any, ...]) -> str:
     parents = [part for part in location[:-1] if isinstance(part, str)]
     if not parents:
         return "at the top of the file"
-    return f"under [[{parents[0]}]]" if parents[0] in {"data", "learn"} else f"under [{parents[0]}]"
+    return f"under [[{parents[0]}]]" if parents[0] in {"data", "learn", "token"} else f"under [{parents[0]}]"
 
 
 def _shown(value: Any) -> str:

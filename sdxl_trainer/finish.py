@@ -49,8 +49,8 @@ def save_result(job: Job) -> None:
         return
     facts = adapter_files.facts(job.run.config, job.scheduler)
     if ema is not None:
-        adapter_files.save(job.output, sdxl, checkpoint.added(sdxl, None), facts, "_raw")
-    adapter_files.save(job.output, sdxl, checkpoint.added(sdxl, ema), facts)
+        checkpoint.save_added(job.output, sdxl, checkpoint.added(sdxl, None), facts, "_raw")
+    checkpoint.save_added(job.output, sdxl, checkpoint.added(sdxl, ema), facts)
 
 
 def draw_validation(job: Job) -> None:

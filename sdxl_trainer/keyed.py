@@ -27,6 +27,7 @@ PURPOSES = {
             "pass",
             "validation",
             "rounding",
+            "token",
         ]
     )
 }

@@ -19,6 +19,7 @@ class Group:
     weight_decay: float
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
+    until: float = 1.0
 
     @property
     def size(self) -> int:
@@ -26,14 +27,15 @@ class Group:
 
 
 def rules(config: Config) -> tuple[Learn, ...]:
-    """The config's rules; by default everything of an adapter, else the whole UNet."""
-    return config.learn or (Learn(match=r".*" if config.adapter else r"unet\..*"),)
+    """The config's rules; by default everything of an adapter and new words, else the whole UNet."""
+    return config.learn or (Learn(match=r".*" if config.adapter or config.token else r"unet\..*"),)
 
 
 def text_learns(config: Config, names: Iterable[str]) -> bool:
     """Whether something of the text encoders learns; `names` are those of their parameters."""
-    if config.adapter is not None:
-        return any(part != "unet" for part in config.adapter.parts)
+    if config.adapter is not None or config.token:
+        parts = config.adapter.parts if config.adapter else ()
+        return bool(config.token) or any(part != "unet" for part in parts)
     return named(rules(config), names)
 
 
@@ -70,10 +72,24 @@ def apply_rules(
         if _rate(rule, train) > 0:
             decay = optimizer.weight_decay if rule.weight_decay is None else rule.weight_decay
             members = chosen[index]
-            groups.append(Group(rule.match, _rate(rule, train), decay, tuple(members), tuple(members.values())))
+            groups.append(
+                Group(rule.match, _rate(rule, train), decay, tuple(members), tuple(members.values()), rule.until)
+            )
     if not groups:
         raise UserError("nothing learns: every rule has learning rate 0", "learn", "give a rule a positive rate")
+    if all(group.until < 1 for group in groups):
+        last = max(group.until for group in groups)
+        what = f"nothing learns after {last:g} of the run: every rule ends before"
+        raise UserError(what, "learn.until", "let one rule learn to the end, or set fewer steps")
     return groups
+
+
+def settle(groups: Sequence[Group], progress: float) -> None:
+    """Forget the gradients of tensors that have learned for their share of the run: they stay as they are."""
+    for group in groups:
+        if progress >= group.until:
+            for parameter in group.parameters:
+                parameter.grad = None
 
 
 def _rate(rule: Learn, train: Train) -> float:

@@ -137,7 +137,7 @@ def _front_matter(config: Config, licence: dict[str, Any], samples: list[dict[st
     base = config.model.path if _is_hub_id(config.model.path) else None
     datasets = [data.path for data in config.data if _is_hub_id(data.path)]
     adapter = config.adapter
-    more: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
+    more: dict[str, Any] = {"base_model_relation": "adapter" if adapter or config.token else "finetune"} if base else {}
     if samples:
         more["widget"] = [_widget(row) for row in samples]
     data = ModelCardData(
@@ -146,7 +146,11 @@ def _front_matter(config: Config, licence: dict[str, Any], samples: list[dict[st
         datasets=list(dict.fromkeys(datasets)) or None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=[*TAGS, *((adapter.kind, "template:sd-lora") if adapter else ())],
+        tags=[
+            *TAGS,
+            *((adapter.kind, "template:sd-lora") if adapter else ()),
+            *(("textual_inversion",) if config.token else ()),
+        ],
         **more,
     )
     return f"---\n{data.to_yaml()}\n---\n"
@@ -169,10 +173,14 @@ def _introduction(config: Config, manifest: dict[str, Any]) -> str:
     predicts = (
         f" It predicts `{objective}`, as its scheduler's config says." if objective not in (None, "epsilon") else ""
     )
-    if config.adapter:
-        kind, parts = KINDS[config.adapter.kind], " and ".join(f"`{part}`" for part in config.adapter.parts)
+    if config.adapter or config.token:
+        parts = " and ".join(f"`{part}`" for part in config.adapter.parts) if config.adapter else ""
+        words = ", ".join(_code(word.name) for word in config.token)
+        what = [f"{KINDS[config.adapter.kind]} on {parts}"] if config.adapter else []
+        what += [f"the new words {words}"] if words else []
+        text = " and ".join(what)
         base = _linked(config.model.path)
-        return f"{kind} for {base}, trained on {counted}{sets}. It adapts {parts} and needs that base to draw."
+        return f"{text[0].upper()}{text[1:]} for {base}, trained on {counted}{sets}. It needs that base to draw."
     return f"A Stable Diffusion XL pipeline, {trained} {_linked(config.model.path)} on {counted}{sets}.{vae}{predicts}"
 
 
@@ -193,7 +201,8 @@ def _gallery(samples: list[dict[str, Any]]) -> str:
 
 def _usage(name: str, config: Config, samples: list[dict[str, Any]]) -> str:
     prompt = samples[0]["prompt"] if samples else "a photograph of a lighthouse at dusk"
-    model, then = (config.model.path, _loading(name, config.adapter)) if config.adapter else (name, "")
+    model = config.model.path if config.adapter or config.token else name
+    then = (_loading(name, config.adapter) if config.adapter else "") + (_words(name, config) if config.token else "")
     settings = f"num_inference_steps={config.validation.steps}, guidance_scale={config.validation.guidance}"
     averaged = (
         "\n\n`unet/` holds the averaged weights, `unet_raw/` those of the last step." if config.ema.enabled else ""
@@ -220,6 +229,24 @@ def _loading(name: str, adapter: Adapter) -> str:
     lines += [f"files = snapshot_download({json.dumps(name)})"]
     load = 'pipeline.{0} = PeftModel.from_pretrained(pipeline.{0}, files, subfolder="{0}_adapter")'
     return "\n".join([*lines, *(load.format(part) for part in adapter.parts)])
+
+
+def _words(name: str, config: Config) -> str:
+    """The lines of Python that load new words."""
+    words = [[word.name, word.vectors] for word in config.token]
+    return f"""
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+
+rows, first = load_file(hf_hub_download({json.dumps(name)}, "learned_embeds.safetensors")), 0
+for word, count in {json.dumps(words)}:
+    for key, i in (("clip_l", ""), ("clip_g", "_2")):
+        encoder, tokenizer = getattr(pipeline, "text_encoder" + i), getattr(pipeline, "tokenizer" + i)
+        own = rows[key][first : first + count]
+        pipeline.load_textual_inversion(own, word, text_encoder=encoder, tokenizer=tokenizer)
+    first += count
+# The end of a prompt is found by its id: the config's old value means the largest one, which a new word has.
+pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id"""
 
 
 def _training(config: Config, manifest: dict[str, Any]) -> str:

@@ -93,13 +93,14 @@ def from_disk(
     seed: int,
     settings: dict[str, Any],
     loras: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
 ) -> Iterator[Path]:
     """Draw pictures with a model on disk or on the hub and save them with their settings in samples.jsonl."""
     from diffusers import StableDiffusionXLPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    from sdxl_trainer import attach, distributed
+    from sdxl_trainer import attach, distributed, tokens
     from sdxl_trainer.base import resolve, weights_file
     from sdxl_trainer.config import Model
     from sdxl_trainer.data.encode import DTYPES
@@ -128,9 +129,10 @@ def from_disk(
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         pretrained.refuse_broken(getattr(pipeline, name), base.part(name))
     attach.attach(pipeline, loras)
+    tokens.attach(pipeline, embeddings)
     for name, request in requests(prompts, images, seed, **settings):
         save(draw(pipeline, request), out / name)
-        record(out, [note(request, name, 0, " + ".join([model, *loras]))])
+        record(out, [note(request, name, 0, " + ".join([model, *loras, *embeddings]))])
         yield out / name
 
 

@@ -21,6 +21,7 @@ from sdxl_trainer import (
     resume,
     sample,
     schedule,
+    tokens,
 )
 from sdxl_trainer import base as bases
 from sdxl_trainer.base import Base
@@ -94,14 +95,15 @@ def _refuse_early(config: Config, base: Base, stock: Stock, device: torch.device
     optim.refuse(config.optimizer, config.train, device)
     if stock.missing_latents() or stock.missing_texts():
         sdxl = model.skeleton(base, stock.text_learns)
-        inject(sdxl, config, None)
+        inject(sdxl, config, base, None)
         parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
 
 
-def inject(sdxl: model.SDXL, config: Config, at: Checkpoint | None) -> None:
+def inject(sdxl: model.SDXL, config: Config, base: Base, at: Checkpoint | None) -> None:
     """Put beside the model what learns in its stead, as it is at the checkpoint or at the beginning."""
     if config.adapter:
         adapters.inject(sdxl, config.adapter, config.seed)
+    tokens.inject(sdxl, config.token, base, config.seed)
     if sdxl.added and at:
         checkpoint.load_added(at, sdxl)
     elif config.adapter and config.adapter.start:
@@ -195,9 +197,9 @@ def _model(
     """The model, its optimizer and averages, as they are at the step to begin with."""
     at: Checkpoint | None = begin.checkpoint
     weights = DTYPES[config.train.weights]
-    folder = at.path if at and not config.adapter else None  # where the whole model lies
+    folder = at.path if at and not (config.adapter or config.token) else None  # where the whole model lies
     sdxl = model.load(config.model, base, folder, weights, config.train.gradient_checkpointing, text_learns)
-    inject(sdxl, config, at)
+    inject(sdxl, config, base, at)
     line = model.use_attention(sdxl, config.model.attention, accelerator.device)
     if line:
         console.say(line)

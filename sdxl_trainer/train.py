@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import checkpoint, finish, held_out, optim, setup
+from sdxl_trainer import checkpoint, finish, held_out, optim, parameters, setup
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch
@@ -38,6 +38,7 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
 
     factor = optim.factor(run.config.schedule, state.step, run.steps)
     rate = optim.set_learning_rates(run.optimizer, factor)
+    parameters.settle(run.groups, state.step / run.steps)
     limit = run.config.train.max_grad_norm or float("inf")
     norm = accelerator.clip_grad_norm_([p for group in run.groups for p in group.parameters], limit)
     if _may_step(run, state, total, norm):

@@ -44,7 +44,7 @@ LAYERS = [
         "data.pictures",
     ],
     ["base", "text", "model", "parameters", "optim", "ema", "data.encode"],
-    ["adapters"],
+    ["adapters", "tokens"],
     ["adapter_files"],
     ["attach"],
     ["beginning"],

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdxl_trainer import noise, parameters, text
+from sdxl_trainer import noise, parameters, text, tokens
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import cache, encode, masks, plan
@@ -62,6 +62,7 @@ def take_stock(config: Config, base: Base, text_precision: str) -> Stock:
     _refuse_empty(config, pictures)
     prompts = [*config.validation.prompts, *([config.validation.negative] if config.validation.negative else [])]
     captions = list(dict.fromkeys([EMPTY, *prompts, *(c for p in pictures + held_out * measured for c in p.captions)]))
+    tokens.refuse_unread(config.token, [caption for picture in pictures for caption in picture.captions])
     keys = encode.keys(base, config.cache, text_precision, memo)
     latents, texts = cache.open_store(folder / "latents"), cache.open_store(folder / "texts")
     learns = parameters.text_learns(config, text.parameter_names(base))
@@ -123,7 +124,8 @@ def fill(
         cut = encode.fill_texts(base, config.cache, stock.texts, stock.keys, captions, device, progress)
         _say_cut(cut, say)
     if stock.text_learns:
-        _say_cut(text.cut(text.tokenizers(base), stock.captions), say)
+        expanded = [tokens.expand(config.token, caption) for caption in stock.captions]
+        _say_cut(text.cut(tokens.tokenizers(base, config.token), expanded), say)
     if latents:
         encode.fill_latents(base, config.cache, stock.latents, stock.keys, latents, device, progress)
     wait()
@@ -138,16 +140,17 @@ def _say_cut(captions: Sequence[str], say: Callable[[str], None]) -> None:
 
 def samples(config: Config, base: Base, stock: Stock, timesteps: int) -> Samples:
     """What batches are made of, for a schedule of that many timesteps."""
-    tokens = None
+    ids = None
     if stock.text_learns:
-        ids = text.token_ids(text.tokenizers(base), stock.captions).int()
-        tokens = dict(zip(stock.captions, ids, strict=True))
+        expanded = [tokens.expand(config.token, caption) for caption in stock.captions]
+        rows = text.token_ids(tokens.tokenizers(base, config.token), expanded).int()
+        ids = dict(zip(stock.captions, rows, strict=True))
     made = Samples(
         stock.pictures,
         stock.keys,
         stock.latents,
         stock.texts,
-        tokens,
+        ids,
         {},
         config.seed,
         config.objective.noise_offset,
