@@ -158,7 +158,7 @@ KINDS = {
     "loha": {"rank": 2, "alpha": 3.0, "targets": "all"},
     "lokr": {"rank": 2, "alpha": 1.0, "targets": "all", "parts": ["unet", "text_encoder"]},
     "oft": {"block_size": 8, "targets": "attention", "parts": ["unet", "text_encoder"]},
-    "boft": {"block_size": 4, "targets": r"unet\..*attn2\.to_q"},
+    "boft": {"block_size": 4, "targets": r"unet\..*attn[12]\.to_(v|out\.0)"},
 }
 
 
