@@ -264,6 +264,7 @@ def _refuse_contradictions(config: Config, where: str) -> None:
     options.refuse(config.data, where)
     _refuse_overwriting(config, where)
     _refuse_objective(config, where)
+    refusals.objective(config, where)
     refusals.optimizer(config, where)
 
 

@@ -28,6 +28,11 @@ PURPOSES = {
             "validation",
             "rounding",
             "token",
+            "strata",
+            "pyramid",
+            "offset_strength",
+            "perturbation",
+            "perturbation_strength",
         ]
     )
 }

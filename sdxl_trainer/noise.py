@@ -1,11 +1,16 @@
-"""The random draws of one training sample: each a pure function of (seed, epoch, sample). Made on the CPU in fp32,
-so that every device and every number of processes trains on the same numbers."""
+"""The noise of one training sample: a pure function of (seed, epoch, sample). Made on the CPU in fp32, so that every
+device and every number of processes trains on the same numbers."""
+
+from collections.abc import Callable
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from sdxl_trainer import keyed
-from sdxl_trainer.config import Timesteps
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.config import Objective
+
+Key = tuple[int, int, int]  # seed, epoch, sample
 
 
 def normal(seed: int, purpose: str, epoch: int, sample: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -13,31 +18,62 @@ def normal(seed: int, purpose: str, epoch: int, sample: int, shape: tuple[int, .
     return keyed.generator(seed, purpose, epoch, sample).standard_normal(shape, dtype=np.float32)
 
 
-def draw(seed: int, epoch: int, sample: int, shape: tuple[int, ...], offset: float = 0.0) -> np.ndarray:
-    """The noise of one sample, [C, h, w] fp32, plus `offset` times one number per channel ("offset noise")."""
-    noise = normal(seed, "noise", epoch, sample, shape)
-    if offset:
-        noise += np.float32(offset) * normal(seed, "offset", epoch, sample, (shape[0], 1, 1))
+def draw(key: Key, latents: Callable[[], Tensor], shape: tuple[int, ...], options: Objective) -> Tensor:
+    """The noise that the model is to find, fp32, in a sample whose latents [C, h, w] `latents` makes if asked."""
+    seed, epoch, sample = key
+    noise = torch.from_numpy(normal(seed, "noise", epoch, sample, shape))
+    for name, change in NOISES.items():
+        if getattr(options, name):
+            noise = change(noise, key, latents, options)
     return noise
 
 
-def cumulative(options: Timesteps, count: int) -> np.ndarray:
-    """Cumulative probabilities [T] of the timesteps 0..T-1: uniform, with a favoured part drawn more often."""
-    weights = np.ones(count, dtype=np.float64)
-    if options.bias == "range":
-        if options.end > count:
-            what = f"timesteps.end = {options.end} is past the schedule's {count} timesteps"
-            raise UserError(what, "timesteps.end", f"use at most {count} (the timestep after the last one)")
-        favoured = slice(options.begin, options.end)
-    else:
-        size = max(1, int(options.portion * count))
-        favoured = {"none": slice(0, 0), "earlier": slice(0, size), "later": slice(count - size, None)}[options.bias]
-    weights[favoured] *= options.multiplier
-    total = np.cumsum(weights)
-    return total / total[-1]
+def _pyramid(noise: Tensor, key: Key, latents: Callable[[], Tensor], options: Objective) -> Tensor:
+    """Coarser and coarser noise on top, each level weaker by the discount, all scaled back to unit variance (Whitaker
+    2023, "multi-resolution noise")."""
+    seed, epoch, sample = key
+    generator = keyed.generator(seed, "pyramid", epoch, sample)
+    channels, height, width = noise.shape
+    total, scale = noise.clone(), 1.0
+    for level in range(1, options.pyramid_levels + 1):
+        scale *= generator.uniform(2.0, 4.0)
+        coarse = (max(1, int(height / scale)), max(1, int(width / scale)))
+        numbers = torch.from_numpy(generator.standard_normal((1, channels, *coarse), dtype=np.float32))
+        larger = torch.nn.functional.interpolate(numbers, (height, width), mode="bilinear", align_corners=False)[0]
+        total += options.pyramid_discount**level * larger
+        if 1 in coarse:
+            break
+    return total / total.std(correction=0)
 
 
-def timestep(seed: int, epoch: int, sample: int, probabilities: np.ndarray) -> int:
-    """The timestep of one sample, by inverting the cumulative probabilities [T]."""
-    uniform = keyed.generator(seed, "timestep", epoch, sample).random()
-    return int(np.searchsorted(probabilities, uniform, side="right"))
+def _offset(noise: Tensor, key: Key, latents: Callable[[], Tensor], options: Objective) -> Tensor:
+    """One number per channel on top (Guttenberg 2023). Its strength may be drawn anew each time, from 0 to the given,
+    and may grow with the picture's own mean."""
+    seed, epoch, sample = key
+    strength = options.noise_offset * _share(key, "offset_strength", options.noise_offset_random)
+    strengths = torch.full(noise.shape[:1], strength)
+    if options.noise_offset_adaptive:
+        strengths += options.noise_offset_adaptive * latents().mean(dim=(1, 2)).abs()
+    shift = torch.from_numpy(normal(seed, "offset", epoch, sample, (noise.shape[0],)))
+    return noise + (strengths * shift)[:, None, None]
+
+
+# Option that turns it on -> what it does to the noise, in this order.
+NOISES: dict[str, Callable[[Tensor, Key, Callable[[], Tensor], Objective], Tensor]] = {
+    "pyramid_levels": _pyramid,
+    "noise_offset": _offset,
+}
+
+
+def perturbation(key: Key, shape: tuple[int, ...], options: Objective) -> Tensor | None:
+    """What is added to the noise that the model sees, and not to what it is to find (Ning et al. 2023); fp32."""
+    if not options.input_perturbation:
+        return None
+    seed, epoch, sample = key
+    strength = options.input_perturbation * _share(key, "perturbation_strength", options.input_perturbation_random)
+    return strength * torch.from_numpy(normal(seed, "perturbation", epoch, sample, shape))
+
+
+def _share(key: Key, purpose: str, random: bool) -> float:
+    seed, epoch, sample = key
+    return float(np.float32(keyed.generator(seed, purpose, epoch, sample).random())) if random else 1.0

@@ -45,9 +45,12 @@ SETTINGS = (
     "adapter.alpha",
     "adapter.dropout",
     "objective.prediction",
+    "objective.weighting",
     "objective.snr_gamma",
+    "objective.loss",
     "objective.zero_terminal_snr",
     "objective.noise_offset",
+    "timesteps.density",
     "timesteps.bias",
     "seed",
 )

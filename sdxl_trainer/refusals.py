@@ -1,4 +1,4 @@
-"""What of the optimizer contradicts itself or does nothing, told before anything is loaded."""
+"""What of the objective and the optimizer contradicts itself or does nothing, told before anything is loaded."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,49 @@ def _lacks(option: str) -> Callable[[Config], bool]:
     return lambda config: option not in OPTIMIZERS.get(config.optimizer.name, {option: None})
 
 
+def _another_density(density: str) -> Callable[[Config], bool]:
+    return lambda config: config.timesteps.density != density
+
+
 # Rows of configfile.INERT.
 INERT: list[tuple[str, Callable[[Config], bool], str]] = [
     ("optimizer.betas", _lacks("betas"), "this optimizer has no betas"),
     ("optimizer.eps", _lacks("eps"), "this optimizer has no eps, or its own under other names"),
+    (
+        "objective.snr_gamma",
+        lambda c: c.objective.weighting not in {None, "min_snr", "soft_min_snr"},
+        "objective.weighting is neither 'min_snr' nor 'soft_min_snr'",
+    ),
+    ("objective.p2_gamma", lambda c: c.objective.weighting != "p2", "objective.weighting is not 'p2'"),
+    ("objective.delta", lambda c: c.objective.loss == "l2", "objective.loss is 'l2'"),
+    ("objective.delta_schedule", lambda c: c.objective.loss == "l2", "objective.loss is 'l2'"),
+    ("objective.noise_offset_random", lambda c: not c.objective.noise_offset, "objective.noise_offset is 0"),
+    ("objective.noise_offset_adaptive", lambda c: not c.objective.noise_offset, "objective.noise_offset is 0"),
+    ("objective.pyramid_discount", lambda c: not c.objective.pyramid_levels, "objective.pyramid_levels is 0"),
+    (
+        "objective.input_perturbation_random",
+        lambda c: not c.objective.input_perturbation,
+        "objective.input_perturbation is 0",
+    ),
+    *(
+        (f"timesteps.{name}", _another_density(density), f"timesteps.density is not '{density}'")
+        for density, names in {
+            "logit_normal": ("location", "scale"),
+            "sigmoid": ("slope", "midpoint"),
+            "beta": ("alpha", "beta"),
+        }.items()
+        for name in names
+    ),
+    (
+        "timesteps.importance",
+        lambda c: c.timesteps.density == "uniform" and c.timesteps.bias == "none",
+        "all timesteps are drawn equally often",
+    ),
+    (
+        "timesteps.sampling",
+        lambda c: c.timesteps.sampling == "stratified" and c.train.batch_size == 1,
+        "train.batch_size is 1 ('sobol' spreads over steps)",
+    ),
 ]
 
 # What an optimizer is given by other options of the config.
@@ -26,6 +65,18 @@ ELSEWHERE = {
     "params": "learn",
     "seed": "seed",
 }
+
+
+def objective(config: Config, where: str) -> None:
+    """Refuse contradictions of the objective and the timesteps with themselves."""
+    options = config.objective
+    if options.weighting in {"min_snr", "soft_min_snr"} and options.snr_gamma is None:
+        raise UserError(f"objective.weighting = '{options.weighting}' without snr_gamma", where, "set snr_gamma = 5.0")
+    if options.loss != "l2" and options.delta_schedule != "constant" and options.delta >= 1.0:
+        what = f"objective.delta = {options.delta:g}: the schedule '{options.delta_schedule}' goes from 1 down to it"
+        raise UserError(what, where, 'give less than 1, or delta_schedule = "constant"')
+    if config.timesteps.density == "sigmoid" and config.timesteps.slope == 0.0:
+        raise UserError("timesteps.slope = 0 makes the density uniform", where, "remove timesteps.density")
 
 
 def optimizer(config: Config, where: str) -> None:

@@ -14,6 +14,7 @@ from sdxl_trainer import files
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import pretrained
 from sdxl_trainer.model import latent_scale
+from sdxl_trainer.schedule import is_edm
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,7 +44,7 @@ def scheduler_config(base: dict[str, Any], prediction: str, zero_terminal_snr: b
 
 def live_pipeline(unet: Any, vae: Any, scheduler: dict[str, Any]) -> Any:
     """A pipeline around modules that are in memory; prompts come as embeddings."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     pipeline: Any = StableDiffusionXLPipeline(
         vae,
@@ -52,7 +53,7 @@ def live_pipeline(unet: Any, vae: Any, scheduler: dict[str, Any]) -> Any:
         None,
         None,
         unet,
-        EulerDiscreteScheduler.from_config(scheduler),
+        (EDMEulerScheduler if is_edm(scheduler) else EulerDiscreteScheduler).from_config(scheduler),
         add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -131,6 +131,8 @@ def noise_schedule(config: Config, base: Base) -> tuple[schedule.Schedule, str]:
             f"the base predicts '{prediction}'", "scheduler_config.json", f"set objective.prediction; {allowed}"
         )
     made = schedule.from_scheduler_config(scheduler, config.objective.zero_terminal_snr)
+    if made.levels is not None:
+        _refuse_with_edm(config, prediction)
     if made.zero_terminal_snr and prediction == "epsilon":
         what = "zero terminal SNR with prediction 'epsilon': at its end the input says nothing of the picture"
         raise UserError(what, "objective.prediction", 'set objective.prediction = "v_prediction"')
@@ -138,6 +140,15 @@ def noise_schedule(config: Config, base: Base) -> tuple[schedule.Schedule, str]:
         what = f"timesteps.end = {config.timesteps.end} is after the last of the base's {len(made)} timesteps"
         raise UserError(what, "timesteps.end", f"give at most {len(made)}")
     return made, prediction
+
+
+def _refuse_with_edm(config: Config, prediction: str) -> None:
+    weighting = config.objective.weighting or ("min_snr" if config.objective.snr_gamma else "sample")
+    if weighting not in {"prediction", "sample"}:
+        what = f"the weighting {weighting} with a base of EDM, for whose noise levels it is not defined"
+        raise UserError(what, "objective.weighting", 'choose "sample" or "prediction" (Karras et al. 2022)')
+    if prediction == "sample":
+        raise UserError("prediction 'sample' with a base of EDM", "objective.prediction", "remove it")
 
 
 def _assemble(
@@ -219,7 +230,7 @@ def _model(
             accelerator.scaler.load_state_dict(at.state()["scaler"])
         console.say(f"continuing after step {at.step} ({at.path})")
     scale = model.latent_scale(base.config("vae")).to(accelerator.device)
-    goal = objective.Objective(noise, prediction, config.objective.snr_gamma)
+    goal = objective.Objective(noise, prediction, config.objective)
     # Under autocast the inputs stay fp32 and each layer casts; bf16 weights want bf16 inputs.
     inputs = torch.float32 if precision == "fp32" else weights
     run = Run(config, accelerator, prepared, optimizer, groups, goal, scale, inputs, begin.steps)

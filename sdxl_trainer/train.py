@@ -28,8 +28,9 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
         last = number == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(run.model):
             latents = run.scale.sample(batch.mean, batch.std, batch.posterior_noise)
-            noisy = run.objective.schedule.add_noise(latents, batch.noise, batch.timesteps)
-            prediction = run.model(noisy.to(run.dtype), batch.timesteps, batch.time_ids, **batch.text)
+            noisy = run.objective.schedule.add_noise(latents, batch.seen_noise, batch.timesteps)
+            level = run.objective.schedule.level(batch.timesteps)
+            prediction = run.model(noisy.to(run.dtype), level, batch.time_ids, **batch.text)
             loss = run.objective.loss(prediction, latents, batch.noise, batch.timesteps, batch.mask)  # [B]
             loss = (loss * batch.weight).sum() / images
             # Processes average their gradients; the loss is already divided by the images of all of them.

@@ -25,6 +25,7 @@ LAYERS = [
     [
         "schedule",
         "noise",
+        "timesteps",
         "objective",
         "configfile",
         "refusals",

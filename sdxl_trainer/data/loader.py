@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from sdxl_trainer import keyed, noise
+from sdxl_trainer.config import Objective
 from sdxl_trainer.data import cache, masks, plan
 from sdxl_trainer.data.encode import Keys
 from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.pictures import Picture
+from sdxl_trainer.model import LatentScale
+from sdxl_trainer.timesteps import Clock
 
 # Steps prepared ahead of the one that trains.
 AHEAD = 2
@@ -34,6 +37,12 @@ class Batch:
     time_ids: Tensor  # [B, 6] int64
     weight: Tensor  # [B] fp32: factor on the loss
     mask: Tensor  # [B, 1, h, w] fp32: factor on the squared error of each latent cell
+    perturbation: Tensor | None = None  # [B, 4, h, w] fp32: noise that the model sees and is not to find
+
+    @property
+    def seen_noise(self) -> Tensor:
+        """The noise in the model's input, [B, 4, h, w]."""
+        return self.noise if self.perturbation is None else self.noise + self.perturbation
 
     def to(self, device: torch.device, text: torch.dtype) -> "Batch":
         """The batch on a device, with the text's floating-point tensors in the UNet's type."""
@@ -47,7 +56,9 @@ class Batch:
     def _each(self, change: Any) -> "Batch":
         plain = [f.name for f in fields(self) if f.name not in {"names", "text"}]
         text = {name: change(tensor) for name, tensor in self.text.items()}
-        return replace(self, text=text, **{name: change(getattr(self, name)) for name in plain})
+        tensors = {name: getattr(self, name) for name in plain}
+        changed: dict[str, Any] = {name: None if t is None else change(t) for name, t in tensors.items()}
+        return replace(self, text=text, **changed)
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,9 @@ class Samples:
     tokens: dict[str, Tensor] | None
     dropped: dict[str, Tensor]
     seed: int
-    noise_offset: float
-    timestep_probabilities: np.ndarray  # [T] cumulative
+    objective: Objective
+    clock: Clock
+    scale: LatentScale
     dropout: bool = False  # whether layers of the model drop, by keys that come with the text
 
     def picture(self, sample: int) -> Picture:
@@ -84,17 +96,22 @@ class Samples:
         return {"prompt_embeds": self.texts.get(f"{row}.states"), "pooled": self.texts.get(f"{row}.pooled")}
 
 
-def batch(samples: Samples, epoch: int, chosen: Sequence[tuple[int, bool]]) -> Batch:
-    """The micro-batch of (sample, counts) pairs; a sample that does not count gets weight 0."""
-    rows = [_row(samples, epoch, sample) for sample, _ in chosen]
+def batch(
+    samples: Samples, epoch: int, chosen: Sequence[tuple[int, bool]], drawn: dict[int, int] | None = None
+) -> Batch:
+    """The micro-batch of (sample, counts) pairs; a sample that does not count gets weight 0. `drawn`: the timesteps
+    of the step's samples, where they depend on each other."""
+    drawn = drawn or samples.clock.draw(samples.seed, 0, epoch, [sample for sample, _ in chosen])
+    rows = [_row(samples, epoch, sample, drawn[sample]) for sample, _ in chosen]
     columns = {name: torch.stack([row[name] for row, _ in rows]) for name in rows[0][0]}
     text = {name: torch.stack([words[name] for _, words in rows]) for name in rows[0][1]}
-    counts = [samples.picture(s).data.weight if counted else 0.0 for s, counted in chosen]
+    weights = [samples.picture(s).data.weight * samples.clock.weight(drawn[s]) for s, _ in chosen]
+    counts = [weight if counted else 0.0 for weight, (_, counted) in zip(weights, chosen, strict=True)]
     names = tuple(samples.picture(sample).name for sample, _ in chosen)
     return Batch(names=names, weight=torch.tensor(counts), text=text, **columns)
 
 
-def _row(samples: Samples, epoch: int, sample: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _row(samples: Samples, epoch: int, sample: int, timestep: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A sample's tensors and its text."""
     picture, seed = samples.picture(sample), samples.seed
 
@@ -110,12 +127,17 @@ def _row(samples: Samples, epoch: int, sample: int) -> tuple[dict[str, Tensor], 
         text = samples.text(picture.captions[draw("caption").integers(len(picture.captions))])
     if samples.dropout:
         text = {**text, "keys": torch.tensor(draw("adapter").integers(1 << 63))}
+    mean, std = moments[: shape[0]], moments[shape[0] :]
+    posterior = torch.from_numpy(noise.normal(seed, "posterior", epoch, sample, shape))
+    key = (seed, epoch, sample)
+    perturbation = noise.perturbation(key, shape, samples.objective)
     tensors = {
-        "mean": moments[: shape[0]],
-        "std": moments[shape[0] :],
-        "posterior_noise": torch.from_numpy(noise.normal(seed, "posterior", epoch, sample, shape)),
-        "noise": torch.from_numpy(noise.draw(seed, epoch, sample, shape, samples.noise_offset)),
-        "timesteps": torch.tensor(noise.timestep(seed, epoch, sample, samples.timestep_probabilities)),
+        "mean": mean,
+        "std": std,
+        "posterior_noise": posterior,
+        "noise": noise.draw(key, lambda: samples.scale.sample(mean, std, posterior)[0], shape, samples.objective),
+        **({} if perturbation is None else {"perturbation": perturbation}),
+        "timesteps": torch.tensor(timestep),
         "time_ids": torch.tensor(geometry.time_ids()),
         "mask": samples.mask(picture, geometry, shape[1:]),
     }
@@ -137,7 +159,9 @@ def steps(
 
     def make(step: int) -> tuple[int, int, list[Batch]]:
         epoch, chosen = order.step(step)
-        batches = [batch(samples, epoch, part) for part in plan.share(order, chosen, micro_batch, rank, processes)]
+        drawn = samples.clock.draw(samples.seed, step, epoch, chosen)
+        parts = plan.share(order, chosen, micro_batch, rank, processes)
+        batches = [batch(samples, epoch, part, drawn) for part in parts]
         return epoch, len(chosen), [b.pinned() for b in batches] if pin else batches
 
     if workers == 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdxl_trainer import noise, parameters, text, tokens
+from sdxl_trainer import model, parameters, text, timesteps, tokens
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import cache, encode, masks, plan
@@ -138,7 +138,7 @@ def _say_cut(captions: Sequence[str], say: Callable[[str], None]) -> None:
         say(f"{len(captions)} captions are cut at 77 tokens: {shortened((repr(c[:40]) for c in captions), 3)}")
 
 
-def samples(config: Config, base: Base, stock: Stock, timesteps: int) -> Samples:
+def samples(config: Config, base: Base, stock: Stock, count: int) -> Samples:
     """What batches are made of, for a schedule of that many timesteps."""
     ids = None
     if stock.text_learns:
@@ -153,8 +153,9 @@ def samples(config: Config, base: Base, stock: Stock, timesteps: int) -> Samples
         ids,
         {},
         config.seed,
-        config.objective.noise_offset,
-        noise.cumulative(config.timesteps, timesteps),
+        config.objective,
+        timesteps.clock(config.timesteps, count, config.train.batch_size),
+        model.latent_scale(base.config("vae")),
         dropout=bool(config.adapter and config.adapter.dropout),
     )
     return replace(made, dropped=dropped_caption(config, base, made))

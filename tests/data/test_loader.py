@@ -35,7 +35,8 @@ def equal(one: Batch, two: Batch) -> bool:
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
-    return [getattr(batch, f.name) for f in fields(Batch) if f.name not in {"names", "text"}] + [*batch.text.values()]
+    found = [getattr(batch, f.name) for f in fields(Batch) if f.name not in {"names", "text"}] + [*batch.text.values()]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def test_a_sample_is_the_same_in_any_batch(samples: Callable[..., Samples]) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from sdxl_trainer import base as bases
 from sdxl_trainer.config import Data
+from sdxl_trainer.config import Objective as Options
 from sdxl_trainer.data import images, loader, masks, prepare
 from sdxl_trainer.data.geometry import variants
 from sdxl_trainer.data.prepare import Stock
@@ -93,7 +94,7 @@ def test_the_factor_has_mean_one_and_its_weights_in_proportion(values: list[floa
 def test_the_loss_is_the_mean_over_what_is_white() -> None:
     """Closed form: normalised, the loss of a sample is the mean squared error over the white cells alone."""
     schedule = from_scheduler_config({"beta_schedule": "scaled_linear", "beta_start": 1e-3, "beta_end": 1e-2}, None)
-    objective = Objective(schedule, "epsilon", None)
+    objective = Objective(schedule, "epsilon", Options())
     random = torch.Generator().manual_seed(0)
     prediction, latents, noise = (torch.randn(2, 4, 8, 8, generator=random) for _ in range(3))
     row = torch.zeros(8, 8).half()
