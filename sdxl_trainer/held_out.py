@@ -38,8 +38,9 @@ def _loss(job: Job, batch: Batch) -> torch.Tensor:
     run = job.run
     latents = run.scale.sample(batch.mean, batch.std, batch.posterior_noise)
     noisy = run.objective.schedule.add_noise(latents, batch.noise, batch.timesteps)
+    level = run.objective.schedule.level(batch.timesteps)
     with run.accelerator.autocast():
-        prediction = run.sdxl(noisy.to(run.dtype), batch.timesteps, batch.time_ids, **batch.text)
+        prediction = run.sdxl(noisy.to(run.dtype), level, batch.time_ids, **batch.text)
     return run.objective.loss(prediction, latents, batch.noise, batch.timesteps, batch.mask)
 
 
