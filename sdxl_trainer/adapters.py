@@ -217,17 +217,22 @@ KINDS: dict[str, Callable[[Adapter, list[Site]], Any]] = {
 
 class KeyedDropout(nn.Module):
     """Dropout whose mask for a sample depends on the sample's key and the layer alone (law 1). `keys` is shared by
-    all layers; the model sets it before each pass."""
+    all layers; the model sets it before each pass. So are `lengths`, of layers that read the text of a batch: there a
+    sample's mask is repeated with its text, since without dropout repetition changes nothing."""
 
-    def __init__(self, share: float, layer: int, keys: list[int]) -> None:
+    def __init__(self, share: float, layer: int, keys: list[int], lengths: list[int] | None = None) -> None:
         super().__init__()
-        self.share, self.layer, self.keys = share, layer, keys
+        self.share, self.layer, self.keys, self.lengths = share, layer, keys, lengths
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        mask = torch.stack([self._mask(x[0], key) for key in self.keys])
-        return x * mask / (1.0 - self.share)
+        if self.lengths is None:
+            masks = [self._mask(x[0], key) for key in self.keys]
+        else:
+            own = zip(self.keys, self.lengths, strict=True)
+            masks = [self._mask(x[0, :length], key).repeat(len(x[0]) // length, 1) for key, length in own]
+        return x * torch.stack(masks) / (1.0 - self.share)
 
     def _mask(self, like: Tensor, key: int) -> Tensor:
         seed = (key + self.layer * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
@@ -237,9 +242,11 @@ class KeyedDropout(nn.Module):
 
 def _key_dropout(sdxl: SDXL, share: float) -> None:
     """Replace peft's dropout, whose draws depend on history, by one that does not."""
-    layers = [getattr(module, "lora_dropout", None) for module in sdxl.modules()]
-    for number, layer in enumerate(layer for layer in layers if isinstance(layer, nn.ModuleDict)):
-        layer[NAME] = KeyedDropout(share, number, sdxl.dropout_keys)
+    found = [(name, getattr(module, "lora_dropout", None)) for name, module in sdxl.named_modules()]
+    layers = [(name, layer) for name, layer in found if isinstance(layer, nn.ModuleDict)]
+    for number, (name, layer) in enumerate(layers):
+        lengths = sdxl.dropout_lengths if name.endswith(("attn2.to_k", "attn2.to_v")) else None
+        layer[NAME] = KeyedDropout(share, number, sdxl.dropout_keys, lengths)
 
 
 @contextmanager

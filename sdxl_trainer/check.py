@@ -53,7 +53,7 @@ def run(config: Config) -> None:
 
 def learning(config: Config, base: Base, stock: Stock, at: Checkpoint | None) -> tuple[list[parameters.Group], int]:
     """The rules' groups on a model without weights, and the number of its parameters."""
-    sdxl = model.skeleton(base, stock.text_learns)
+    sdxl = model.skeleton(base, stock.text_learns, config.text)
     setup.inject(sdxl, config, base, at)
     groups = parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
     return groups, sum(p.numel() for p in sdxl.parameters())
@@ -94,13 +94,14 @@ def _learns(groups: list[parameters.Group], unet: int) -> list[tuple[str, str]]:
 
 def _data(config: Config, base: Base, stock: Stock, order: plan.Plan) -> list[tuple[str, str]]:
     captions = list(dict.fromkeys(c for p in stock.pictures for c in p.captions))
-    cut = text.cut(text.tokenizers(base), captions)
+    tokenizers = text.tokenizers(base)
+    cut = text.cuts(tokenizers, stock.prompts, text.tokenize(tokenizers, stock.prompts, config.text))
     variants = sum(len(p.geometries) for p in stock.pictures)
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
     rows = [
         ("pictures", f"{len(stock.pictures)}, with {variants} crops and flips; {len(captions)} distinct captions"),
         ("steps", f"{order.steps_per_epoch} per epoch; {steps} in all, {steps / order.steps_per_epoch:.3g} epochs"),
-        ("captions cut at 77 tokens", f"{len(cut)}: {shortened((repr(c[:30]) for c in cut), 2)}" if cut else "none"),
+        ("captions cut off", f"{len(cut)}: {shortened((repr(c.prompt.text[:30]) for c in cut), 2)}" if cut else "none"),
     ]
     return rows + ledger.rows(config, stock, order)
 
@@ -111,7 +112,7 @@ def _cache(config: Config, stock: Stock) -> list[tuple[str, str]]:
     bytes_ = sum(g.target[0] * g.target[1] / 64 * 16 for _, g in latents)
     return [
         ("latents", f"{wanted - len(latents)} cached, {len(latents)} to encode ({size(bytes_)})"),
-        ("captions", f"{len(stock.captions) - len(texts)} cached, {len(texts)} to encode"),
+        ("captions", f"{len(stock.prompts) - len(texts)} cached, {len(texts)} to encode"),
     ]
 
 

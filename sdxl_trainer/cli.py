@@ -109,12 +109,17 @@ def sample(
     guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance scale")] = 5.0,
     height: Annotated[int | None, typer.Option(min=8, help="pixels; default: the model's own")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="pixels; default: the model's own")] = None,
+    emphasis: Annotated[str, typer.Option(help="read (word:1.2) as off, a1111, a1111_no_norm or comfyui")] = "off",
+    long_prompts: Annotated[str, typer.Option(help="chunks of a1111, comfyui or kohya, or cut")] = "a1111",
+    clip_skip: Annotated[int, typer.Option(min=1, help="layer of the text encoders, from the end")] = 2,
 ) -> None:
     """Pictures from a base or trained model."""
     from sdxl_trainer import sample as samples
 
+    reading = samples.reading(emphasis, long_prompts, clip_skip)
     settings = {"negative": negative, "steps": steps, "guidance": guidance, "height": height, "width": width}
-    for path in samples.from_disk(model, prompt, out, images, seed, settings, lora or (), embedding or ()):
+    added = lora or (), embedding or ()
+    for path in samples.from_disk(model, prompt, out, images, seed, settings, *added, reading):
         print(path)
 
 

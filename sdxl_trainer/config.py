@@ -93,6 +93,27 @@ class Data(Section):
     unmasked_weight: Fraction = option(0.0, "weight of what the mask leaves out")
     max_upscale: float = option(8.0, "pictures that would be enlarged by more are refused", gt=0)
     caption_dropout: Fraction = option(0.0, "how often the caption is left out; drawn anew every time")
+    caption_column_2: Text = option(None, "column with captions for the second text encoder; default: the same ones")
+    caption_per_line: bool = option(False, "each line of a caption file is a caption of its own")
+    caption_weights: tuple[Annotated[float, Field(ge=0)], ...] = option(
+        (), "how often the first, second, ... of a picture's captions is drawn; default: all equally"
+    )
+    caption_prefix: str = option("", "text before each caption")
+    caption_suffix: str = option("", "text after each caption")
+    trigger: Text = option(None, "word put in the place of [trigger], or first where a caption does not hold it")
+    tag_separator: str = option(",", "what separates the tags of a caption", min_length=1)
+    shuffle_tags: bool = option(False, "tags in an order that is drawn")
+    tag_dropout: Fraction = option(0.0, "how often each tag is left out")
+    keep_tags: int = option(0, "first tags that are neither shuffled nor left out", ge=0)
+    keep_separator: Text = option(
+        None, "mark such as ||| after the tags that are kept, and before those kept at the end"
+    )
+    wildcards: bool = option(False, "read {a|b|c} as one of these, and __name__ as a line of the file name.txt")
+    wildcards_dir: PathText | None = option(None, "folder of the wildcard files")
+    caption_variants: Positive | None = option(
+        None, "variants made of each caption by shuffling, leaving out and wildcards; default 8"
+    )
+    emphasis: bool = option(False, "read weights such as (word:1.2) in these captions, as text.emphasis says")
     weight: float = option(1.0, "factor on the loss of these pictures", gt=0)
     repeats: float = option(1.0, "how often each picture is seen per epoch; 0.5: half of them, in turn", gt=0)
     sampling_weight: float | None = option(
@@ -107,6 +128,17 @@ class TextOptions(Section):
     dropped_caption: Literal["pipeline", "empty", "zeros"] = option(
         "pipeline", "what a dropped caption becomes: the embedding of '', zeros, or what the model's own pipeline uses"
     )
+    long_captions: Literal["a1111", "comfyui", "kohya", "cut"] = option(
+        "a1111", "captions of more than 75 tokens: chunks cut and joined as that program does, or cut off"
+    )
+    max_chunks: int = option(3, "chunks of 75 tokens that a caption may have; what is longer is cut off", ge=1, le=12)
+    emphasis: Literal["off", "a1111", "a1111_no_norm", "comfyui"] = option(
+        "off", "how (word:1.2) is read in validation prompts, and in captions of data sets with emphasis = true"
+    )
+    clip_skip: int = option(2, "layer of both encoders that is read, counted from the end: 1 is the last", ge=1)
+    drop_encoder_1: Fraction = option(0.0, "how often the first text encoder's part of a caption is left out")
+    drop_encoder_2: Fraction = option(0.0, "how often the second encoder's part and pooled output are left out")
+    cache: bool = option(True, "false: frozen text encoders stay in memory and encode captions in the step")
 
 
 class Cache(Section):

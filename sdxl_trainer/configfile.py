@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from sdxl_trainer import refusals
 from sdxl_trainer.config import Config
-from sdxl_trainer.data import options
+from sdxl_trainer.data import captions, options
 from sdxl_trainer.errors import UserError, closest, shortened
 
 
@@ -55,6 +55,7 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
     ("validation.loss_every", lambda c: not any(d.held_out for d in c.data), "no data set has held_out pictures"),
     ("validation.loss_timesteps", lambda c: c.validation.loss_every is None, "validation.loss_every is not given"),
     ("validation.negative", lambda c: not c.validation.prompts, "validation.prompts is empty"),
+    ("text.max_chunks", lambda c: c.text.long_captions == "cut", "text.long_captions is 'cut'"),
     ("train.checkpoints_limit", lambda c: c.train.checkpoint_every == 0, "train.checkpoint_every is 0"),
 ]
 
@@ -262,6 +263,8 @@ def _refuse_contradictions(config: Config, where: str) -> None:
         if given is not None and getattr(given, name) != type(given).model_fields[name].default and inert(config):
             raise UserError(f"{key} = {_shown(getattr(given, name))} has no effect: {why}", where, f"remove {key}")
     options.refuse(config.data, where)
+    prompts = [*config.validation.prompts, *([config.validation.negative] if config.validation.negative else [])]
+    captions.refuse(config.data, config.text, prompts, where)
     _refuse_overwriting(config, where)
     _refuse_objective(config, where)
     refusals.objective(config, where)

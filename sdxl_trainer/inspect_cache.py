@@ -50,5 +50,5 @@ def _verify(folder: Path) -> None:
 def _collect(stock: prepare.Stock) -> int:
     latents = {stock.keys.latent(p, g) for p in stock.cached for g in p.geometries}
     latents |= masks.rows(stock.cached).keys()
-    texts = {f"{stock.keys.text_row(c)}.{kind}" for c in stock.captions for kind in ("states", "pooled")}
+    texts = {f"{stock.keys.text_row(p)}.{kind}" for p in stock.prompts for kind in ("states", "pooled")}
     return sum(cache.collect_garbage(s.folder, n) for s, n in ((stock.latents, latents), (stock.texts, texts)))

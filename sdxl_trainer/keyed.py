@@ -33,6 +33,10 @@ PURPOSES = {
             "offset_strength",
             "perturbation",
             "perturbation_strength",
+            "variants",
+            "wording",
+            "drop_encoder_1",
+            "drop_encoder_2",
         ]
     )
 }

@@ -1,5 +1,6 @@
 """What is trained: one module whose parameter names the rules speak of."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from sdxl_trainer import text
 from sdxl_trainer.base import Base, weights_file
-from sdxl_trainer.config import Model
+from sdxl_trainer.config import Model, TextOptions
 from sdxl_trainer.formats import pretrained
+
+TEXT = TextOptions()
 
 
 class SDXL(nn.Module):
@@ -21,12 +24,23 @@ class SDXL(nn.Module):
     text_encoder: Any
     text_encoder_2: Any
 
-    def __init__(self, unet: nn.Module, encoders: tuple[nn.Module, nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        encoders: tuple[nn.Module, nn.Module] | None = None,
+        reading: TextOptions = TEXT,
+        frozen: tuple[nn.Module, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder, self.text_encoder_2 = encoders or (None, None)
         self.added: set[str] = set()  # parameters that were injected: then they alone may learn
-        self.dropout_keys: list[int] = []  # of the samples in the pass, for layers that drop
+        # Of the samples in the pass, for layers that drop: keys, and positions of the text before it is repeated.
+        self.dropout_keys: list[int] = []
+        self.dropout_lengths: list[int] = []
+        self.reading = reading
+        # In a tuple, where PyTorch does not look: they are no part of what is trained, moved and saved.
+        self.frozen = frozen
 
     def forward(
         self,
@@ -35,24 +49,40 @@ class SDXL(nn.Module):
         time_ids: Tensor,
         prompt_embeds: Tensor | None = None,
         pooled: Tensor | None = None,
-        tokens: Tensor | None = None,
-        kept: Tensor | None = None,
         keys: Tensor | None = None,
+        lengths: Tensor | None = None,
+        **chunks: Tensor,
     ) -> Tensor:
         """Prediction [B, 4, h, w] from x_t [B, 4, h, w], timesteps [B], integer time_ids [B, 6], whose sinusoids the
-        UNet computes in fp32, and either embeddings [B, 77, 2048] and pooled [B, 1280], or token ids [B, 2, 77] and
-        `kept` [B], which is 0 where the caption's embeddings are to be zeros. `keys` [B] decide adapters' dropout."""
-        if keys is not None:
-            self.dropout_keys[:] = keys.tolist()
-        if tokens is not None and kept is not None:
-            prompt_embeds, pooled = self.embed(tokens)
-            prompt_embeds, pooled = prompt_embeds * kept[:, None, None], pooled * kept[:, None]
+        UNet computes in fp32, and either embeddings [B, L, 2048] and pooled [B, 1280], or what `embed` takes. `keys`
+        and `lengths` [B] decide adapters' dropout."""
+        if chunks:
+            prompt_embeds, pooled = self.embed(**chunks, keys=keys)
+        if keys is not None and lengths is not None:
+            self.dropout_keys[:], self.dropout_lengths[:] = keys.tolist(), lengths.tolist()
         conditions = {"text_embeds": pooled, "time_ids": time_ids}
         return self.unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings and pooled output of token ids [B, 2, 77] by the encoders that learn."""
-        return text.embed((self.text_encoder, self.text_encoder_2), tokens)
+    def embed(
+        self,
+        tokens: Tensor,
+        chunks: Tensor,
+        kept: Tensor,
+        weights: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, L, 2048] and pooled output [B, 1280] from token ids [C, 2, 77], by the encoders that learn or
+        the frozen ones. `chunks` [B, N] names each sample's, `kept` [B, 2] is 0 where an encoder's output is to be
+        zeros, `weights` [C, 2, 77] are those of the tokens."""
+        if keys is not None:
+            self.dropout_keys[:] = _chunk_keys(keys.tolist(), chunks.tolist(), len(tokens))
+        encoders = self.frozen or (self.text_encoder, self.text_encoder_2)
+        # Frozen encoders compute in their own type, as they do where captions are cached.
+        alone = torch.autocast(tokens.device.type, enabled=False) if self.frozen else nullcontext()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen is None), alone:
+            states, pooled = text.weighted(encoders, tokens, weights, self.reading)
+        rows = [text.join(s[chunks], self.reading.long_captions) * kept[:, i, None, None] for i, s in enumerate(states)]
+        return torch.cat(rows, dim=-1), pooled[chunks[:, 0]] * kept[:, 1, None]
 
     def parts(self) -> dict[str, Any]:
         """The models in here, by the name of their folder in a pipeline."""
@@ -64,12 +94,22 @@ class SDXL(nn.Module):
         return self.unused() | base
 
     def unused(self) -> set[str]:
-        """Parameters that nothing depends on: SDXL reads the first encoder before its last layer."""
+        """Parameters that nothing depends on: SDXL reads the first encoder before its last layers."""
         if self.text_encoder is None:
             return set()
-        last = f"encoder.layers.{self.text_encoder.config.num_hidden_layers - 1}."
+        layers = self.text_encoder.config.num_hidden_layers
+        unread = [f"encoder.layers.{layer}." for layer in range(layers + 1 - self.reading.clip_skip, layers)]
         names = [name for name, _ in self.named_parameters() if name.startswith("text_encoder.")]
-        return {name for name in names if last in name or "final_layer_norm" in name}
+        return {name for name in names if any(part in name for part in [*unread, "final_layer_norm"])}
+
+
+def _chunk_keys(keys: list[int], chunks: list[list[int]], count: int) -> list[int]:
+    """A key for each of `count` chunks: its sample's for the first one, others derived from it."""
+    found = [0] * count
+    for key, row in zip(keys, chunks, strict=True):
+        for number, chunk in enumerate(dict.fromkeys(row)):
+            found[chunk] = (key + number * 0xD1342543DE82EF95) & ((1 << 63) - 1)
+    return found
 
 
 @dataclass(frozen=True)
@@ -100,9 +140,17 @@ def latent_scale(config: dict[str, Any]) -> LatentScale:
 
 
 def load(
-    options: Model, base: Base, folder: Path | None, dtype: torch.dtype, checkpointing: bool, text_learns: bool
+    options: Model,
+    base: Base,
+    folder: Path | None,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    text_learns: bool,
+    reading: TextOptions = TEXT,
+    frozen: text.TextEncoders | None = None,
 ) -> SDXL:
-    """The model in `dtype`: from a checkpoint's folder if given, else the base's or random weights."""
+    """The model in `dtype`: from a checkpoint's folder if given, else the base's or random weights. `frozen` encoders
+    work in the step without learning."""
     unet = _load_unet(options, base, folder, dtype)
     encoders = text.load_encoders(base, folder, dtype) if text_learns else None
     if checkpointing:
@@ -111,7 +159,7 @@ def load(
             # The old name warns in newer versions of transformers.
             new = getattr(encoder, "activation_checkpointing_enable", None)
             (new or encoder.gradient_checkpointing_enable)()
-    return SDXL(unet, encoders)
+    return SDXL(unet, encoders, reading, frozen.encoders if frozen else None)
 
 
 def _load_unet(options: Model, base: Base, folder: Path | None, dtype: torch.dtype) -> Any:
@@ -127,13 +175,13 @@ def _load_unet(options: Model, base: Base, folder: Path | None, dtype: torch.dty
     return unet
 
 
-def skeleton(base: Base, text_learns: bool) -> SDXL:
+def skeleton(base: Base, text_learns: bool, reading: TextOptions = TEXT) -> SDXL:
     """The model without weights: names and shapes."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     with torch.device("meta"), pretrained.explained(base.part("unet")):
         unet = UNet2DConditionModel.from_config(base.config("unet"))
-        return SDXL(unet, text.empty_encoders(base) if text_learns else None)
+        return SDXL(unet, text.empty_encoders(base) if text_learns else None, reading)
 
 
 def compute_in_fp32(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from sdxl_trainer import checkpoint
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import cache
+from sdxl_trainer.data.captions import Choice
 from sdxl_trainer.data.pictures import Picture
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.prepare import Stock
@@ -53,7 +54,7 @@ def starting_point(
 ) -> Begin:
     """Choose the checkpoint, verify it, and refuse to continue another run's."""
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
-    pictures = [_identity(picture) for picture in stock.pictures]
+    pictures = [_identity(p, choice) for p, choice in zip(stock.pictures, stock.choices, strict=True)]
     data_hash = cache.key(pictures, stock.keys.vae, stock.keys.text)
     last = _last_run(output)
     if start.mode == "new" and (last or checkpoint.found(output)):
@@ -79,11 +80,11 @@ def starting_point(
     return Begin(chosen, max(steps, chosen.step + start.at_least_one_step), False, data_hash)
 
 
-def _identity(picture: Picture) -> list[Any]:
+def _identity(picture: Picture, choice: Choice) -> list[Any]:
     """What of a picture decides its steps and is not in the config."""
     record = picture.record
     more = [picture.mask, [g.crop for g in picture.geometries] if record.focus else None, record.repeats]
-    return [picture.content, picture.captions] + (more if more != [None, None, 1] else [])
+    return [picture.content, [prompt.texts for prompt in choice.prompts()]] + (more if more != [None, None, 1] else [])
 
 
 def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:

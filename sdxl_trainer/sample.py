@@ -1,23 +1,31 @@
 """Pictures from a model: during training from the live modules, and from any model on disk."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sdxl_trainer import files
-from sdxl_trainer.errors import UserError
+from sdxl_trainer import chunking, files, text
+from sdxl_trainer.chunking import Prompt
+from sdxl_trainer.config import TextOptions
+from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.formats import pretrained
-from sdxl_trainer.model import latent_scale
+from sdxl_trainer.model import TEXT, latent_scale
 from sdxl_trainer.schedule import is_edm
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+# Embeddings [n * 77, 2048] and pooled output [1280] of a prompt.
+Embedded = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,13 +70,12 @@ def live_pipeline(unet: Any, vae: Any, scheduler: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def draw(
-    pipeline: Any, request: Request, autocast: AbstractContextManager[Any] | None = None, **conditions: Tensor | None
+    pipeline: Any, request: Request, autocast: AbstractContextManager[Any] | None = None, **conditions: Tensor
 ) -> "Image":
-    """One picture; `conditions` are prompt_embeds and the like for a pipeline without text encoders. The VAE decodes
-    in its own type outside of `autocast`: SDXL's original one overflows in fp16."""
-    words = {} if conditions else {"prompt": request.prompt, "negative_prompt": request.negative}
+    """One picture; `conditions` are what `conditions` gives. The VAE decodes in its own type outside of `autocast`:
+    SDXL's original one overflows in fp16."""
     with autocast or nullcontext():
-        latents = _latents(pipeline, request, words | conditions)
+        latents = _latents(pipeline, request, conditions)
     vae = pipeline.vae
     decoded = vae.decode(latent_scale(vae.config).to(vae.device).undo(latents.float()).to(vae.dtype))[0]
     return pipeline.image_processor.postprocess(decoded.float(), output_type="pil")[0]
@@ -86,6 +93,54 @@ def _latents(pipeline: Any, request: Request, conditions: dict[str, Any]) -> Ten
     ).images
 
 
+def conditions(prompt: Embedded, negative: Embedded, zeros: bool) -> dict[str, Tensor]:
+    """What the pipeline takes: both of one length, by repetition, which changes nothing. With `zeros` the negative
+    prompt's are zeros."""
+    length = lcm(len(prompt[0]), len(negative[0]))
+    embeds, other = (states.repeat(length // len(states), 1)[None] for states, _ in (prompt, negative))
+    pooled, other_pooled = prompt[1][None], negative[1][None]
+    return {
+        "prompt_embeds": embeds,
+        "pooled_prompt_embeds": pooled,
+        "negative_prompt_embeds": torch.zeros_like(other) if zeros else other,
+        "negative_pooled_prompt_embeds": torch.zeros_like(other_pooled) if zeros else other_pooled,
+    }
+
+
+def _embedded(pipeline: Any, texts: Sequence[str], reading: TextOptions) -> dict[str, Embedded]:
+    """Texts through a pipeline's text encoders; what is cut off is told."""
+    tokenizers, encoders = ([getattr(pipeline, n) for n in names] for names in (text.TOKENIZERS, text.PARTS))
+    encoding = text.TextEncoders((tokenizers[0], tokenizers[1]), (encoders[0], encoders[1]))
+    # A word of several vectors is as many tokens.
+    whole = [Prompt(pipeline.maybe_convert_prompt(t, tokenizers[0]), emphasis=reading.emphasis != "off") for t in texts]
+    read = text.tokenize(encoding.tokenizers, whole, reading)
+    for cut in text.cuts(encoding.tokenizers, whole, read):
+        print(f"'{cut.prompt.text[:40]}' loses its last {cut.tokens} tokens: {cut.text[:80]}", file=sys.stderr)
+    return dict(zip(texts, text.encode_tokens(encoding, read, reading), strict=True))
+
+
+def reading(emphasis: str, long_prompts: str, clip_skip: int) -> TextOptions:
+    """How prompts given on the command line are read. UserError names what is not known."""
+    for flag, value, known in (
+        ("--emphasis", emphasis, chunking.EMPHASIS),
+        ("--long-prompts", long_prompts, chunking.CUTS),
+    ):
+        if value not in known:
+            raise UserError(f"{flag} {value} is not known", "command line", closest(value, known))
+    chosen = {"emphasis": emphasis, "long_captions": long_prompts, "clip_skip": clip_skip}
+    # kohya's chunks are always as many as may be; for the others all that there can be is no cost.
+    return TextOptions.model_validate(chosen | ({} if long_prompts == "kohya" else {"max_chunks": 12}))
+
+
+def refuse_editing(prompts: Sequence[str], reading: TextOptions) -> None:
+    """Refuse prompts that would change while a picture is drawn: A1111 does that, nothing here does."""
+    for prompt in prompts if reading.emphasis.startswith("a1111") else ():
+        found = chunking.editing(prompt)
+        if found:
+            what = f"'{found}' changes the prompt while the picture is drawn: that is not done here"
+            raise UserError(what, f"prompt '{prompt[:40]}'", "write one prompt for each; a literal bracket is \\[")
+
+
 def from_disk(
     model: str,
     prompts: Sequence[str],
@@ -95,6 +150,7 @@ def from_disk(
     settings: dict[str, Any],
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
+    reading: TextOptions = TEXT,
 ) -> Iterator[Path]:
     """Draw pictures with a model on disk or on the hub and save them with their settings in samples.jsonl."""
     from diffusers import StableDiffusionXLPipeline
@@ -106,6 +162,7 @@ def from_disk(
     from sdxl_trainer.config import Model
     from sdxl_trainer.data.encode import DTYPES
 
+    refuse_editing([*prompts, settings["negative"] or ""], reading)
     base = resolve(Model(path=model), Path.home() / ".cache" / "sdxl-trainer")
     device, dtype = distributed.device_type(), DTYPES[distributed.precision("auto", print)]
     side = base.config("unet").get("sample_size", 128) * 8
@@ -131,8 +188,12 @@ def from_disk(
         pretrained.refuse_broken(getattr(pipeline, name), base.part(name))
     attach.attach(pipeline, loras)
     tokens.attach(pipeline, embeddings)
+    text.refuse_clip_skip(base, reading)
+    embedded = _embedded(pipeline, [*prompts, settings["negative"] or ""], reading)
+    zeros = settings["negative"] is None and base.zeros_for_empty()
     for name, request in requests(prompts, images, seed, **settings):
-        save(draw(pipeline, request), out / name)
+        both = embedded[request.prompt], embedded[request.negative or ""]
+        save(draw(pipeline, request, None, **conditions(*both, zeros)), out / name)
         record(out, [note(request, name, 0, " + ".join([model, *loras, *embeddings]))])
         yield out / name
 

@@ -21,6 +21,7 @@ from sdxl_trainer import (
     resume,
     sample,
     schedule,
+    text,
     tokens,
 )
 from sdxl_trainer import base as bases
@@ -94,7 +95,7 @@ def _refuse_early(config: Config, base: Base, stock: Stock, device: torch.device
     noise_schedule(config, base)
     optim.refuse(config.optimizer, config.train, device)
     if stock.missing_latents() or stock.missing_texts():
-        sdxl = model.skeleton(base, stock.text_learns)
+        sdxl = model.skeleton(base, stock.text_learns, config.text)
         inject(sdxl, config, base, None)
         parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
 
@@ -175,7 +176,7 @@ def _assemble(
         console,
         noise.to(accelerator.device),
         prediction,
-        stock.text_learns,
+        stock,
     )
     return Job(
         run=run,
@@ -203,13 +204,16 @@ def _model(
     console: Console,
     noise: schedule.Schedule,
     prediction: str,
-    text_learns: bool,
+    stock: Stock,
 ) -> tuple[Run, State]:
     """The model, its optimizer and averages, as they are at the step to begin with."""
     at: Checkpoint | None = begin.checkpoint
     weights = DTYPES[config.train.weights]
     folder = at.path if at and not (config.adapter or config.token) else None  # where the whole model lies
-    sdxl = model.load(config.model, base, folder, weights, config.train.gradient_checkpointing, text_learns)
+    in_step = not (stock.text_learns or stock.text_cached)
+    frozen = text.load(base, DTYPES[stock.keys.text_precision], accelerator.device) if in_step else None
+    checkpointing = config.train.gradient_checkpointing
+    sdxl = model.load(config.model, base, folder, weights, checkpointing, stock.text_learns, config.text, frozen)
     inject(sdxl, config, base, at)
     line = model.use_attention(sdxl, config.model.attention, accelerator.device)
     if line:

@@ -1,4 +1,4 @@
-"""Captions to what the UNet attends to: both tokenizers, both encoders, penultimate states, pooled output."""
+"""Prompts to what the UNet attends to: both tokenizers, both encoders, chunks of states, pooled output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdxl_trainer import chunking
 from sdxl_trainer.base import Base, weights_file
+from sdxl_trainer.chunking import Prompt, Token
+from sdxl_trainer.config import TextOptions
+from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import pretrained
 
 PARTS = ("text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ def tokenizers(base: Base) -> tuple[Any, Any]:
     from transformers import CLIPTokenizer
 
     found = []
-    for part in ("tokenizer", "tokenizer_2"):
+    for part in TOKENIZERS:
         with pretrained.explained(base.part(part)):
             found.append(CLIPTokenizer.from_pretrained(base.part(part)))
     return found[0], found[1]
@@ -60,48 +65,157 @@ def load_encoders(base: Base, folder: Path | None, dtype: torch.dtype) -> tuple[
     return encoders[0], encoders[1]
 
 
-def overflows(tokenizer: Any, captions: Sequence[str]) -> list[int]:
-    """How many tokens of each caption do not fit into the encoder's positions."""
-    room = tokenizer.model_max_length
-    ids = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
-    return [max(0, len(sequence) - room) for sequence in ids]
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt's n chunks: `ids` int32 [n, 2, 77] for both encoders; `weights` fp32 [n, 2, 77] if any is not 1;
+    `lost` are the tokens of the first text, else of the second, that were cut off."""
+
+    ids: Tensor
+    weights: Tensor | None
+    lost: tuple[int, ...]
 
 
-def cut(tokenizers: tuple[Any, Any], captions: Sequence[str]) -> list[str]:
-    """The captions that do not fit."""
-    return [c for c, over in zip(captions, overflows(tokenizers[0], captions), strict=True) if over]
+def tokenize(tokenizers: tuple[Any, Any], prompts: Sequence[Prompt], options: TextOptions) -> list[Tokens]:
+    """The chunks of each prompt: 75 tokens between begin and end of text, padded as each tokenizer does it."""
+    if not prompts:
+        return []
+    read = []
+    for prompt in prompts:
+        style = chunking.EMPHASIS[options.emphasis if prompt.emphasis else "off"]
+        read.append([style(text) for text in prompt.texts])
+    chunks: list[list[list[list[Token]]]] = [[] for _ in prompts]
+    for encoder, tokenizer in enumerate(tokenizers):
+        room, comma = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(",</w>")
+        texts = list(dict.fromkeys(part.text for parts in read for part in parts[encoder] if part.text is not None))
+        found = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        ids = dict(zip(texts, found, strict=True))
+        for mine, parts in zip(chunks, read, strict=True):
+            pieces = [None if p.text is None else [(i, p.weight) for i in ids[p.text]] for p in parts[encoder]]
+            mine.append(chunking.CUTS[options.long_captions](pieces, room, comma))
+    return [_padded(tokenizers, both, options) for both in chunks]
 
 
-def token_ids(tokenizers: tuple[Any, Any], captions: Sequence[str]) -> Tensor:
-    """Token ids [B, 2, 77] of captions, for the first and the second encoder, padded or cut."""
-    both = [
-        tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        for tokenizer in tokenizers
-    ]
-    return torch.stack(both, dim=1)
+def _padded(tokenizers: tuple[Any, Any], both: list[list[list[Token]]], options: TextOptions) -> Tokens:
+    """Both encoders' chunks, as many as the longer one has."""
+    rows = chunking.count(max(map(len, both)), options.long_captions, options.max_chunks)
+    kept = 1 if options.long_captions == "cut" else options.max_chunks
+    lost = next((gone for chunks in both if (gone := [i for chunk in chunks[kept:] for i, _ in chunk])), [])
+    ids, weights = [], []
+    for tokenizer, chunks in zip(tokenizers, both, strict=True):
+        length = tokenizer.model_max_length
+        filled = [*chunks[:kept], *[[]] * (rows - len(chunks[:kept]))]
+        ids.append([_row(tokenizer, [i for i, _ in chunk], length) for chunk in filled])
+        weights.append([[1.0, *(w for _, w in chunk), *[1.0] * (length - 1 - len(chunk))] for chunk in filled])
+    factors = torch.tensor(weights)
+    plain = bool((factors == 1).all())
+    stacked = torch.tensor(ids, dtype=torch.int32).transpose(0, 1).contiguous()
+    return Tokens(stacked, None if plain else factors.transpose(0, 1).contiguous(), tuple(lost))
 
 
-def embed(encoders: tuple[Any, Any], tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings [B, 77, 768 + 1280] and pooled output [B, 1280] of token ids [B, 2, 77], in the encoders' dtype.
+def _row(tokenizer: Any, chunk: list[int], length: int) -> list[int]:
+    begun = [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id]
+    return begun + [tokenizer.pad_token_id] * (length - len(begun))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A prompt that is longer than its chunks: how many tokens are cut off, and their text."""
+
+    prompt: Prompt
+    tokens: int
+    text: str
+
+
+def cuts(tokenizers: tuple[Any, Any], prompts: Sequence[Prompt], tokens: Sequence[Tokens]) -> list[Cut]:
+    """What is cut off, of the prompts that do not fit."""
+    pairs = [(prompt, found.lost) for prompt, found in zip(prompts, tokens, strict=True) if found.lost]
+    return [Cut(prompt, len(lost), tokenizers[0].decode(list(lost)).strip()) for prompt, lost in pairs]
+
+
+def longest(options: TextOptions) -> int:
+    """Tokens of a caption that nothing is cut from."""
+    return 75 * (1 if options.long_captions == "cut" else options.max_chunks)
+
+
+def embed(encoders: tuple[Any, Any], ids: Tensor, clip_skip: int = 2) -> tuple[list[Tensor], Tensor]:
+    """States [C, 77, 768], [C, 77, 1280] and pooled output [C, 1280] of chunks [C, 2, 77], in the encoders' dtype.
 
     SDXL reads the states before the last layer of both encoders, without final norm, and the projected
-    end-of-text state of the second (Podell et al. 2023, section 2.1).
+    end-of-text state of the second (Podell et al. 2023, section 2.1). `clip_skip` counts layers from the end, as the
+    user interfaces do: 2 is the one before the last. It has nothing to do with the pooled output.
     """
-    outputs = [encoder(tokens[:, i], output_hidden_states=True) for i, encoder in enumerate(encoders)]
-    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1][0]
+    outputs = [encoder(ids[:, i], output_hidden_states=True) for i, encoder in enumerate(encoders)]
+    return [output.hidden_states[-clip_skip] for output in outputs], outputs[1][0]
+
+
+def weigh(states: Tensor, weights: Tensor, emphasis: str, empty: Tensor) -> Tensor:
+    """States [C, 77, D] under their tokens' weights [C, 77]; `empty` [1, 77, D] are those of the empty chunk.
+
+    A1111 multiplies, and then brings each chunk's mean back to what it was; ComfyUI moves between the empty chunk's
+    states and these.
+    """
+    wide, factors, zero = states.float(), weights[..., None], empty.float()
+    if emphasis == "comfyui":
+        return torch.where(factors == 1, wide, (wide - zero) * factors + zero).to(states.dtype)
+    changed = wide * factors
+    if emphasis == "a1111":
+        means = [tensor.mean(dim=(1, 2), keepdim=True) for tensor in (wide, changed)]
+        changed = torch.where((factors == 1).all(dim=1, keepdim=True), wide, changed * (means[0] / means[1]))
+    return changed.to(states.dtype)
+
+
+def join(states: Tensor, kind: str) -> Tensor:
+    """Chunks [..., n, 77, D] as one sequence [..., n * 77, D]; kohya's keeps one begin and one end: n * 75 + 2."""
+    if kind != "kohya":
+        return states.flatten(-3, -2)
+    first, last = states[..., 0, :1, :], states[..., -1, -1:, :]
+    return torch.cat([first, states[..., :, 1:-1, :].flatten(-3, -2), last], dim=-2)
+
+
+def weighted(
+    encoders: tuple[Any, Any], ids: Tensor, weights: Tensor | None, options: TextOptions
+) -> tuple[list[Tensor], Tensor]:
+    """`embed` under weights [C, 2, 77], if there are any: then the first chunk is the empty one."""
+    states, pooled = embed(encoders, ids, options.clip_skip)
+    if weights is None:
+        return states, pooled
+    return [weigh(s, weights[:, i], options.emphasis, s[:1]) for i, s in enumerate(states)], pooled
 
 
 @torch.no_grad()
-def encode(text: TextEncoders, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Embeddings and pooled output of captions."""
+def encode(text: TextEncoders, prompts: Sequence[Prompt], options: TextOptions) -> list[tuple[Tensor, Tensor]]:
+    """Embeddings [n * 77, 768 + 1280] and pooled output [1280] of each prompt: those of its first chunk."""
+    return encode_tokens(text, tokenize(text.tokenizers, prompts, options), options)
+
+
+@torch.no_grad()
+def encode_tokens(text: TextEncoders, tokens: Sequence[Tokens], options: TextOptions) -> list[tuple[Tensor, Tensor]]:
     device = next(text.encoders[0].parameters()).device
-    return embed(text.encoders, token_ids(text.tokenizers, captions).to(device))
+    empty = tokenize(text.tokenizers, [Prompt("")], options)[0].ids[:1]
+    heavy = any(found.weights is not None for found in tokens)
+    ids = torch.cat([empty, *(found.ids for found in tokens)] if heavy else [found.ids for found in tokens])
+    weights = torch.cat([torch.ones(empty.shape), *(factors(found) for found in tokens)]) if heavy else None
+    placed = None if weights is None else weights.to(device)
+    states, pooled = weighted(text.encoders, ids.to(device).long(), placed, options)
+    results, start = [], int(heavy)
+    for found in tokens:
+        chunks = slice(start, start + len(found.ids))
+        results.append((torch.cat([join(s[chunks], options.long_captions) for s in states], dim=-1), pooled[start]))
+        start += len(found.ids)
+    return results
+
+
+def factors(tokens: Tokens) -> Tensor:
+    """Weights of a prompt's tokens, ones if it has none."""
+    return torch.ones(tokens.ids.shape) if tokens.weights is None else tokens.weights
+
+
+def refuse_clip_skip(base: Base, options: TextOptions) -> None:
+    """Refuse a layer that the encoders do not have."""
+    layers = min(base.config(part)["num_hidden_layers"] for part in PARTS)
+    if options.clip_skip > layers:
+        what = f"text.clip_skip = {options.clip_skip}, and a text encoder has {layers} layers"
+        raise UserError(what, "text.clip_skip", f"give 1 to {layers}; SDXL was trained with 2")
 
 
 def parameter_names(base: Base) -> list[str]:

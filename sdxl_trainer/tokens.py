@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sdxl_trainer import keyed, text
 from sdxl_trainer.base import Base
+from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Token
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.formats import folder as pipelines
@@ -58,6 +59,12 @@ def expand(words: Sequence[Token], caption: str) -> str:
     for word in sorted(words, key=lambda w: -len(w.name)):
         caption = caption.replace(word.name, " ".join(pieces(word.name, word.vectors)))
     return caption
+
+
+def expanded(words: Sequence[Token], prompt: Prompt) -> Prompt:
+    """A prompt with every new word written as its tokens."""
+    second = None if prompt.second is None else expand(words, prompt.second)
+    return Prompt(expand(words, prompt.text), second, prompt.emphasis)
 
 
 def tokenizers(base: Base, words: Sequence[Token]) -> tuple[Any, Any]:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sdxl_trainer import sample
 from sdxl_trainer.base import Base, weights_file
+from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Config
 from sdxl_trainer.data.loader import Samples
-from sdxl_trainer.data.prepare import EMPTY
+from sdxl_trainer.data.prepare import EMPTY, written
 from sdxl_trainer.formats import pretrained
 from sdxl_trainer.model import SDXL
 
@@ -87,22 +88,21 @@ class Validator:
         }
 
     def _conditions(self, request: sample.Request, sdxl: SDXL) -> dict[str, Tensor]:
-        embeds, pooled = self._embed(request.prompt, sdxl)
-        negative, negative_pooled = self._embed(request.negative or EMPTY, sdxl)
-        if request.negative is None and self.base.zeros_for_empty():
-            negative, negative_pooled = torch.zeros_like(negative), torch.zeros_like(negative_pooled)
-        conditions = {
-            "prompt_embeds": embeds,
-            "pooled_prompt_embeds": pooled,
-            "negative_prompt_embeds": negative,
-            "negative_pooled_prompt_embeds": negative_pooled,
-        }
+        reading = self.config.text
+        negative = EMPTY if not request.negative else written(reading, request.negative)
+        zeros = request.negative is None and self.base.zeros_for_empty()
+        both = self._embed(written(reading, request.prompt), sdxl), self._embed(negative, sdxl)
+        conditions = sample.conditions(*both, zeros=zeros)
         return {name: tensor.to(self.dtype) for name, tensor in conditions.items()}
 
-    def _embed(self, caption: str, sdxl: SDXL) -> tuple[Tensor, Tensor]:
-        """Embeddings [1, 77, 2048] and pooled [1, 1280]: cached, or by the text encoders as they are now."""
-        text = {name: value[None].to(self.accelerator.device) for name, value in self.samples.text(caption).items()}
-        return sdxl.embed(text["tokens"]) if "tokens" in text else (text["prompt_embeds"], text["pooled"])
+    def _embed(self, prompt: Prompt, sdxl: SDXL) -> sample.Embedded:
+        """Embeddings and pooled output: cached, or by the text encoders as they are now."""
+        words = self.samples.words
+        text = {name: t.to(self.accelerator.device) for name, t in words.together([words.of(prompt)]).items()}
+        if "tokens" in text:
+            embeds, pooled = sdxl.embed(**text)
+            return embeds[0], pooled[0]
+        return text["prompt_embeds"][0], text["pooled"][0]
 
     def _track(self, folder: Path, rows: list[dict[str, Any]], step: int) -> None:
         """Hand the pictures to the trackers that show pictures, under their prompts."""

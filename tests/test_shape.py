@@ -21,7 +21,7 @@ SOURCES = sorted(
 
 # Lower layers first: a module imports only from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "files", "keyed", "config"],
+    ["errors", "files", "keyed", "config", "chunking"],
     [
         "schedule",
         "noise",
@@ -43,13 +43,14 @@ LAYERS = [
         "data.cache",
         "data.masks",
         "data.pictures",
+        "data.captions",
     ],
     ["base", "text", "model", "parameters", "optim", "ema", "data.encode"],
     ["adapters", "tokens"],
     ["adapter_files"],
     ["attach"],
     ["beginning"],
-    ["data.loader", "data.prepare", "data.ledger", "distributed", "sample", "checkpoint"],
+    ["data.words", "data.loader", "data.prepare", "data.ledger", "distributed", "sample", "checkpoint"],
     ["validate", "publish"],
     ["run"],
     ["manifest", "resume"],

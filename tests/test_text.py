@@ -9,8 +9,10 @@ import torch
 
 from sdxl_trainer import base as bases
 from sdxl_trainer import text
-from sdxl_trainer.config import Model
+from sdxl_trainer.chunking import Prompt
+from sdxl_trainer.config import Model, TextOptions
 
+CUT = TextOptions(long_captions="cut")
 PROMPTS = ["a red circle", "", "a blue square on a green circle " * 30, "A  RED circle!"]
 
 
@@ -25,10 +27,9 @@ def test_embeddings_are_those_of_the_pipeline(base: Path, encoders: text.TextEnc
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(base)
     expected, _, expected_pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
-    states, pooled = text.encode(encoders, PROMPTS)
-    assert torch.equal(states, expected)
-    assert torch.equal(pooled, expected_pooled)
-    assert states.shape == (4, 77, 64)
+    states, pooled = zip(*text.encode(encoders, [Prompt(p) for p in PROMPTS], CUT), strict=True)
+    assert torch.equal(torch.stack(states), expected)
+    assert torch.equal(torch.stack(pooled), expected_pooled)
 
 
 def test_each_tokenizer_pads_with_its_own_token(encoders: text.TextEncoders) -> None:
@@ -40,10 +41,13 @@ def test_each_tokenizer_pads_with_its_own_token(encoders: text.TextEncoders) -> 
 
 
 def test_overflows_count_the_tokens_that_are_cut(encoders: text.TextEncoders) -> None:
-    over = text.overflows(encoders.tokenizers[0], PROMPTS)
-    ids = encoders.tokenizers[0](PROMPTS[2], truncation=False, verbose=False)["input_ids"]
-    assert over == [0, 0, len(ids) - 77, 0]
-    assert over[2] > 0
+    prompts = [Prompt(p) for p in PROMPTS]
+    ids = encoders.tokenizers[0](PROMPTS[2], truncation=False, verbose=False, add_special_tokens=False)["input_ids"]
+    for options, kept in ((CUT, 75), (TextOptions(max_chunks=2, long_captions="kohya"), 150)):
+        (cut,) = text.cuts(encoders.tokenizers, prompts, text.tokenize(encoders.tokenizers, prompts, options))
+        assert cut.prompt == prompts[2]
+        assert cut.tokens == len(ids) - kept > 0
+        assert cut.text == encoders.tokenizers[0].decode(ids[kept:]).strip()
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,6 @@ def test_dropped_captions(
     embeds, pooled = prepare.samples(made, found, stock, 1000).dropped.values()
     assert bool((embeds == 0).all() and (pooled == 0).all()) == zeros
     if not zeros:
-        encoded = text.encode(text.load(found, torch.float32, torch.device("cpu")), [""])
-        torch.testing.assert_close(embeds, encoded[0][0], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(pooled, encoded[1][0], rtol=1e-5, atol=1e-6)
+        ((states, whole),) = text.encode(text.load(found, torch.float32, torch.device("cpu")), [Prompt("")], CUT)
+        torch.testing.assert_close(embeds, states, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(pooled, whole, rtol=1e-5, atol=1e-6)

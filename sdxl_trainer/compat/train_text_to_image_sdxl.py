@@ -7,6 +7,7 @@ import secrets
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -48,6 +49,10 @@ class Job:
     token: str | None = None
 
 
+# Long captions are cut as by the script, and by the pipeline that its users draw with; the cut ones are counted.
+_BEGIN: dict[str, Any] = {"data": [{}], "text": {"long_captions": "cut"}, "optimizer": {"betas": [None, None]}}
+
+
 @dataclass(frozen=True)
 class _Command:
     """A command line while it is being translated: `tree` grows into the config, `notes` are lines to be said."""
@@ -56,7 +61,7 @@ class _Command:
     given: frozenset[str]
     environment: Mapping[str, str]
     draw_seed: Callable[[], int]
-    tree: dict[str, Any] = field(default_factory=lambda: {"data": [{}], "optimizer": {"betas": [None, None]}})
+    tree: dict[str, Any] = field(default_factory=lambda: deepcopy(_BEGIN))
     notes: list[str] = field(default_factory=list)
 
     @property

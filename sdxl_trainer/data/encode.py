@@ -3,22 +3,26 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sdxl_trainer.base import Base, weights_file
-from sdxl_trainer.config import Cache
+from sdxl_trainer.chunking import Prompt
+from sdxl_trainer.config import Cache, TextOptions
 from sdxl_trainer.data import cache, images
 from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.pictures import Memo, Picture, raise_all
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import pretrained
 
+if TYPE_CHECKING:
+    from sdxl_trainer.text import Cut
+
 # Part of every embedding's key: raise it when captions would be encoded otherwise.
-TEXT_VERSION = 1
+TEXT_VERSION = 2
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,6 +38,7 @@ class Keys:
     vae_precision: str
     text: str
     text_precision: str
+    reading: TextOptions
 
     def latent(self, picture: Picture, geometry: Geometry) -> str:
         return cache.key(
@@ -46,9 +51,13 @@ class Keys:
             self.vae_precision,
         )
 
-    def text_row(self, caption: str) -> str:
-        """The caption and the tokenizers' files stand for the token ids, so that a warm start needs no tokenizer."""
-        return cache.key("text", TEXT_VERSION, caption, self.text, self.text_precision)
+    def text_row(self, prompt: Prompt) -> str:
+        """The text and the tokenizers' files stand for the token ids, so that a warm start needs no tokenizer."""
+        options = self.reading
+        chunks = 1 if options.long_captions == "cut" else options.max_chunks
+        emphasis = options.emphasis if prompt.emphasis else "off"
+        reading = [options.long_captions, chunks, options.clip_skip, emphasis]
+        return cache.key("text", TEXT_VERSION, prompt.text, prompt.second, reading, self.text, self.text_precision)
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,9 @@ class Decoded:
     pixels: np.ndarray
 
 
-def keys(base: Base, options: Cache, text_precision: str, memo: Memo) -> Keys:
+def keys(base: Base, options: Cache, reading: TextOptions, text_precision: str, memo: Memo) -> Keys:
     text = [base.hash(p, memo) for p in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")]
-    made = Keys(base.hash("vae", memo), options.vae_precision, cache.key(*text), text_precision)
+    made = Keys(base.hash("vae", memo), options.vae_precision, cache.key(*text), text_precision, reading)
     memo.save()
     return made
 
@@ -108,8 +117,8 @@ def fill_latents(
     raise_all(problems)
 
 
-def missing_texts(store: cache.Store, keys: Keys, captions: Sequence[str]) -> list[str]:
-    return [c for c in dict.fromkeys(captions) if f"{keys.text_row(c)}.states" not in store]
+def missing_texts(store: cache.Store, keys: Keys, prompts: Sequence[Prompt]) -> list[Prompt]:
+    return [p for p in dict.fromkeys(prompts) if f"{keys.text_row(p)}.states" not in store]
 
 
 def fill_texts(
@@ -117,25 +126,27 @@ def fill_texts(
     options: Cache,
     store: cache.Store,
     keys: Keys,
-    captions: Sequence[str],
+    prompts: Sequence[Prompt],
     device: torch.device,
     progress: Progress,
-) -> list[str]:
-    """Encode captions into the store, in the text encoders' type; gives those that are cut at 77 tokens."""
+) -> list["Cut"]:
+    """Encode prompts into the store, in the text encoders' type; gives those that are too long."""
     from sdxl_trainer import text
 
     encoders = text.load(base, DTYPES[keys.text_precision], device)
-    writer = cache.Writer(store)
-    for start in range(0, len(captions), options.text_batch_size):
-        batch = captions[start : start + options.text_batch_size]
-        states, pooled = (tensor.cpu() for tensor in text.encode(encoders, batch))
-        for index, caption in enumerate(batch):
-            cache.finite([(f"the caption '{caption[:40]}'", states[index]), ("its pooled output", pooled[index])])
-            writer.add(f"{keys.text_row(caption)}.states", states[index])
-            writer.add(f"{keys.text_row(caption)}.pooled", pooled[index])
-        progress(start + len(batch), len(captions), "captions")
+    writer, cut = cache.Writer(store), list["Cut"]()
+    for start in range(0, len(prompts), options.text_batch_size):
+        batch = prompts[start : start + options.text_batch_size]
+        tokens = text.tokenize(encoders.tokenizers, batch, keys.reading)
+        cut += text.cuts(encoders.tokenizers, batch, tokens)
+        for prompt, encoded in zip(batch, text.encode_tokens(encoders, tokens, keys.reading), strict=True):
+            states, pooled = (tensor.cpu() for tensor in encoded)
+            cache.finite([(f"the caption '{prompt.text[:40]}'", states), ("its pooled output", pooled)])
+            writer.add(f"{keys.text_row(prompt)}.states", states)
+            writer.add(f"{keys.text_row(prompt)}.pooled", pooled)
+        progress(start + len(batch), len(prompts), "captions")
     writer.flush()
-    return text.cut(encoders.tokenizers, captions)
+    return cut
 
 
 class _Decoder(torch.utils.data.Dataset[Any]):

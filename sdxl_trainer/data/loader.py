@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from sdxl_trainer import keyed, noise
+from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Objective
 from sdxl_trainer.data import cache, masks, plan
+from sdxl_trainer.data.captions import Choice
 from sdxl_trainer.data.encode import Keys
 from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.pictures import Picture
+from sdxl_trainer.data.words import Text, Words
 from sdxl_trainer.model import LatentScale
 from sdxl_trainer.timesteps import Clock
 
@@ -32,8 +35,7 @@ class Batch:
     posterior_noise: Tensor  # [B, 4, h, w] fp32
     noise: Tensor  # [B, 4, h, w] fp32
     timesteps: Tensor  # [B] int64
-    # prompt_embeds [B, 77, 2048] and pooled [B, 1280]; or tokens [B, 2, 77] and kept [B]; keys [B] int64 of dropout
-    text: dict[str, Tensor]
+    text: Text  # of the whole batch, see `Words.together`; keys and lengths [B] for layers that drop
     time_ids: Tensor  # [B, 6] int64
     weight: Tensor  # [B] fp32: factor on the loss
     mask: Tensor  # [B, 1, h, w] fp32: factor on the squared error of each latent cell
@@ -47,8 +49,8 @@ class Batch:
     def to(self, device: torch.device, text: torch.dtype) -> "Batch":
         """The batch on a device, with the text's floating-point tensors in the UNet's type."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
-        cast = {name: t.to(text) if t.is_floating_point() else t for name, t in moved.text.items()}
-        return replace(moved, text=cast)
+        cast = {"prompt_embeds", "pooled", "kept"}
+        return replace(moved, text={name: t.to(text) if name in cast else t for name, t in moved.text.items()})
 
     def pinned(self) -> "Batch":
         return self._each(Tensor.pin_memory)
@@ -63,15 +65,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Samples:
-    """Everything that batches are made of. `dropped` is the text of a caption that is left out; `tokens` are the ids
-    of all captions, if the text encoders learn."""
+    """Everything that batches are made of. `dropped` is the text of a caption that is left out."""
 
     pictures: Sequence[Picture]
+    choices: Sequence[Choice]  # of the pictures' captions
     keys: Keys
     latents: cache.Store
-    texts: cache.Store
-    tokens: dict[str, Tensor] | None
-    dropped: dict[str, Tensor]
+    words: Words
+    dropped: Text
     seed: int
     objective: Objective
     clock: Clock
@@ -82,18 +83,15 @@ class Samples:
         """The picture of a sample of the plan."""
         return self.pictures[sample % len(self.pictures)]
 
+    def choice(self, sample: int) -> Choice:
+        """What the sample's text is drawn from."""
+        return self.choices[sample % len(self.pictures)]
+
     def mask(self, picture: Picture, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
         """Factor on the loss of each latent cell, [1, h, w]."""
         if picture.mask is None:
             return torch.ones(1, *shape)
         return masks.factor(picture.data, self.latents.get(masks.key(picture, geometry)))
-
-    def text(self, caption: str) -> dict[str, Tensor]:
-        """What the model takes for a caption: cached embeddings, or token ids for encoders that learn."""
-        if self.tokens is not None:
-            return {"tokens": self.tokens[caption].long(), "kept": torch.ones(())}
-        row = self.keys.text_row(caption)
-        return {"prompt_embeds": self.texts.get(f"{row}.states"), "pooled": self.texts.get(f"{row}.pooled")}
 
 
 def batch(
@@ -104,14 +102,17 @@ def batch(
     drawn = drawn or samples.clock.draw(samples.seed, 0, epoch, [sample for sample, _ in chosen])
     rows = [_row(samples, epoch, sample, drawn[sample]) for sample, _ in chosen]
     columns = {name: torch.stack([row[name] for row, _ in rows]) for name in rows[0][0]}
-    text = {name: torch.stack([words[name] for _, words in rows]) for name in rows[0][1]}
+    text = samples.words.together([words for _, words in rows])
+    if samples.dropout:
+        draws = [keyed.generator(samples.seed, "adapter", epoch, sample).integers(1 << 63) for sample, _ in chosen]
+        text |= {"keys": torch.tensor(draws), "lengths": torch.tensor([samples.words.length(t) for _, t in rows])}
     weights = [samples.picture(s).data.weight * samples.clock.weight(drawn[s]) for s, _ in chosen]
     counts = [weight if counted else 0.0 for weight, (_, counted) in zip(weights, chosen, strict=True)]
     names = tuple(samples.picture(sample).name for sample, _ in chosen)
     return Batch(names=names, weight=torch.tensor(counts), text=text, **columns)
 
 
-def _row(samples: Samples, epoch: int, sample: int, timestep: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _row(samples: Samples, epoch: int, sample: int, timestep: int) -> tuple[dict[str, Tensor], Text]:
     """A sample's tensors and its text."""
     picture, seed = samples.picture(sample), samples.seed
 
@@ -121,12 +122,6 @@ def _row(samples: Samples, epoch: int, sample: int, timestep: int) -> tuple[dict
     geometry = picture.geometries[draw("variant").integers(len(picture.geometries))]
     moments = samples.latents.get(samples.keys.latent(picture, geometry))
     shape = (moments.shape[0] // 2, *moments.shape[1:])
-    if draw("dropout").random() < picture.data.caption_dropout:
-        text = samples.dropped
-    else:
-        text = samples.text(picture.captions[draw("caption").integers(len(picture.captions))])
-    if samples.dropout:
-        text = {**text, "keys": torch.tensor(draw("adapter").integers(1 << 63))}
     mean, std = moments[: shape[0]], moments[shape[0] :]
     posterior = torch.from_numpy(noise.normal(seed, "posterior", epoch, sample, shape))
     key = (seed, epoch, sample)
@@ -141,7 +136,25 @@ def _row(samples: Samples, epoch: int, sample: int, timestep: int) -> tuple[dict
         "time_ids": torch.tensor(geometry.time_ids()),
         "mask": samples.mask(picture, geometry, shape[1:]),
     }
-    return tensors, text
+    return tensors, _text(samples, epoch, sample)
+
+
+def caption(samples: Samples, epoch: int, sample: int) -> Prompt | None:
+    """What a sample's text says in an epoch; None where it is left out, or where all of its tags are."""
+    draws = (keyed.generator(samples.seed, purpose, epoch, sample).random() for purpose in ("caption", "wording"))
+    if keyed.generator(samples.seed, "dropout", epoch, sample).random() < samples.picture(sample).data.caption_dropout:
+        return None
+    prompt = samples.choice(sample).pick(*draws)
+    return prompt if any(prompt.texts) else None
+
+
+def _text(samples: Samples, epoch: int, sample: int) -> Text:
+    prompt, options = caption(samples, epoch, sample), samples.words.options
+    text = samples.dropped if prompt is None else samples.words.of(prompt)
+    for encoder, share in enumerate((options.drop_encoder_1, options.drop_encoder_2)):
+        if share and keyed.generator(samples.seed, f"drop_encoder_{encoder + 1}", epoch, sample).random() < share:
+            text = samples.words.without(text, encoder, samples.dropped)
+    return text
 
 
 def steps(

@@ -3,19 +3,24 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdxl_trainer import model, parameters, text, timesteps, tokens
 from sdxl_trainer.base import Base
-from sdxl_trainer.config import Config
-from sdxl_trainer.data import cache, encode, masks, plan
+from sdxl_trainer.chunking import Prompt
+from sdxl_trainer.config import Config, TextOptions
+from sdxl_trainer.data import cache, captions, encode, masks, plan
+from sdxl_trainer.data.captions import Choice
 from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.pictures import Memo, Picture, load, open_memo, raise_all
+from sdxl_trainer.data.records import Record
+from sdxl_trainer.data.words import Words
 from sdxl_trainer.errors import UserError, shortened
 
-EMPTY = ""
+EMPTY = Prompt("")
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,10 @@ class Stock:
 
     pictures: list[Picture]  # what is trained
     held_out: list[Picture]
-    captions: list[str]  # distinct, with validation prompts and the empty one
-    text_learns: bool  # then captions are encoded in the step and not cached
+    choices: list[Choice]  # what the text of each trained picture is drawn from
+    prompts: list[Prompt]  # distinct, with validation prompts and the empty one
+    text_learns: bool
+    text_cached: bool  # else captions are encoded in the step
     keys: encode.Keys
     latents: cache.Store
     texts: cache.Store
@@ -43,8 +50,8 @@ class Stock:
     def missing_masks(self) -> list:
         return masks.missing(self.latents, self.cached)
 
-    def missing_texts(self) -> list[str]:
-        return [] if self.text_learns else encode.missing_texts(self.texts, self.keys, self.captions)
+    def missing_texts(self) -> list[Prompt]:
+        return encode.missing_texts(self.texts, self.keys, self.prompts) if self.text_cached else []
 
 
 def cache_folder(config: Config) -> Path:
@@ -60,13 +67,33 @@ def take_stock(config: Config, base: Base, text_precision: str) -> Stock:
     held_out = [replace(p, geometries=p.geometries[:1]) for p in found if p.held_out]
     measured = config.validation.loss_every is not None and bool(held_out)
     _refuse_empty(config, pictures)
-    prompts = [*config.validation.prompts, *([config.validation.negative] if config.validation.negative else [])]
-    captions = list(dict.fromkeys([EMPTY, *prompts, *(c for p in pictures + held_out * measured for c in p.captions)]))
-    tokens.refuse_unread(config.token, [caption for picture in pictures for caption in picture.captions])
-    keys = encode.keys(base, config.cache, text_precision, memo)
+    text.refuse_clip_skip(base, config.text)
+    choices = captions.choices(config.data, _records(config, pictures))
+    unseen = captions.plain(config.data, _records(config, held_out)) if measured else []
+    trained = [prompt for choice in choices for prompt in choice.prompts()]
+    tokens.refuse_unread(config.token, [words for prompt in trained for words in prompt.texts])
+    wanted = [config.validation.negative or "", *config.validation.prompts]
+    drawn = [*(written(config.text, prompt) for prompt in wanted), *(p for choice in unseen for p in choice.prompts())]
+    prompts = list(dict.fromkeys([EMPTY, *drawn, *trained]))
+    keys = encode.keys(base, config.cache, config.text, text_precision, memo)
     latents, texts = cache.open_store(folder / "latents"), cache.open_store(folder / "texts")
     learns = parameters.text_learns(config, text.parameter_names(base))
-    return Stock(pictures, held_out, captions, learns, keys, latents, texts, memo, measured)
+    cached = config.text.cache and not learns
+    if learns and not config.text.cache:
+        what = "text.cache = false has no effect: text encoders that learn encode every caption in the step"
+        raise UserError(what, "text.cache", "remove it")
+    return Stock(pictures, held_out, choices, prompts, learns, cached, keys, latents, texts, memo, measured)
+
+
+def _records(config: Config, pictures: Sequence[Picture]) -> list[tuple[int, Record]]:
+    """Each picture's record with the number of its data set."""
+    numbers = {id(data): number for number, data in enumerate(config.data)}
+    return [(numbers[id(picture.data)], picture.record) for picture in pictures]
+
+
+def written(options: TextOptions, prompt: str) -> Prompt:
+    """A validation prompt, its emphasis read if any is."""
+    return Prompt(prompt, emphasis=options.emphasis != "off")
 
 
 def _refuse_empty(config: Config, pictures: Sequence[Picture]) -> None:
@@ -117,15 +144,15 @@ def fill(
 ) -> None:
     """Encode what is missing; several processes share the work and meet in `wait`."""
     # All lists come first: rows that other processes have already written must not shift the shares.
-    captions: Sequence[str] = stock.missing_texts()[rank::processes]
+    prompts: Sequence[Prompt] = stock.missing_texts()[rank::processes]
     mine, latents = stock.missing_masks()[rank::processes], stock.missing_latents()[rank::processes]
     raise_all(masks.fill(stock.latents, mine, progress))
-    if captions:
-        cut = encode.fill_texts(base, config.cache, stock.texts, stock.keys, captions, device, progress)
-        _say_cut(cut, say)
-    if stock.text_learns:
-        expanded = [tokens.expand(config.token, caption) for caption in stock.captions]
-        _say_cut(text.cut(tokens.tokenizers(base, config.token), expanded), say)
+    if prompts:
+        cut = encode.fill_texts(base, config.cache, stock.texts, stock.keys, prompts, device, progress)
+        _say_cut(cut, config.text, say)
+    if not stock.text_cached:
+        tokenizers, read = _read(config, base, stock)
+        _say_cut(text.cuts(tokenizers, stock.prompts, read), config.text, say)
     if latents:
         encode.fill_latents(base, config.cache, stock.latents, stock.keys, latents, device, progress)
     wait()
@@ -133,24 +160,28 @@ def fill(
     stock.latents.refresh()
 
 
-def _say_cut(captions: Sequence[str], say: Callable[[str], None]) -> None:
-    if captions:
-        say(f"{len(captions)} captions are cut at 77 tokens: {shortened((repr(c[:40]) for c in captions), 3)}")
+def _say_cut(cut: Sequence[text.Cut], options: TextOptions, say: Callable[[str], None]) -> None:
+    if cut:
+        some = shortened((f"'{c.prompt.text[:40]}' loses {c.tokens}" for c in cut), 3)
+        say(f"{len(cut)} captions have more than {text.longest(options)} tokens, the rest is cut off: {some}")
+
+
+def _read(config: Config, base: Base, stock: Stock) -> tuple[tuple[Any, Any], list[text.Tokens]]:
+    """The tokenizers, which know new words, and the chunks of all prompts."""
+    tokenizers = tokens.tokenizers(base, config.token)
+    expanded = [tokens.expanded(config.token, prompt) for prompt in stock.prompts]
+    return tokenizers, text.tokenize(tokenizers, expanded, config.text)
 
 
 def samples(config: Config, base: Base, stock: Stock, count: int) -> Samples:
     """What batches are made of, for a schedule of that many timesteps."""
-    ids = None
-    if stock.text_learns:
-        expanded = [tokens.expand(config.token, caption) for caption in stock.captions]
-        rows = text.token_ids(tokens.tokenizers(base, config.token), expanded).int()
-        ids = dict(zip(stock.captions, rows, strict=True))
+    chunks = dict(zip(stock.prompts, _read(config, base, stock)[1], strict=True)) if not stock.text_cached else None
     made = Samples(
         stock.pictures,
+        stock.choices,
         stock.keys,
         stock.latents,
-        stock.texts,
-        ids,
+        Words(stock.keys, stock.texts, chunks, base.config("text_encoder")["hidden_size"], config.text),
         {},
         config.seed,
         config.objective,
@@ -162,17 +193,21 @@ def samples(config: Config, base: Base, stock: Stock, count: int) -> Samples:
 
 
 def held_out_samples(config: Config, base: Base, stock: Stock, timesteps: int) -> Samples:
-    """The held-out pictures as samples: each in its first geometry, its caption never left out."""
+    """The held-out pictures as samples: each in its first geometry, its first caption never changed or left out."""
     plain = {"caption_dropout": 0.0, "weight": 1.0}
     pictures = [replace(p, data=p.data.model_copy(update=plain)) for p in stock.held_out]
-    return samples(config, base, replace(stock, pictures=pictures), timesteps)
+    choices = captions.plain(config.data, _records(config, stock.held_out))
+    made = samples(config, base, replace(stock, pictures=pictures, choices=choices), timesteps)
+    whole = config.text.model_copy(update={"drop_encoder_1": 0.0, "drop_encoder_2": 0.0})
+    return replace(made, words=replace(made.words, options=whole))
 
 
 def dropped_caption(config: Config, base: Base, samples: Samples) -> dict[str, Tensor]:
     """What stands for a caption that is left out. The pipeline's own is zeros where the model says so
     (`force_zeros_for_empty_prompt`, true for SDXL base), else the embedding of the empty caption."""
-    empty = samples.text(EMPTY)
+    empty = samples.words.of(EMPTY)
     choice = config.text.dropped_caption
     if choice == "zeros" or (choice == "pipeline" and base.zeros_for_empty()):
-        return {name: value if name == "tokens" else torch.zeros_like(value) for name, value in empty.items()}
+        kept = {"tokens", "weights"}
+        return {name: value if name in kept else torch.zeros_like(value) for name, value in empty.items()}
     return empty

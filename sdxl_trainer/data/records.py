@@ -21,6 +21,7 @@ class Record:
     picture (JPEG, PNG, ...) and can be sent to a worker process. `stamp` changes when the bytes may have
     changed (size and modification time of a file): while it stays, the hash of the bytes is not computed anew.
     `focus` is a point (x, y) in shares of width and height, `repeats` how often it is seen in a pass over its set.
+    `seconds` are what the second text encoder reads, one for each caption; none if it reads the captions too.
     """
 
     name: str
@@ -30,3 +31,4 @@ class Record:
     mask: Mask | None = None
     focus: tuple[float, float] | None = None
     repeats: int = 1
+    seconds: tuple[str, ...] = ()

@@ -92,6 +92,7 @@ def test_the_guides_command() -> None:
                     "gradient_checkpointing": True,
                     "checkpoint_every": 5000,
                 },
+                "text": {"long_captions": "cut"},
                 "optimizer": {"name": "adamw8bit"},
                 "validation": {"prompts": ["a cute Sundar Pichai creature"], "every_epochs": 5},
                 "log": {"trackers": ["wandb"], "project": "text2image-fine-tune-sdxl"},

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sdxl_trainer import base as bases
+from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.data import loader, prepare
 from sdxl_trainer.data.loader import Batch, Samples
 
@@ -101,7 +102,7 @@ def test_one_of_several_captions_is_drawn(samples: Callable[..., Samples], tmp_p
     (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     made = samples(data=[{"path": str(folder)}])
     seen = {loader.batch(made, epoch, whole(1)).text["pooled"].sum().item() for epoch in range(60)}
-    assert seen == {made.text(caption)["pooled"].sum().item() for caption in row["text"]}
+    assert seen == {made.words.of(Prompt(caption))["pooled"].sum().item() for caption in row["text"]}
 
 
 def test_weights_of_data_sets_and_of_padding(samples: Callable[..., Samples]) -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from sdxl_trainer import base as bases
 from sdxl_trainer import sample, text, tokens
-from sdxl_trainer.config import Model, Token
+from sdxl_trainer.chunking import Prompt
+from sdxl_trainer.config import Model, TextOptions, Token
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.train import train
@@ -131,7 +132,9 @@ def test_words_begin_as_their_options_say_and_the_end_is_found_by_id(base: Path,
 
     found = bases.resolve(Model(path=str(base)), tmp_path)
     sdxl = model.load(Model(path=str(base)), found, None, torch.float32, False, True)
-    plain = sdxl.embed(text.token_ids(text.tokenizers(found), ["a red circle red"]))
+    one_chunk = {"chunks": torch.tensor([[0]]), "kept": torch.ones(1, 2)}
+    (read,) = text.tokenize(text.tokenizers(found), [Prompt("a red circle red")], TextOptions())
+    plain = sdxl.embed(read.ids.long(), **one_chunk)
     words = (
         Token(name="<x>", vectors=3, init="red circle"),
         Token(name="<y>", init="<x>", vectors=3),
@@ -149,9 +152,9 @@ def test_words_begin_as_their_options_say_and_the_end_is_found_by_id(base: Path,
         assert torch.equal(rows["<y>"], rows["<x>"])
         assert rows["<z>"].std().item() == pytest.approx(table.std().item(), rel=0.5)
     # <x> stands for "red circle red": embeddings and the pooled state at the end of the text are the same.
-    ids = text.token_ids(both, [tokens.expand(words, "a <x>")])
-    assert ids.max() > both[0].eos_token_id
-    for one, two in zip(plain, sdxl.embed(ids), strict=True):
+    (read,) = text.tokenize(both, [tokens.expanded(words, Prompt("a <x>"))], TextOptions())
+    assert read.ids.max() > both[0].eos_token_id
+    for one, two in zip(plain, sdxl.embed(read.ids.long(), **one_chunk), strict=True):
         assert torch.allclose(one, two, atol=1e-6)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.records import Mask, Record
 from sdxl_trainer.data.sources import extras
-from sdxl_trainer.data.sources.folder import clean, refuse
+from sdxl_trainer.data.sources.folder import refuse
 from sdxl_trainer.data.sources.tree import read_file
 from sdxl_trainer.errors import UserError, closest
 
@@ -153,7 +153,7 @@ def _records(
     for part in _parts(splits, split, place):
         _require_columns(data, splits[part.split], place)
         table = _table(part.path).slice(part.first, part.last - part.first)
-        captions = _captions(data, table)
+        captions, more = (_captions(column, table) for column in (data.caption_column, data.caption_column_2))
         points = table.column(data.focus_column).to_pylist() if data.focus == "column" else [None] * table.num_rows
         pictures = _sources(data.image_column, part, table, data.path, roots, problems)
         masks = (
@@ -161,10 +161,12 @@ def _records(
             if data.mask == "column"
             else pictures
         )
-        for (name, read, stamp), value, point, mask in zip(pictures, captions, points, masks, strict=True):
-            record = Record(name, _cleaned(data, value, name, problems), read, stamp)
-            focus = extras.focus(point, name, problems)
-            found.append(replace(record, mask=Mask(*mask) if data.mask != "none" else None, focus=focus))
+        for (name, read, stamp), value, other, point, mask in zip(pictures, captions, more, points, masks, strict=True):
+            texts = _cleaned(data, value, name, problems)
+            record = Record(name, texts, read, stamp, focus=extras.focus(point, name, problems))
+            if data.caption_column_2 is not None:
+                record = replace(record, seconds=extras.seconds(other, value, texts, name, problems))
+            found.append(replace(record, mask=Mask(*mask) if data.mask != "none" else None))
     refuse(problems, PROBLEMS, place)
     if not found:
         raise UserError(f"split '{split}' has no rows", place, "choose another split, or remove the data set")
@@ -299,14 +301,14 @@ def _stamp(path: Path) -> str:
     return f"{path}:{status.st_size}:{status.st_mtime_ns}"
 
 
-def _captions(data: Data, table: Any) -> list[object]:
-    if data.caption_column not in table.column_names:
+def _captions(column: str | None, table: Any) -> list[object]:
+    if column not in table.column_names:
         return [None] * table.num_rows
-    return table.column(data.caption_column).to_pylist()
+    return table.column(column).to_pylist()
 
 
 def _cleaned(data: Data, value: object, name: str, problems: dict[str, list[str]]) -> tuple[str, ...]:
-    captions = clean(value)
+    captions = extras.clean(value)
     if captions:
         return captions
     if captions is not None and data.caption is not None:

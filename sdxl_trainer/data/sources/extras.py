@@ -19,6 +19,10 @@ PROBLEMS = {
     "mask_missing": ("masks that metadata rows name do not exist", "correct the column, or restore the files"),
     "mask_twice": ("pictures have two masks", "keep one mask for each"),
     "unmasked": ("pictures have no mask", "draw one for each; white all over trains the whole picture"),
+    "pairs": (
+        "pictures have not one caption in caption_column_2 for each in caption_column",
+        "write both as strings, or as lists of one length",
+    ),
     "unfocused": (
         "focus points are not two shares from 0 to 1",
         "write x and y as shares of width and height from the top left, for example [0.5, 0.25]",
@@ -34,17 +38,51 @@ PROBLEMS = {
 def columns(data: Data) -> list[tuple[str, str]]:
     """(option, column) of the metadata columns that are read besides captions."""
     wanted = [("mask_column", data.mask_column)] if data.mask == "column" else []
+    wanted += [("caption_column_2", data.caption_column_2)] if data.caption_column_2 is not None else []
     return wanted + ([("focus_column", data.focus_column)] if data.focus == "column" else [])
 
 
-def refuse_without_metadata(data: Data, tree: Tree, place: str) -> None:
-    """Columns can only be read from a metadata file."""
+def refuse_without_files(data: Data, tree: Tree, place: str) -> None:
+    """Columns can only be read from a metadata file, lines only from caption files."""
+    if data.caption_per_line and not tree.captions:
+        raise UserError("caption_per_line has no effect: there are no caption files", place, "remove it")
+    if data.caption_column_2 is not None and not tree.metadata:
+        what = "caption_column_2 has no effect: there is no metadata file in the folder"
+        raise UserError(what, place, f"add a metadata.jsonl with file_name and '{data.caption_column_2}', or remove it")
     for option, _ in () if tree.metadata else columns(data):
         name = option.removesuffix("_column")
         what = f"{name} = 'column', but there is no metadata file in the folder"
         raise UserError(
             what, place, f"add a metadata.jsonl with file_name and '{getattr(data, option)}', or remove {name}"
         )
+
+
+def clean(value: object) -> tuple[str, ...] | None:
+    """Captions without surrounding white space; empty if there is none; None if it is not text."""
+    if value is None:
+        return ()
+    values = value if isinstance(value, list | tuple) else [value]
+    stripped = tuple(text.strip() for text in values if isinstance(text, str) and _whole(text))
+    if len(stripped) < len(values):
+        return None
+    return stripped if all(stripped) else ()
+
+
+def _whole(text: str) -> bool:
+    """JSON can hold halves of characters (lone surrogates), which no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def seconds(
+    value: object, first: object, captions: tuple[str, ...], place: str, problems: dict[str, list[str]]
+) -> tuple[str, ...]:
+    """What the second encoder reads, one for each caption; a picture with no caption of its own needs none."""
+    found = clean(value)
+    if found is None:
+        problems["type"].append(place)
+    elif len(found) != len(captions) and (found or clean(first)):
+        problems["pairs"].append(place)
+    return found or ()
 
 
 def focus(value: object, place: str, problems: dict[str, list[str]]) -> tuple[float, float] | None:

@@ -47,7 +47,7 @@ def records(data: Data, tree: Tree, split: str, place: str) -> list[Record]:
     """The pictures of a folder in natural order of their names. UserError lists everything that is wrong."""
     if not tree.pictures:
         raise _no_pictures(tree, place)
-    extras.refuse_without_metadata(data, tree, place)
+    extras.refuse_without_files(data, tree, place)
     names = _in_split(tree, split, place)
     problems: dict[str, list[str]] = defaultdict(list)
     problems["zero"] = sorted(set(tree.empty) & set(names), key=natural)
@@ -68,7 +68,7 @@ def records(data: Data, tree: Tree, split: str, place: str) -> list[Record]:
             problems["unlisted"].append(name)
             continue
         else:
-            captions = _beside(fallback, tree, name, problems)
+            captions = _beside(data, fallback, tree, name, problems)
         record = Record(name, captions, partial(read_file, tree.root / name, name), tree.pictures[name])
         found.append(_with_extras(data, record, listed.get(name), masks.get(name), folder, problems))
     refuse(problems, PROBLEMS, place)
@@ -96,7 +96,7 @@ def _with_extras(
     folder: tuple[int, str] | None,
     problems: dict[str, list[str]],
 ) -> Record:
-    """The record with its mask, focus and repeats."""
+    """The record with its mask, focus, repeats and captions for the second encoder."""
     if data.mask == "alpha":
         mask = Mask(record.name, record.read, record.stamp)
     elif data.mask != "none" and mask is None:
@@ -104,23 +104,11 @@ def _with_extras(
     point = None
     if data.focus == "column" and row is not None:
         point = extras.focus(row.extra.get(data.focus_column), row.place, problems)
-    return replace(record, mask=mask, focus=point, repeats=folder[0] if folder else 1)
-
-
-def clean(value: object) -> tuple[str, ...] | None:
-    """Captions without surrounding white space; empty if there is none; None if it is not text."""
-    if value is None:
-        return ()
-    values = value if isinstance(value, list | tuple) else [value]
-    stripped = tuple(text.strip() for text in values if isinstance(text, str) and _whole(text))
-    if len(stripped) < len(values):
-        return None
-    return stripped if all(stripped) else ()
-
-
-def _whole(text: str) -> bool:
-    """JSON can hold halves of characters (lone surrogates), which no tokenizer takes."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    seconds: tuple[str, ...] = ()
+    if row is not None and data.caption_column_2 is not None:
+        place = f"{record.name} ({row.place})"
+        seconds = extras.seconds(row.extra.get(data.caption_column_2), row.caption, record.captions, place, problems)
+    return replace(record, mask=mask, focus=point, repeats=folder[0] if folder else 1, seconds=seconds)
 
 
 def refuse(problems: dict[str, list[str]], table: dict[str, tuple[str, str]], place: str) -> None:
@@ -221,7 +209,7 @@ def _with_hint(tree: Tree, row: metadata.Row, trouble: str) -> str:
 def _listed_captions(
     fallback: str | None, value: object, description: str, problems: dict[str, list[str]]
 ) -> tuple[str, ...]:
-    captions = clean(value)
+    captions = extras.clean(value)
     if captions:
         return captions
     if captions is not None and fallback is not None:
@@ -230,7 +218,7 @@ def _listed_captions(
     return ()
 
 
-def _beside(fallback: str | None, tree: Tree, name: str, problems: dict[str, list[str]]) -> tuple[str, ...]:
+def _beside(data: Data, fallback: str | None, tree: Tree, name: str, problems: dict[str, list[str]]) -> tuple[str, ...]:
     """The caption in the text file beside a picture; else the one for all."""
     stem = posixpath.splitext(name)[0]
     path = next((stem + suffix for suffix in CAPTIONS if stem + suffix in tree.captions), None)
@@ -244,6 +232,8 @@ def _beside(fallback: str | None, tree: Tree, name: str, problems: dict[str, lis
         except OSError as error:
             problems["unreadable"].append(f"{path} ({error.strerror})")
             return ()
+    if text and data.caption_per_line:
+        return tuple(line.strip() for line in text.split("\n") if line.strip())
     if text or fallback is not None:
         return (text or str(fallback).strip(),)
     problems["empty" if path else "uncaptioned"].append(path or name)
