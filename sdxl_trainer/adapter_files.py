@@ -14,9 +14,7 @@ from torch import Tensor
 
 from sdxl_trainer import files
 from sdxl_trainer.adapters import NAME
-from sdxl_trainer.config import Config
 from sdxl_trainer.formats import folder as pipelines
-from sdxl_trainer.formats.metadata import modelspec
 from sdxl_trainer.model import SDXL
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -45,23 +43,6 @@ def save(output: Path, sdxl: SDXL, values: Mapping[str, Tensor], facts: Mapping[
     for part, config in configs.items():
         write = partial(_peft_folder, config, tensors[part])
         files.write_atomically(output / f"{part}{FOLDER}{suffix}", write)
-
-
-def facts(config: Config, scheduler: Mapping[str, Any]) -> dict[str, str]:
-    """What the file says of itself; the keys `ss_*` are those by which UIs sort files."""
-    side, adapter = config.data[0].resolution, config.adapter
-    found = modelspec(
-        Path(config.output_dir).resolve().name,
-        resolution=(side, side),
-        v_prediction=scheduler.get("prediction_type") == "v_prediction",
-        kind="lora" if config.adapter else "textual-inversion",
-        implementation="https://github.com/huggingface/diffusers",
-    )
-    found |= {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
-    if adapter is not None:
-        network = {"dim": adapter.rank, "alpha": adapter.alpha or adapter.rank}
-        found |= {f"ss_network_{key}": str(value) for key, value in network.items()}
-    return found
 
 
 def tensors_of(part: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -339,6 +339,21 @@ class Log(Section):
     every: Positive | None = option(None, "steps between reading losses from the device; default: 1 on CPU, else 10")
 
 
+class Export(Section):
+    formats: tuple[Literal["kohya", "single"], ...] = option(
+        (), "more files at the end: kohya (an adapter for ComfyUI, A1111, Forge), single (a whole model in one file)"
+    )
+    name: Text = option(None, "name of the files, without .safetensors; default: the name of output_dir")
+    dtype: Literal["fp32", "fp16", "bf16"] | None = option(None, "type of the numbers in them; default: as trained")
+    metadata: Literal["full", "minimal", "none"] = option(
+        "full", "what headers say: everything with tags and settings, what readers need, or nothing"
+    )
+    trigger: Text = option(None, "words that call up what was learned; UIs insert them")
+    author: Text = option(None, "who made it")
+    description: Text = option(None, "what it does")
+    license: Text = option(None, "licence; default: the base model's, where it is known")
+
+
 class Hub(Section):
     push: bool = option(False, "upload the result to the Hugging Face hub at the end")
     id: Text = option(None, "repository id; default: the name of output_dir")
@@ -363,4 +378,5 @@ class Config(Section):
     ema: Ema = Ema()
     validation: Validation = Validation()
     log: Log = Log()
+    export: Export = Export()
     hub: Hub = Hub()

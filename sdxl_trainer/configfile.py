@@ -46,6 +46,15 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
         for name in ("rank", "alpha", "conv_rank", "conv_alpha", "ranks", "alphas")
     ),
     ("adapter.block_size", lambda c: _kind(c) not in {"oft", "boft"}, "it is of kind 'oft' and 'boft'"),
+    *(
+        (f"export.{name}", lambda c: not (c.export.formats or c.adapter or c.token), "export.formats is empty")
+        for name in ("metadata", "trigger", "author", "description", "license")
+    ),
+    *(
+        (f"export.{name}", lambda c: c.export.metadata == "none", "export.metadata is 'none'")
+        for name in ("author", "description", "license")
+    ),
+    *((f"export.{name}", lambda c: not c.export.formats, "export.formats is empty") for name in ("name", "dtype")),
     ("hub.id", lambda c: not c.hub.push, "hub.push is false"),
     ("hub.private", lambda c: not c.hub.push, "hub.push is false"),
     ("model.vae_revision", lambda c: c.model.vae is None, "model.vae is not given"),
@@ -269,6 +278,7 @@ def _refuse_contradictions(config: Config, where: str) -> None:
     _refuse_objective(config, where)
     refusals.objective(config, where)
     refusals.optimizer(config, where)
+    refusals.export(config, where)
 
 
 def _refuse_overwriting(config: Config, where: str) -> None:

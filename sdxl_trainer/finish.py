@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer import adapter_files, checkpoint, files, manifest, optim, publish, report
+from sdxl_trainer import checkpoint, export, files, manifest, optim, publish, report
 from sdxl_trainer.base import Base
 from sdxl_trainer.data import prepare
 from sdxl_trainer.ema import Ema
@@ -27,10 +27,13 @@ def conclude(job: Job) -> None:
     if accelerator.is_main_process:
         with job.watch.phase("saving the pipeline"), optim.evaluating(job.run.optimizer.optimizer):
             save_result(job)
+            exported = export.write(job)
         manifest.end(job)
         files.write_text(job.output / "README.md", publish.card(job.output, config))
         page = report.write(job.output)
         job.console.say(f"done: the result is in {job.output}, the report in {page}")
+        if exported:
+            job.console.say(f"for other programs: {', '.join(path.name for path in exported)}")
     accelerator.wait_for_everyone()
     if config.log.trackers:
         accelerator.end_training()  # also ends the group of processes
@@ -47,7 +50,7 @@ def save_result(job: Job) -> None:
     if not sdxl.added:
         save_pipeline(job.output, job.base, sdxl, ema, job.scheduler)
         return
-    facts = adapter_files.facts(job.run.config, job.scheduler)
+    facts = export.described(job)
     if ema is not None:
         checkpoint.save_added(job.output, sdxl, checkpoint.added(sdxl, None), facts, "_raw")
     checkpoint.save_added(job.output, sdxl, checkpoint.added(sdxl, ema), facts)

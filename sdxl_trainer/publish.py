@@ -59,8 +59,8 @@ SETTINGS = (
 def card(run_dir: Path, config: Config, repo_id: str | None = None) -> str:
     """The README.md of a run: what was trained on what, with which settings, what it draws, how to load it."""
     name = repo_id or config.hub.id or run_dir.resolve().name
-    manifest, samples = _manifest(run_dir), _last_samples(run_dir)
-    licence = _licence(config.model)
+    manifest, samples = _manifest(run_dir), last_samples(run_dir)
+    licence = licence_of(config.model)
     sections = [
         f"# {_escaped(name.rpartition('/')[2])}",
         _introduction(config, manifest),
@@ -279,7 +279,7 @@ def _rights(model: Model, licence: dict[str, Any]) -> str:
     return f"## Licence\n\n{shown}, as the base model."
 
 
-def _licence(model: Model) -> dict[str, Any]:
+def licence_of(model: Model) -> dict[str, Any]:
     """The base's own licence: from its card, else that of SDXL where it is known to be SDXL; else nothing is said."""
     found = _card_data(model)
     if found.get("license"):
@@ -315,7 +315,7 @@ def _manifest(run_dir: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _last_samples(run_dir: Path) -> list[dict[str, Any]]:
+def last_samples(run_dir: Path) -> list[dict[str, Any]]:
     """The pictures of the last step for which there are any; of the averaged weights, if it has those."""
     path = run_dir / "samples" / "samples.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -1,6 +1,7 @@
-"""What of the objective and the optimizer contradicts itself or does nothing, told before anything is loaded."""
+"""What of objective, optimizer and exports contradicts itself or does nothing, told before anything is loaded."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sdxl_trainer.config import OPTIMIZERS, Config
@@ -124,3 +125,17 @@ _REFUSALS: dict[str, Callable[[Config, str], Any]] = {
     "prodigy": _prodigy,
     "adamw_bf16": _adamw_bf16,
 }
+
+
+def export(config: Config, where: str) -> None:
+    """What a run is to leave for other programs: the layouts of what it trains, under a name of a file."""
+    formats, name = config.export.formats, config.export.name
+    if "kohya" in formats and config.adapter is None:
+        what = "export.formats has 'kohya', the layout of adapters, and a whole model is trained"
+        raise UserError(what, where, 'write formats = ["single"], or add an [adapter]')
+    if "single" in formats and (config.adapter or config.token):
+        what = "export.formats has 'single', a whole model, and an adapter or new words are trained"
+        raise UserError(what, where, 'write formats = ["kohya"]; sdxl convert BASE DST --lora ADAPTER merges it')
+    if name is not None and (not name.strip() or Path(name).name != name or name == "pytorch_lora_weights"):
+        what = f"export.name = '{name}' cannot be the name of a file here"
+        raise UserError(what, where, "give a name without folders, such as my-style")

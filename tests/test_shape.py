@@ -45,7 +45,7 @@ LAYERS = [
         "data.pictures",
         "data.captions",
     ],
-    ["base", "text", "model", "parameters", "optim", "ema", "data.encode"],
+    ["base", "text", "model", "parameters", "optim", "ema", "data.encode", "convert"],
     ["adapters", "tokens"],
     ["adapter_files"],
     ["attach"],
@@ -54,8 +54,9 @@ LAYERS = [
     ["validate", "publish"],
     ["run"],
     ["manifest", "resume"],
+    ["export"],
     ["setup", "finish", "held_out"],
-    ["train", "check", "inspect_cache", "convert"],
+    ["train", "check", "inspect_cache"],
     ["demo", "cli", "compat"],
 ]
 # Heavy libraries and the only modules that may import them.

@@ -110,9 +110,9 @@ def write(adapter: Adapter, request: Request, source: Source) -> list[str]:
     stem = target.name if path != target else path.stem
     entries = about(adapter, stem, title, kept, dated(source).isoformat(timespec="seconds")) | kept
     entries |= shape_entries(adapter) | {"ss_output_name": stem} | metadata.SDXL_ADAPTER | dict(request.entries)
-    if request.preview:
+    entries = metadata.reduced(metadata.with_places(entries), request.metadata or "full") | dict(request.entries)
+    if request.preview and request.metadata != "none":
         entries["modelspec.thumbnail"] = preview.thumbnail(request.preview)
-    entries = metadata.reduced(metadata.with_places(entries), request.metadata or "full")
     assert request.to is not None
     if path != target and request.overwrite and target.is_dir():
         shutil.rmtree(target)

@@ -1,5 +1,6 @@
 """Embeddings of textual inversion: one file for ComfyUI, A1111 and Forge, or diffusers' file for each text encoder."""
 
+import json
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from sdxl_trainer.formats import folder, header, metadata
 
 # Names of the two encoders' vectors in one file: ours and ComfyUI's first, then those of older scripts.
 _PAIRS = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
+WORDS = "words"  # entry of the header: words and how many vectors each has
 _OUTPUTS = ("clip_l_out", "clip_g_out")  # OneTrainer's vectors that are added behind the encoder
 
 
@@ -22,7 +24,7 @@ def convert(source: Source, request: Request) -> list[str]:
     learned = request.to == "learned"
     request.only(f"an embedding as '{request.to}'", "dtype", *(("token",) if learned else ("entries", "metadata")))
     first, second, kept = read(source.path)
-    token = request.token or kept.get("modelspec.trigger_phrase") or source.path.stem
+    token = request.token or _word(kept, source.path) or kept.get("modelspec.trigger_phrase") or source.path.stem
     dtype = request.torch_dtype()
     if learned:
 
@@ -35,16 +37,17 @@ def convert(source: Source, request: Request) -> list[str]:
     spec = metadata.modelspec(request.target.stem, kind="textual-inversion", date=dated(source))
     own = {key: text for key, text in kept.items() if key not in ("format", metadata.HASH)}
     entries = {**spec, **own, **request.entries}
-    entries = metadata.reduced(entries, request.metadata or "full")
+    entries = metadata.reduced(entries, request.metadata or "full") | dict(request.entries)
     folder.write_tensors(request.target, {"clip_l": first, "clip_g": second}, entries, dtype)
     return [f"wrote {request.target} ({len(first)} vectors per encoder)"]
 
 
 def read(path: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
     """The vectors [n, 768] and [n, 1280] of the two text encoders, and the metadata of their file."""
-    paths = [path / name for name in LEARNED] if path.is_dir() else [path]
-    if path.name in LEARNED:
-        paths = [path.with_name(name) for name in LEARNED]
+    file = path / LEARNED[0] if path.is_dir() else path
+    paths = [file.with_name(name) for name in LEARNED] if file.name in LEARNED else [file]
+    if file.is_file() and set(_PAIRS[0]) <= header.read(file, AGAIN).keys():
+        paths = [file]  # as this trainer writes it, with both encoders' vectors
     missing = [p.name for p in paths if not p.is_file()]
     if missing:
         what = f"half of the embedding is missing: {missing[0]}"
@@ -60,6 +63,15 @@ def read(path: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
             return _fitting(tensors[first], tensors[second], path), tensors[second], kept
     what = "this is half of an SDXL embedding: vectors for one text encoder"
     raise UserError(what, str(path), f"keep {LEARNED[0]} and {LEARNED[1]} in one folder, and give the folder")
+
+
+def _word(kept: dict[str, str], path: Path) -> str | None:
+    """The word of an embedding that this trainer wrote; diffusers' files hold one each."""
+    words = json.loads(kept.get(WORDS, "[]"))
+    if len(words) > 1:
+        what = f"the file holds {len(words)} words: {', '.join(str(word) for word, _ in words)}"
+        raise UserError(what, str(path), "convert the file of each word, from the folder beside it")
+    return str(words[0][0]) if words else None
 
 
 def _named(path: Path, of: int) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ def _write_single(source: Source, request: Request, loras: Applied) -> None:
     single_file.write(
         request.target,
         merged(components, loras),
-        reduced(metadata, request.metadata or "full"),
+        {**reduced(metadata, request.metadata or "full"), **request.entries},
         v_prediction=marks[0],
         zero_terminal_snr=marks[1],
         dtype=request.torch_dtype(),

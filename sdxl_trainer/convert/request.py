@@ -82,6 +82,8 @@ def checked(**given: Any) -> Request:
     weight = strengths(given.pop("weight"), "--weight") if given["weight"] is not None else given.pop("weight")
     loras = tuple(_lora(text) for text in given.pop("loras") or ())
     entries = dict(_entry(text) for text in given.pop("entries") or ())
+    if entries and given["metadata"] == "none":
+        raise UserError("--set has no effect with --metadata none", "--set", "remove one of them, or take minimal")
     return Request(**given, weight=weight, loras=loras, entries=entries)
 
 

@@ -305,6 +305,12 @@ ROWS = [
     Bad("token for an adapter", "--token has no effect", "remove", ("SRC", "DST.safetensors", "--token", "<a>")),
     Bad("entry without a value", "not an entry", "name=value", ("SRC", "DST.safetensors", "--set", "author")),
     Bad("no such entry", "no entry 'autor'", "author", ("SRC", "DST.safetensors", "--set", "autor=me")),
+    Bad(
+        "entry that is not written",
+        "--set has no effect with --metadata none",
+        "minimal",
+        ("SRC", "DST.safetensors", "--set", "author=me", "--metadata", "none"),
+    ),
     Bad("no such metadata", "no --metadata few", "minimal", ("SRC", "DST.safetensors", "--metadata", "few")),
     Bad("preview that is no picture", "preview cannot be read", "PNG", ("SRC", "DST.safetensors", "--preview", "SRC")),
     Bad("no preview", "preview cannot be read", "PNG", ("SRC", "DST.safetensors", "--preview", "absent.png")),

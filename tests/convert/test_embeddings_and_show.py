@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdxl_trainer.formats import header, lora
-from tests.convert.test_models import load
+from tests.conftest import draw_folder
+from tests.convert.test_convert_models import load
 from tests.formats.test_lora import mixed
 
 
@@ -91,3 +92,30 @@ def test_show_anything(
         capsys.readouterr()
         assert convert(path, "--show") == 0
         assert words in " ".join(capsys.readouterr().out.split())
+
+
+def test_new_words_of_a_run_go_to_diffusers_files(
+    config: Callable[..., object],
+    base: Path,
+    tmp_path: Path,
+    convert: Callable[..., int],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The file of a run has both encoders' vectors in it, and the words in its header."""
+    from sdxl_trainer.train import train
+
+    (tmp_path / "pictures").mkdir()
+    pictures = draw_folder(tmp_path / "pictures", [(64, 64), (64, 64)])
+    captions = (pictures / "metadata.jsonl").read_text().replace("red", "<cat>").replace("circle", "<hat>")
+    (pictures / "metadata.jsonl").write_text(captions)
+    words = [{"name": "<cat>"}, {"name": "<hat>", "vectors": 2}]
+    train(config(token=words, data=[{"path": str(pictures)}], train={"steps": 1}))
+    trained = load_file(tmp_path / "run/learned_embeds.safetensors")
+    assert {name: len(rows) for name, rows in trained.items()} == {"clip_l": 3, "clip_g": 3}
+    assert convert(tmp_path / "run/learned_embeds.safetensors", tmp_path / "both") == 2
+    assert "2 words: <cat>, <hat>" in capfd.readouterr().err
+    single = next(path for path in (tmp_path / "run").rglob("hat.safetensors"))
+    assert convert(single, tmp_path / "hat") == 0
+    halves = [load_file(tmp_path / "hat" / f"learned_embeds{end}.safetensors") for end in ("", "_2")]
+    assert torch.equal(halves[0]["<hat>"], trained["clip_l"][1:])
+    assert torch.equal(halves[1]["<hat>"], trained["clip_g"][1:])

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdxl_trainer.formats import folder, header, lora, lora_math
-from tests.convert.test_models import load
+from tests.convert.test_convert_models import load
 from tests.formats.test_single_file import outputs
 
 
