@@ -348,7 +348,7 @@ class Export(Section):
     metadata: Literal["full", "minimal", "none"] = option(
         "full", "what headers say: everything with tags and settings, what readers need, or nothing"
     )
-    trigger: Text = option(None, "words that call up what was learned; UIs insert them")
+    trigger: Text = option(None, "words that call up what was learned, for UIs to insert; default: the data's trigger")
     author: Text = option(None, "who made it")
     description: Text = option(None, "what it does")
     license: Text = option(None, "licence; default: the base model's, where it is known")

@@ -65,7 +65,7 @@ def described(job: Job) -> dict[str, str]:
         told |= {"ss_output_name": export.name or job.output.resolve().name} | metadata.SDXL_ADAPTER
     told |= _settings(config) | _data(job.samples.pictures, config) | _course(job)
     given = {"author": export.author, "description": export.description, "license": export.license}
-    given |= {"trigger_phrase": export.trigger}
+    given |= {"trigger_phrase": _trigger(config)}
     # What the user wrote to be read stays, however little is said of the rest.
     return metadata.reduced(told, export.metadata) | {f"modelspec.{key}": text for key, text in given.items() if text}
 
@@ -102,8 +102,9 @@ def _data(pictures: Sequence[Picture], config: Config) -> dict[str, str]:
     folders = dict(zip(named, config.data, strict=True))
     own = {name: [p for p in pictures if p.data is data] for name, data in folders.items()}
     tags = {name: _tags(found) for name, found in own.items()}
-    if not any(tags.values()) and config.export.trigger:
-        tags = {f"{REPEATS}_trigger": {config.export.trigger: len(pictures)}}
+    trigger = _trigger(config)
+    if not any(tags.values()) and trigger:
+        tags = {f"{REPEATS}_trigger": {trigger: len(pictures)}}
     sizes = Counter(picture.geometries[0].target for picture in pictures)
     buckets = {
         str(number): {"resolution": [width, height], "count": count}
@@ -136,6 +137,11 @@ def _tags(pictures: Sequence[Picture]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
+def _trigger(config: Config) -> str | None:
+    """The words to insert: those given, or the first that the captions were given."""
+    return config.export.trigger or next((data.trigger for data in config.data if data.trigger), None)
+
+
 def _folder(path: str) -> str:
     return Path(path).name or path
 
@@ -146,7 +152,7 @@ def _user_data(path: Path, config: Config) -> Path:
     data = {
         "description": config.export.description or "",
         "sd version": "SDXL",
-        "activation text": config.export.trigger or "",
+        "activation text": _trigger(config) or "",
         "preferred weight": 1.0,
         "negative text": "",
         "notes": "",
