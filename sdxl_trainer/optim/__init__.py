@@ -25,6 +25,7 @@ __all__ = [
     "loaded",
     "make",
     "refuse",
+    "refuse_unwritable",
     "set_learning_rates",
     "state_bytes",
 ]
@@ -77,6 +78,9 @@ def make(
     kind = KINDS.get(options.name) or Kind(options.name, options.name.partition(":")[0].partition(".")[0])
     found = _class(kind)
     taken = inspect.signature(found).parameters
+    if "weight_decay" not in taken and any(g.weight_decay != Optimizer().weight_decay for g in groups):
+        what = f"{options.name} takes no 'weight_decay'"
+        raise UserError(what, "optimizer.weight_decay", "remove it, here and in the rules under [[learn]]")
     described = [
         {"params": list(g.parameters), "names": g.names, "lr": g.learning_rate, "base_lr": g.learning_rate}
         | ({"weight_decay": g.weight_decay} if "weight_decay" in taken else {})
@@ -98,9 +102,28 @@ def make(
 
 
 def refuse(options: Optimizer, train: Train, device: torch.device) -> None:
-    """Refuse what cannot be made, before hours are spent on what comes before it."""
+    """Refuse what cannot be made, or not be resumed, before hours are spent on what comes before it. A class that is
+    not one of ours takes a step on a trial tensor."""
     trial = nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16 if train.weights == "bf16" else torch.float32))
-    make([Group("", train.learning_rate, options.weight_decay, ("trial",), (trial,))], options, device=device)
+    group = Group("", train.learning_rate, options.weight_decay, ("trial",), (trial,))
+    made = make([group], options, device=device)
+    if options.name in KINDS:
+        return
+    trial.grad = torch.ones_like(trial)
+    try:
+        made.step()
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        what = f"{options.name} cannot take a step: {error}"
+        raise UserError(what, "optimizer.name", "choose another optimizer, or other arguments") from error
+    refuse_unwritable(options.name, made.state[trial])
+
+
+def refuse_unwritable(name: str, state: dict[str, Any]) -> None:
+    """Refuse state that is neither tensors nor plain values: it could not be brought back from a checkpoint."""
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor | bool | int | float | str | None):
+            what = f"{name} keeps '{key}' as {type(value).__name__}, which cannot be written to a checkpoint"
+            raise UserError(what, "optimizer.name", "choose another optimizer")
 
 
 def state_bytes(options: Optimizer, weight: int) -> float:

@@ -10,7 +10,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sdxl_trainer import optim
-from sdxl_trainer.errors import UserError
 from sdxl_trainer.parameters import Group
 
 # Key of the tensor that trains, of an optimizer that shows others for use.
@@ -45,15 +44,12 @@ def tensors(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> dict[s
 
 
 def scalars(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
-    """All numbers of the state by owner and key. State of other kinds could not be brought back: it is an error."""
+    """All numbers of the state by owner and key. State of other kinds is an error."""
     found: dict[str, dict[str, Any]] = {}
     for owner, key, value in _entries(optimizer, groups):
-        if isinstance(value, bool | int | float | str) or value is None:
+        optim.refuse_unwritable(type(optimizer).__name__, {key: value})
+        if not isinstance(value, Tensor):
             found.setdefault(owner, {})[key] = value
-        elif not isinstance(value, Tensor):
-            kind = type(value).__name__
-            what = f"{type(optimizer).__name__} keeps '{key}' of {owner} as {kind}, which cannot be written to a file"
-            raise UserError(what, "optimizer.name", "choose another optimizer, or train.checkpoint_every = 0")
     return found
 
 

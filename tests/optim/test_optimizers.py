@@ -162,7 +162,8 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(
         (Optimizer(name="no_such_module:Thing"), "no_such_module", "pip install no_such_module"),
         (Optimizer(name="torch.optim:RAdamm"), "has no 'RAdamm'", "'RAdam'"),
         (Optimizer(name="torch.nn:Linear"), "not an optimizer", "subclass"),
-        (Optimizer(name="torch.optim:LBFGS", betas=(0.9, 0.9)), "takes no 'betas'", "allowed"),
+        (Optimizer(name="torch.optim:RMSprop", betas=(0.9, 0.9)), "takes no 'betas'", "allowed"),
+        (Optimizer(name="torch.optim:LBFGS", weight_decay=0.1), "takes no 'weight_decay'", "remove"),
         (Optimizer(name="muon", arguments={"momentun": 0.9}), "takes no 'momentun'", "'momentum'"),
         (Optimizer(name="came", arguments={"cautious": True}), "takes no 'cautious'", "allowed"),
         (Optimizer(name="sgd", arguments={"nesterov": True}), "cannot be made", "options"),
@@ -240,8 +241,23 @@ def test_named_defaults_are_written_out() -> None:
 def test_state_that_no_file_can_hold_is_an_error(tmp_path: Path) -> None:
     optimizer, groups = make(network(), Optimizer())
     optimizer.state[groups[0].parameters[0]]["history"] = [1, 2]
-    with pytest.raises(UserError, match=r"keeps 'history' of .* as list"):
+    with pytest.raises(UserError, match="keeps 'history' as list"):
         state.scalars(optimizer, groups)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("pytorch_optimizer:SOAP", "keeps 'GG' as list"),
+        ("torch.optim:LBFGS", "cannot take a step: .*closure"),
+        ("torch.optim:SparseAdam", "cannot take a step: .*dense gradients"),
+    ],
+)
+def test_classes_that_could_not_train_or_be_resumed_are_refused_early(
+    config: Callable[..., Any], name: str, what: str
+) -> None:
+    with pytest.raises(UserError, match=what):
+        train(config(optimizer={"name": name}))
 
 
 def test_a_schedule_free_run_leaves_its_average(config: Callable[..., Any], tmp_path: Path) -> None:
