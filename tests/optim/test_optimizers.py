@@ -162,7 +162,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(
         (Optimizer(name="no_such_module:Thing"), "no_such_module", "pip install no_such_module"),
         (Optimizer(name="torch.optim:RAdamm"), "has no 'RAdamm'", "'RAdam'"),
         (Optimizer(name="torch.nn:Linear"), "not an optimizer", "subclass"),
-        (Optimizer(name="torch.optim:RMSprop", betas=(0.9, 0.9)), "takes no 'betas'", "allowed"),
+        (Optimizer(name="torch.optim:RMSprop", betas=(0.9, 0.9)), "takes no 'betas'", "did you mean"),
         (Optimizer(name="torch.optim:LBFGS", weight_decay=0.1), "takes no 'weight_decay'", "remove"),
         (Optimizer(name="muon", arguments={"momentun": 0.9}), "takes no 'momentun'", "'momentum'"),
         (Optimizer(name="came", arguments={"cautious": True}), "takes no 'cautious'", "allowed"),
