@@ -56,7 +56,7 @@ class Model(Section):
 
 
 class Data(Section):
-    path: PathText = Field(description="folder of pictures, hub dataset, or local dataset folder")
+    path: PathText = Field(description="folder of pictures, hub dataset, local dataset folder, or address of shards")
     name: Text = option(None, "configuration of a hub dataset")
     folder: Text = option(None, "sub-folder of a hub dataset (its data_dir)")
     split: str = option("train", "split of a dataset")

@@ -81,7 +81,11 @@ def load(config: Config, memo: Memo) -> list[Picture]:
     problems: list[UserError] = []
     for index, data in enumerate(config.data):
         found = sources.records(
-            data, seed=config.seed, where=f"data.{index}.path", datasets_dir=config.cache.datasets_dir
+            data,
+            seed=config.seed,
+            where=f"data.{index}.path",
+            datasets_dir=config.cache.datasets_dir,
+            index_dir=memo.path.parent / "shards",
         )
         for record, fact in zip(found, _facts(found, data, memo, problems), strict=True):
             if fact is not None:

@@ -26,6 +26,13 @@ def focused(place: Place, value: object) -> None:
 
 
 ROWS = [
+    Bad(
+        "address of no kind",
+        "cannot be opened: Protocol not known: nosuch",
+        "spelling",
+        options=data(path="nosuch://x"),
+    ),
+    Bad("address without shards", "no .tar shards", "pack the pictures", options=data(path="memory://nothing")),
     Bad("bucket sizes empty", "buckets = 'sizes' without bucket_sizes", "list them", options=data(buckets="sizes")),
     Bad("unknown buckets", 'data.0.buckets = "aera"', "area", options=data(buckets="aera")),
     Bad(

@@ -1,4 +1,4 @@
-"""Where pictures and captions come from: a folder of pictures, a local dataset folder, or a dataset on the hub.
+"""Where pictures and captions come from: a folder of pictures, a local dataset folder, shards, or the hub.
 
 A new kind of source is one module with a function that gives records, and one line in `records`.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from sdxl_trainer import keyed
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.records import Record
-from sdxl_trainer.data.sources import dataset, folder
+from sdxl_trainer.data.sources import dataset, folder, shards
 from sdxl_trainer.data.sources.tree import scan
 from sdxl_trainer.errors import UserError, shortened
 
@@ -22,14 +22,21 @@ log = logging.getLogger("sdxl_trainer")
 
 
 def records(
-    data: Data, *, seed: int, where: str, datasets_dir: str | None = None, split: str | None = None
+    data: Data,
+    *,
+    seed: int,
+    where: str,
+    datasets_dir: str | None = None,
+    split: str | None = None,
+    index_dir: Path | None = None,
 ) -> list[Record]:
     """The pictures of one data set with their captions, in a fixed order; no picture is opened.
 
     `where` names the option in messages (data.0.path), `datasets_dir` is where hub datasets are kept, `split`
-    takes the place of `data.split`. UserError names everything that is wrong with the data set at once.
+    takes the place of `data.split`, `index_dir` is where it is kept what lies where in shards. UserError names
+    everything that is wrong with the data set at once.
     """
-    found = _records(data, split or data.split, where, datasets_dir)
+    found = _records(data, split or data.split, where, datasets_dir, index_dir)
     if data.max_samples is None:
         return found
     if data.max_samples > len(found):
@@ -43,8 +50,10 @@ def subset(count: int, wanted: int, seed: int) -> list[int]:
     return sorted(np.argsort(draw, kind="stable")[:wanted].tolist())
 
 
-def _records(data: Data, split: str, where: str, datasets_dir: str | None) -> list[Record]:
+def _records(data: Data, split: str, where: str, datasets_dir: str | None, index_dir: Path | None) -> list[Record]:
     place = f"{where} = '{data.path}'"
+    if "://" in data.path:
+        return _shards(data, split, place, index_dir)
     path = _folder(data.path, place)
     if path is None:
         return _remote(data, split, place, datasets_dir)
@@ -61,8 +70,18 @@ def _records(data: Data, split: str, where: str, datasets_dir: str | None) -> li
     if tree.tables and (not tree.pictures or dataset.holds(tree.tables[0], data.image_column)):
         _refuse_folders_only(data, place)
         return dataset.loaded(data, split, place, datasets_dir, local=path)
+    if not tree.pictures and tree.archives and all(name.endswith(".tar") for name in tree.archives):
+        return _shards(data, split, place, index_dir)
     _refuse(data, ("name",), "this is a folder of pictures", place)
     return folder.records(data, tree, split, place)
+
+
+def _shards(data: Data, split: str, place: str, index_dir: Path | None) -> list[Record]:
+    _refuse(data, ("name", "folder"), "these are shards", place)
+    _refuse_folders_only(data, place, "these are shards", ("file", "column"))
+    if split != "train":
+        raise UserError(f"no split '{split}' in shards", place, "give the address of that split's shards as path")
+    return shards.records(data, place, index_dir)
 
 
 def _folder(text: str, place: str) -> Path | None:
@@ -92,11 +111,18 @@ def _remote(data: Data, split: str, place: str, datasets_dir: str | None) -> lis
     )
 
 
-def _refuse_folders_only(data: Data, place: str) -> None:
-    for option, given in (("mask", data.mask == "file"), ("kohya_folders", data.kohya_folders)):
-        if given:
-            what = f"'{option}' has no effect: this is a dataset, not a folder of pictures"
-            raise UserError(what, place, f"remove '{option}'" if option != "mask" else 'set mask = "column" or "alpha"')
+def _refuse_folders_only(
+    data: Data,
+    place: str,
+    reason: str = "this is a dataset, not a folder of pictures",
+    masks: tuple[str, ...] = ("file",),
+) -> None:
+    if data.kohya_folders:
+        raise UserError(f"'kohya_folders' has no effect: {reason}", place, "remove 'kohya_folders'")
+    if data.mask in masks:
+        other = ["alpha"] if "column" in masks else ["column", "alpha"]
+        fix = "set mask = " + " or ".join(f'"{kind}"' for kind in other)
+        raise UserError(f"'mask' has no effect: {reason}", place, fix)
 
 
 def _refuse(data: Data, options: tuple[str, ...], reason: str, place: str) -> None:

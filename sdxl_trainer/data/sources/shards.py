@@ -1,0 +1,172 @@
+"""Records of WebDataset shards: .tar files, here or at any address that fsspec opens (s3://, gs://, https://, ...).
+
+Files of one sample have one name up to its first dot: 000.jpg, 000.txt, 000.json. A shard is walked once; where its
+files lie is kept in the cache, and a picture is then read by itself. At no time is more than one picture in memory.
+"""
+
+import hashlib
+import json
+import logging
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sdxl_trainer import files
+from sdxl_trainer.config import Data
+from sdxl_trainer.data.records import Mask, Record
+from sdxl_trainer.data.sources import extras
+from sdxl_trainer.data.sources.folder import clean, refuse
+from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES, natural
+from sdxl_trainer.errors import UserError
+
+log = logging.getLogger("sdxl_trainer")
+TEXTS = (*CAPTIONS, ".json")
+# Keys of a sample's JSON file that hold its caption, where there is none under caption_column.
+JSON_CAPTIONS = ("caption", "text")
+PROBLEMS = {
+    "twice": ("samples have more than one picture", "keep one picture for each name up to the first dot"),
+    "unreadable": ("text files are not UTF-8, or not JSON", "pack the shard once more"),
+    "type": ("captions are not text", "write each caption as a string or a list of strings"),
+    "uncaptioned": ("samples have no caption", "pack a .txt or .json with each, or give 'caption' for all of them"),
+} | extras.PROBLEMS
+# Per sample: its name, its picture's [suffix, offset, size] for each picture, and its texts by suffix.
+Sample = tuple[str, list[tuple[str, int, int]], dict[str, str | None]]
+
+
+def records(data: Data, place: str, index_dir: Path | None) -> list[Record]:
+    """The samples of all shards in natural order of their names."""
+    problems: dict[str, list[str]] = defaultdict(list)
+    found: list[Record] = []
+    alone = 0
+    for shard, stamp in _shards(data.path, place):
+        for name, pictures, texts in _index(shard, stamp, place, index_dir):
+            label = f"{shard.rsplit('/', 1)[-1]}/{name}"
+            if len(pictures) > 1:
+                problems["twice"].append(label)
+            elif pictures:
+                found.append(_record(data, shard, stamp, label, pictures[0], texts, problems))
+            else:
+                alone += 1
+    refuse(problems, PROBLEMS, place)
+    if not found:
+        raise UserError("the shards hold no pictures", place, f"pack pictures ({' '.join(sorted(PICTURES))}) in them")
+    log.info("%s: %d pictures; samples without a picture: %d", place, len(found), alone)
+    return found
+
+
+def read(shard: str, offset: int, size: int, name: str) -> bytes:
+    """The bytes of one picture. UserError names it if they cannot be read any more."""
+    try:
+        system, path = _open(shard)
+        content = system.cat_file(path, start=offset, end=offset + size)
+    except OSError as error:
+        raise UserError(f"the shard cannot be read: {error}", name, "restore the shard, or check the network") from None
+    if len(content) != size:
+        raise UserError("the shard is shorter than it was", name, "restore the shard")
+    return content
+
+
+def _open(address: str) -> tuple[Any, str]:
+    import fsspec
+
+    return fsspec.core.url_to_fs(address)
+
+
+def _shards(address: str, place: str) -> Iterator[tuple[str, str]]:
+    """(address, stamp) of each shard."""
+    try:
+        system, path = _open(address)
+        paths = [path] if path.endswith(".tar") else [p for p in system.find(path) if p.endswith(".tar")]
+        for name in sorted(paths, key=natural):
+            info = system.info(name)
+            changed = [info.get(key) for key in ("ETag", "etag", "mtime", "LastModified", "created")]
+            yield system.unstrip_protocol(name), f"{name}:{info['size']}:{changed}"
+    except ImportError as error:
+        raise UserError(str(error), place, "install what the address needs, for example: pip install s3fs") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"the address cannot be opened: {error}", place, "check spelling, rights and network") from None
+    if not paths:
+        fix = "pack the pictures in WebDataset shards (.tar), or copy the folder to this machine"
+        raise UserError("there are no .tar shards at this address", place, fix)
+
+
+def _index(shard: str, stamp: str, place: str, index_dir: Path | None) -> list[Sample]:
+    """What a shard holds, from the cache if it was walked before."""
+    known = index_dir / f"{hashlib.sha256(f'1 {shard} {stamp}'.encode()).hexdigest()[:32]}.json" if index_dir else None
+    if known and known.is_file():
+        try:
+            return [
+                (name, [tuple(p) for p in pictures], texts) for name, pictures, texts in json.loads(known.read_bytes())
+            ]
+        except ValueError:
+            log.info("%s is damaged: the shard is walked once more", known)
+    try:
+        system, path = _open(shard)
+        with system.open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            samples = _walk(tar)
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"the shard {shard} cannot be read: {error}", place, "download or pack it once more") from None
+    if known:
+        files.write_json(known, samples)
+    return samples
+
+
+def _walk(tar: tarfile.TarFile) -> list[Sample]:
+    found: dict[str, Sample] = {}
+    for member in tar:
+        folder, _, base = member.name.rpartition("/")
+        stem, _, rest = base.partition(".")
+        if not member.isfile() or not stem:
+            continue
+        name, suffix = (f"{folder}/{stem}" if folder else stem), f".{rest.lower()}"
+        _, pictures, texts = found.setdefault(name, (name, [], {}))
+        if suffix in PICTURES:
+            pictures.append((suffix, member.offset_data, member.size))
+        elif suffix in TEXTS:
+            content = tar.extractfile(member)
+            try:
+                texts[suffix] = content.read().decode("utf-8-sig") if content else None
+            except UnicodeDecodeError:
+                texts[suffix] = None
+    return list(found.values())
+
+
+def _record(
+    data: Data,
+    shard: str,
+    stamp: str,
+    name: str,
+    picture: tuple[str, int, int],
+    texts: dict[str, str | None],
+    problems: dict[str, list[str]],
+) -> Record:
+    _, offset, size = picture
+    values = _values(texts, name, problems)
+    written = next((texts[suffix] for suffix in CAPTIONS if suffix in texts), None)
+    if written is None:
+        written = next((values[key] for key in (data.caption_column, *JSON_CAPTIONS) if values.get(key)), None)
+    captions = clean(written)
+    if not captions and captions is not None and data.caption is not None:
+        captions = (data.caption.strip(),)
+    if not captions:
+        problems["type" if captions is None else "uncaptioned"].append(name)
+    record = Record(name, captions or (), partial(read, shard, offset, size, name), f"{stamp}:{offset}")
+    mask = Mask(name, record.read, record.stamp) if data.mask == "alpha" else None
+    point = extras.focus(values.get(data.focus_column), name, problems) if data.focus == "column" else None
+    return replace(record, mask=mask, focus=point)
+
+
+def _values(texts: dict[str, str | None], name: str, problems: dict[str, list[str]]) -> dict[str, Any]:
+    """The sample's JSON file; a problem is noted for a text that cannot be read."""
+    try:
+        values = json.loads(texts.get(".json") or "{}")
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or None in texts.values():
+        problems["unreadable"].append(name)
+        return {}
+    return values
