@@ -264,7 +264,11 @@ def _training(config: Config, manifest: dict[str, Any]) -> str:
 
 
 def _data_settings(data: Data) -> str:
-    words = [f"{data.resolution} px", f"{data.crop} crop"]
+    words = [
+        f"{len(data.bucket_sizes)} sizes" if data.buckets == "sizes" else f"{data.resolution} px",
+        f"{data.crop} crop",
+    ]
+    words += ["aspect-ratio buckets"] if data.buckets != "none" else []
     words += ["mirrored half of the time"] if data.flip else []
     words += [f"{data.caption_dropout:g} of the captions left out"] if data.caption_dropout else []
     return ", ".join(words)

@@ -12,6 +12,7 @@ from sdxl_trainer import sample
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Config
+from sdxl_trainer.data import buckets
 from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.prepare import EMPTY, written
 from sdxl_trainer.formats import pretrained
@@ -78,13 +79,14 @@ class Validator:
         return self.config.seed if seed is None else seed
 
     def _settings(self) -> dict[str, Any]:
-        options, side = self.config.validation, self.config.data[0].resolution
+        options, data = self.config.validation, self.config.data[0]
+        height, width = buckets.nearest((1, 1), buckets.sizes(data, data.resolution))
         return {
             "negative": options.negative,
             "steps": options.steps,
             "guidance": options.guidance,
-            "height": options.height or side,
-            "width": options.width or side,
+            "height": options.height or height,
+            "width": options.width or width,
         }
 
     def _conditions(self, request: sample.Request, sdxl: SDXL) -> dict[str, Tensor]:

@@ -151,3 +151,21 @@ def test_ties_are_broken_by_size_and_not_by_order() -> None:
     for height, width in np.random.default_rng(0).integers(100, 4000, (500, 2)).tolist():
         tall, wide = (buckets.choose(options(), 1024, size, "p") for size in ((height, width), (width, height)))
         assert tall == wide[::-1] or kept_share((height, width), tall) == kept_share((width, height), wide[::-1])
+
+
+@pytest.mark.parametrize(
+    ("more", "size"),
+    [
+        ({"buckets": "none", "resolution": 512}, (512, 512)),
+        ({"resolution": 768}, (768, 768)),
+        ({"buckets": "sizes", "bucket_sizes": ((640, 1536), (1216, 832))}, (832, 1216)),
+    ],
+    ids=str,
+)
+def test_validation_pictures_are_of_the_squarest_size_trained(more: dict[str, object], size: tuple[int, int]) -> None:
+    from sdxl_trainer.config import Config, Model, Train
+    from sdxl_trainer.validate import Validator
+
+    config = Config(output_dir="x", model=Model(path="x"), data=(options(**more),), train=Train(steps=1))
+    settings = Validator(config, *[None] * 6)._settings()  # type: ignore[arg-type]
+    assert (settings["height"], settings["width"]) == size
