@@ -158,5 +158,7 @@ def test_a_dataset_with_masks_and_points(tmp_path: Path) -> None:
     assert found[0].mask.stamp != found[0].stamp
     with pytest.raises(UserError, match="'mask' has no effect: this is a dataset"):
         records(tmp_path / "saved", mask="file")
+    with pytest.raises(UserError, match="'caption_per_line' has no effect"):
+        records(tmp_path / "saved", caption_per_line=True)
     with pytest.raises(UserError, match="'kohya_folders' has no effect"):
         records(tmp_path / "saved", kohya_folders=True)

@@ -72,6 +72,20 @@ def test_samples_of_shards(kind: str, request: pytest.FixtureRequest) -> None:
     assert len({r.stamp for r in found}) == 3
 
 
+def test_captions_by_line_and_for_the_second_encoder() -> None:
+    system = fsspec.filesystem("memory")
+    files = {"a.jpg": PICTURES[0], "a.txt": b"one\n\ntwo\n", "a.json": b'{"b": ["eins", "zwei"]}'}
+    system.pipe({"/words/s.tar": tar(files), "/json/s.tar": TWO})
+    found = records("memory://words", caption_per_line=True, caption_column_2="b")
+    assert [(r.captions, r.seconds) for r in found] == [(("one", "two"), ("eins", "zwei"))]
+    with pytest.raises(UserError, match="not one caption in caption_column_2 for each"):
+        records("memory://words", caption_column_2="b")
+    with pytest.raises(UserError, match="caption_per_line has no effect"):
+        records("memory://json", caption_per_line=True)
+    system.rm("/words", recursive=True)
+    system.rm("/json", recursive=True)
+
+
 def test_one_shard_by_its_address(memory: str) -> None:
     assert [r.captions for r in records(f"{memory}/s-10.tar")] == [("one", "two")]
 

@@ -119,6 +119,8 @@ def _refuse_folders_only(
 ) -> None:
     if data.kohya_folders:
         raise UserError(f"'kohya_folders' has no effect: {reason}", place, "remove 'kohya_folders'")
+    if data.caption_per_line and "column" not in masks:
+        raise UserError(f"'caption_per_line' has no effect: {reason}", place, "remove 'caption_per_line'")
     if data.mask in masks:
         other = ["alpha"] if "column" in masks else ["column", "alpha"]
         fix = "set mask = " + " or ".join(f'"{kind}"' for kind in other)

@@ -19,7 +19,7 @@ from sdxl_trainer import files
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.records import Mask, Record
 from sdxl_trainer.data.sources import extras
-from sdxl_trainer.data.sources.folder import clean, refuse
+from sdxl_trainer.data.sources.folder import refuse
 from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES, natural
 from sdxl_trainer.errors import UserError
 
@@ -41,9 +41,10 @@ def records(data: Data, place: str, index_dir: Path | None) -> list[Record]:
     """The samples of all shards in natural order of their names."""
     problems: dict[str, list[str]] = defaultdict(list)
     found: list[Record] = []
-    alone = 0
+    alone, told = 0, False
     for shard, stamp in _shards(data.path, place):
         for name, pictures, texts in _index(shard, stamp, place, index_dir):
+            told |= any(suffix in texts for suffix in CAPTIONS)
             label = f"{shard.rsplit('/', 1)[-1]}/{name}"
             if len(pictures) > 1:
                 problems["twice"].append(label)
@@ -52,6 +53,8 @@ def records(data: Data, place: str, index_dir: Path | None) -> list[Record]:
             else:
                 alone += 1
     refuse(problems, PROBLEMS, place)
+    if data.caption_per_line and not told:
+        raise UserError("caption_per_line has no effect: there are no caption files", place, "remove it")
     if not found:
         raise UserError("the shards hold no pictures", place, f"pack pictures ({' '.join(sorted(PICTURES))}) in them")
     log.info("%s: %d pictures; samples without a picture: %d", place, len(found), alone)
@@ -146,18 +149,32 @@ def _record(
 ) -> Record:
     _, offset, size = picture
     values = _values(texts, name, problems)
-    written = next((texts[suffix] for suffix in CAPTIONS if suffix in texts), None)
+    captions = _captions(data, texts, values, name, problems)
+    record = Record(name, captions, partial(read, shard, offset, size, name), f"{stamp}:{offset}")
+    mask = Mask(name, record.read, record.stamp) if data.mask == "alpha" else None
+    point = extras.focus(values.get(data.focus_column), name, problems) if data.focus == "column" else None
+    seconds: tuple[str, ...] = ()
+    if data.caption_column_2 is not None:
+        second = values.get(data.caption_column_2)
+        seconds = extras.seconds(second, captions or None, captions, name, problems)
+    return replace(record, mask=mask, focus=point, seconds=seconds)
+
+
+def _captions(
+    data: Data, texts: dict[str, str | None], values: dict[str, Any], name: str, problems: dict[str, list[str]]
+) -> tuple[str, ...]:
+    """From the text file, else from the JSON file, else the one for all."""
+    written: object = next((texts[suffix] for suffix in CAPTIONS if suffix in texts), None)
+    if isinstance(written, str) and data.caption_per_line:
+        written = [line for line in written.split("\n") if line.strip()]
     if written is None:
         written = next((values[key] for key in (data.caption_column, *JSON_CAPTIONS) if values.get(key)), None)
-    captions = clean(written)
+    captions = extras.clean(written)
     if not captions and captions is not None and data.caption is not None:
         captions = (data.caption.strip(),)
     if not captions:
         problems["type" if captions is None else "uncaptioned"].append(name)
-    record = Record(name, captions or (), partial(read, shard, offset, size, name), f"{stamp}:{offset}")
-    mask = Mask(name, record.read, record.stamp) if data.mask == "alpha" else None
-    point = extras.focus(values.get(data.focus_column), name, problems) if data.focus == "column" else None
-    return replace(record, mask=mask, focus=point)
+    return captions or ()
 
 
 def _values(texts: dict[str, str | None], name: str, problems: dict[str, list[str]]) -> dict[str, Any]:
