@@ -86,9 +86,9 @@ def sites(sdxl: SDXL, options: Adapter) -> dict[str, list[Site]]:
 def _layers(sdxl: SDXL, part: str, targets: str) -> Iterator[tuple[str, nn.Module]]:
     """Linear layers and convolutions of a part that are targets, but for those that nothing depends on."""
     chosen = TARGETS.get(targets) or _pattern(targets)
-    unused = sdxl.unused()
+    unused = {name.rpartition(".")[0] for name in sdxl.unused()}
     for name, layer in sdxl.parts()[part].named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and f"{part}.{name}.weight" not in unused:
+        if isinstance(layer, nn.Linear | nn.Conv2d) and f"{part}.{name}" not in unused:
             if chosen(f"{part}.{name}", layer):
                 yield name, layer
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sdxl_trainer import base as bases
-from sdxl_trainer import distributed, files, model, optim, parameters, resume, setup, text
+from sdxl_trainer import distributed, files, model, narrow, optim, parameters, resume, setup, text
 from sdxl_trainer.base import Base
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
@@ -43,7 +43,7 @@ def run(config: Config) -> None:
         ("what will learn", _learns(groups, unet)),
         ("data", _data(config, base, stock, order)),
         ("cache", _cache(config, stock)),
-        ("disk", _disk(config, unet)),
+        ("disk", _disk(config, sum(g.size for g in groups) if config.adapter or config.token else unet)),
         ("memory (a first estimate)", memory(config, stock, groups, unet, precision)),
     ):
         _table(title, rows)
@@ -65,16 +65,18 @@ def memory(
     """Bytes of weights, gradients, optimizer, averages and activations while training."""
     learns = sum(group.size for group in groups)
     weights = _BYTES[config.train.weights]
+    beside = config.adapter or config.token
+    base = narrow.BYTES[precision if config.train.frozen == "auto" else config.train.frozen] if beside else weights
     images = config.train.micro_batch or config.train.batch_size
     rows, columns = max((p.geometries[0].target for p in stock.pictures), key=lambda t: t[0] * t[1])
     per_pixel = _ACTIVATIONS[config.train.gradient_checkpointing] * (unet / _SDXL_PARAMETERS) ** 0.5
-    narrow = 1.0 if precision == "fp32" else 0.5 + 0.5 * (config.train.weights == "fp32")
+    share = 1.0 if precision == "fp32" else 0.5 + 0.5 * (config.train.weights == "fp32")
     parts = {
-        "weights": unet * weights,
+        "weights": unet * base,
         "gradients": learns * weights,
         "optimizer": learns * optim.state_bytes(config.optimizer, weights),
         "averages (EMA)": learns * 4 if config.ema.enabled else 0,
-        "activations": images * rows * columns / 64 * per_pixel * narrow,
+        "activations": images * rows * columns / 64 * per_pixel * share,
     }
     return [(name, size(value)) for name, value in {**parts, "together": sum(parts.values())}.items() if value]
 
@@ -116,17 +118,14 @@ def _cache(config: Config, stock: Stock) -> list[tuple[str, str]]:
     ]
 
 
-def _disk(config: Config, unet: int) -> list[tuple[str, str]]:
+def _disk(config: Config, saved: int) -> list[tuple[str, str]]:
     output = Path(config.output_dir).expanduser()
     existing = next(p for p in (output, *output.absolute().parents) if p.exists())
     with files.explained(output):
         free = shutil.disk_usage(existing).free
-    weights = unet * _BYTES[config.train.weights]
-    checkpoint = (
-        weights
-        + unet * optim.state_bytes(config.optimizer, _BYTES[config.train.weights])
-        + (unet * 4 if config.ema.enabled else 0)
-    )
+    weights = _BYTES[config.train.weights]
+    per_weight = weights + optim.state_bytes(config.optimizer, weights) + 4 * config.ema.enabled
+    checkpoint = saved * per_weight
     return [("each checkpoint", f"up to {size(checkpoint)}"), ("free", f"{size(free)} at {existing}")]
 
 

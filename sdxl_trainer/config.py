@@ -248,6 +248,9 @@ class Train(Section):
     max_grad_norm: float = option(1.0, "gradients are scaled down to this global norm; 0: never", ge=0)
     precision: Literal["auto", "fp32", "fp16", "bf16"] = option("auto", "compute type; auto: bf16 where it is fast")
     weights: Literal["fp32", "bf16"] = option("fp32", "type in which the learning tensors are kept")
+    frozen: Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8", "nf4"] = option(
+        "auto", "type in which the base is kept beside an adapter or new words; auto: the compute type"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     tf32: bool = option(False, "TensorFloat-32 for fp32 matrix products (NVIDIA Ampere and later)")
     checkpoint_every: int = option(500, "steps between checkpoints; 0: none", ge=0)

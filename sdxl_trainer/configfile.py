@@ -55,6 +55,7 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
         for name in ("author", "description", "license")
     ),
     *((f"export.{name}", lambda c: not c.export.formats, "export.formats is empty") for name in ("name", "dtype")),
+    ("train.frozen", lambda c: not (c.adapter or c.token), "nothing is frozen without [adapter] or [[token]]"),
     ("hub.id", lambda c: not c.hub.push, "hub.push is false"),
     ("hub.private", lambda c: not c.hub.push, "hub.push is false"),
     ("model.vae_revision", lambda c: c.model.vae is None, "model.vae is not given"),
@@ -275,6 +276,7 @@ def _refuse_contradictions(config: Config, where: str) -> None:
     prompts = [*config.validation.prompts, *([config.validation.negative] if config.validation.negative else [])]
     captions.refuse(config.data, config.text, prompts, where)
     _refuse_overwriting(config, where)
+    refusals.beside(config, where)
     _refuse_objective(config, where)
     refusals.objective(config, where)
     refusals.optimizer(config, where)

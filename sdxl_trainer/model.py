@@ -1,5 +1,6 @@
 """What is trained: one module whose parameter names the rules speak of."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ class SDXL(nn.Module):
         self.unet = unet
         self.text_encoder, self.text_encoder_2 = encoders or (None, None)
         self.added: set[str] = set()  # parameters that were injected: then they alone may learn
+        self.saving: Callable[[], Any] = nullcontext  # how autograd keeps what the backward pass needs
         # Of the samples in the pass, for layers that drop: keys, and positions of the text before it is repeated.
         self.dropout_keys: list[int] = []
         self.dropout_lengths: list[int] = []
@@ -56,12 +58,13 @@ class SDXL(nn.Module):
         """Prediction [B, 4, h, w] from x_t [B, 4, h, w], timesteps [B], integer time_ids [B, 6], whose sinusoids the
         UNet computes in fp32, and either embeddings [B, L, 2048] and pooled [B, 1280], or what `embed` takes. `keys`
         and `lengths` [B] decide adapters' dropout."""
-        if chunks:
-            prompt_embeds, pooled = self.embed(**chunks, keys=keys)
-        if keys is not None and lengths is not None:
-            self.dropout_keys[:], self.dropout_lengths[:] = keys.tolist(), lengths.tolist()
-        conditions = {"text_embeds": pooled, "time_ids": time_ids}
-        return self.unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
+        with self.saving():
+            if chunks:
+                prompt_embeds, pooled = self.embed(**chunks, keys=keys)
+            if keys is not None and lengths is not None:
+                self.dropout_keys[:], self.dropout_lengths[:] = keys.tolist(), lengths.tolist()
+            conditions = {"text_embeds": pooled, "time_ids": time_ids}
+            return self.unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
 
     def embed(
         self,

@@ -139,3 +139,20 @@ def export(config: Config, where: str) -> None:
     if name is not None and (not name.strip() or Path(name).name != name or name == "pytorch_lora_weights"):
         what = f"export.name = '{name}' cannot be the name of a file here"
         raise UserError(what, where, "give a name without folders, such as my-style")
+
+
+def beside(config: Config, where: str) -> None:
+    """What does not go with an adapter or new words."""
+    if not (config.adapter or config.token):
+        return
+    if config.train.weights != "fp32":
+        what = f"train.weights = '{config.train.weights}' with an adapter or new words: these are always fp32"
+        raise UserError(what, where, f'for the base beside them set train.frozen = "{config.train.weights}"')
+    if config.model.init == "random":
+        what = "model.init = 'random' with an adapter or new words: nobody else has this base"
+        raise UserError(what, where, "remove model.init")
+    names = [word.name for word in config.token]
+    for name in names:
+        if names.count(name) > 1 or any(other != name and other.startswith(name) for other in names):
+            what = f"the new words {', '.join(names)} cannot be told apart: one begins with '{name}'"
+            raise UserError(what, where, "choose words of which none begins with another, such as <a> and <b>")

@@ -14,6 +14,7 @@ from sdxl_trainer import (
     files,
     manifest,
     model,
+    narrow,
     objective,
     optim,
     parameters,
@@ -214,6 +215,9 @@ def _model(
     frozen = text.load(base, DTYPES[stock.keys.text_precision], accelerator.device) if in_step else None
     checkpointing = config.train.gradient_checkpointing
     sdxl = model.load(config.model, base, folder, weights, checkpointing, stock.text_learns, config.text, frozen)
+    if config.adapter or config.token:
+        kind = precision if config.train.frozen == "auto" else config.train.frozen
+        narrow.pack(sdxl, kind, DTYPES[precision])
     inject(sdxl, config, base, at)
     line = model.use_attention(sdxl, config.model.attention, accelerator.device)
     if line:

@@ -102,7 +102,8 @@ class Validator:
         words = self.samples.words
         text = {name: t.to(self.accelerator.device) for name, t in words.together([words.of(prompt)]).items()}
         if "tokens" in text:
-            embeds, pooled = sdxl.embed(**text)
+            with self.accelerator.autocast():
+                embeds, pooled = sdxl.embed(**text)
             return embeds[0], pooled[0]
         return text["prompt_embeds"][0], text["pooled"][0]
 

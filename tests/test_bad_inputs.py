@@ -13,10 +13,20 @@ from typing import Any
 import pytest
 
 from sdxl_trainer import files
-from tests.bad_inputs import config_rows, data_rows, geometry_rows, model_rows, more_rows, place, run_rows
+from tests.bad_inputs import adapter_rows, config_rows, data_rows, geometry_rows, model_rows, more_rows, place, run_rows
 from tests.bad_inputs.place import Bad
 
-TABLE = [*config_rows.ROWS, *data_rows.ROWS, *geometry_rows.ROWS, *model_rows.ROWS, *run_rows.ROWS, *more_rows.ROWS]
+TABLE = [
+    ,
+]
+    *config_rows.ROWS,
+    *data_rows.ROWS,
+    *geometry_rows.ROWS,
+    *model_rows.ROWS,
+    *run_rows.ROWS,
+    *more_rows.ROWS,
+    *adapter_rows.ROWS,
+]
 
 
 @pytest.fixture(scope="module")
