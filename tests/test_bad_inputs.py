@@ -17,8 +17,6 @@ from tests.bad_inputs import adapter_rows, config_rows, data_rows, geometry_rows
 from tests.bad_inputs.place import Bad
 
 TABLE = [
-    ,
-]
     *config_rows.ROWS,
     *data_rows.ROWS,
     *geometry_rows.ROWS,
