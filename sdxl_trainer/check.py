@@ -1,5 +1,6 @@
 """`sdxl check`: what a run will do and cost, before anything is spent."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from sdxl_trainer import distributed, files, model, narrow, optim, parameters, r
 from sdxl_trainer.base import Base
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
-from sdxl_trainer.data import ledger, plan, prepare
+from sdxl_trainer.data import findings, ledger, plan, prepare
+from sdxl_trainer.data.encode import DTYPES
 from sdxl_trainer.data.prepare import Stock
-from sdxl_trainer.errors import shortened
 from sdxl_trainer.run import CONTINUE
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -23,7 +24,7 @@ _ACTIVATIONS = {False: 8.05 * 2**30 / (128 * 128), True: 0.62 * 2**30 / (128 * 1
 _SDXL_PARAMETERS = 2_567_463_684
 
 
-def run(config: Config) -> None:
+def run(config: Config, *, as_json: bool = False) -> None:
     """Print the report. Everything that a run would refuse is refused here too."""
     notes: list[str] = []
     precision = setup.computing(config, notes)
@@ -39,16 +40,30 @@ def run(config: Config) -> None:
     elif begin.checkpoint:
         notes.append(f"continues after step {begin.checkpoint.step} ({begin.checkpoint.path})")
     groups, unet = learning(config, base, stock, begin.checkpoint)
-    for title, rows in (
-        ("what will learn", _learns(groups, unet)),
-        ("data", _data(config, base, stock, order)),
-        ("cache", _cache(config, stock)),
-        ("disk", _disk(config, sum(g.size for g in groups) if config.adapter or config.token else unet)),
-        ("memory (a first estimate)", memory(config, stock, groups, unet, precision)),
-    ):
+    words = captions(config, base, stock)
+    tables = {
+        "what will learn": _learns(groups, unet),
+        "data": _data(config, stock, order),
+        "captions": findings.lines(words),
+        "cache": _cache(base, stock),
+        "disk": _disk(config, sum(g.size for g in groups) if config.adapter or config.token else unet),
+        "memory (a first estimate)": memory(config, stock, groups, unet, precision),
+    }
+    if as_json:
+        whole = {"tables": {title: dict(rows) for title, rows in tables.items()}, "notes": notes}
+        print(json.dumps({**whole, "captions": words.to_json()}, ensure_ascii=False, indent=1))
+        return
+    for title, rows in tables.items():
         _table(title, rows)
     for line in notes:
         print(line)
+
+
+def captions(config: Config, base: Base, stock: Stock) -> findings.Captions:
+    """What the captions are like."""
+    tokenizers, chunks = prepare.read(config, base, stock)
+    cut = text.cuts(tokenizers, stock.prompts, chunks)
+    return findings.captions(config, stock.pictures, stock.choices, dict(zip(stock.prompts, chunks, strict=True)), cut)
 
 
 def learning(config: Config, base: Base, stock: Stock, at: Checkpoint | None) -> tuple[list[parameters.Group], int]:
@@ -94,28 +109,33 @@ def _learns(groups: list[parameters.Group], unet: int) -> list[tuple[str, str]]:
     return [*rows, ("frozen", f"{frozen:,} parameters of what is in memory while training; the VAE")]
 
 
-def _data(config: Config, base: Base, stock: Stock, order: plan.Plan) -> list[tuple[str, str]]:
-    captions = list(dict.fromkeys(c for p in stock.pictures for c in p.captions))
-    tokenizers = text.tokenizers(base)
-    cut = text.cuts(tokenizers, stock.prompts, text.tokenize(tokenizers, stock.prompts, config.text))
+def _data(config: Config, stock: Stock, order: plan.Plan) -> list[tuple[str, str]]:
     variants = sum(len(p.geometries) for p in stock.pictures)
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
     rows = [
-        ("pictures", f"{len(stock.pictures)}, with {variants} crops and flips; {len(captions)} distinct captions"),
+        ("pictures", f"{len(stock.pictures)}, with {variants} crops and flips"),
         ("steps", f"{order.steps_per_epoch} per epoch; {steps} in all, {steps / order.steps_per_epoch:.3g} epochs"),
-        ("captions cut off", f"{len(cut)}: {shortened((repr(c.prompt.text[:30]) for c in cut), 2)}" if cut else "none"),
     ]
     return rows + ledger.rows(config, stock, order)
 
 
-def _cache(config: Config, stock: Stock) -> list[tuple[str, str]]:
+def _cache(base: Base, stock: Stock) -> list[tuple[str, str]]:
     latents, texts = stock.missing_latents(), stock.missing_texts()
     wanted = len({stock.keys.latent(p, g) for p in stock.cached for g in p.geometries})
     bytes_ = sum(g.target[0] * g.target[1] / 64 * 16 for _, g in latents)
     return [
         ("latents", f"{wanted - len(latents)} cached, {len(latents)} to encode ({size(bytes_)})"),
-        ("captions", f"{len(stock.prompts) - len(texts)} cached, {len(texts)} to encode"),
+        ("captions", _texts(base, stock, len(texts))),
     ]
+
+
+def _texts(base: Base, stock: Stock, missing: int) -> str:
+    if not stock.text_cached:
+        return "none: the text encoders work in the step"
+    first, second = (base.config(part) for part in text.PARTS)
+    row = 77 * (first["hidden_size"] + second["hidden_size"]) + second.get("projection_dim", second["hidden_size"])
+    chunk = size(row * DTYPES[stock.keys.text_precision].itemsize)
+    return f"{len(stock.prompts) - missing} cached, {missing} to encode ({chunk} for each 75 tokens)"
 
 
 def _disk(config: Config, saved: int) -> list[tuple[str, str]]:

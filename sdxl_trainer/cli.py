@@ -85,12 +85,16 @@ def cache(
 
 
 @app.command()
-def check(config: ConfigFile, overrides: Overrides = None) -> None:
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
     """Config, data, captions, cache, disk, memory: a report before anything is spent."""
     loaded = _load(config, overrides)
     from sdxl_trainer import check as checks
 
-    checks.run(loaded)
+    checks.run(loaded, as_json=as_json)
 
 
 @app.command()

@@ -68,11 +68,13 @@ def load_encoders(base: Base, folder: Path | None, dtype: torch.dtype) -> tuple[
 @dataclass(frozen=True)
 class Tokens:
     """A prompt's n chunks: `ids` int32 [n, 2, 77] for both encoders; `weights` fp32 [n, 2, 77] if any is not 1;
-    `lost` are the tokens of the first text, else of the second, that were cut off."""
+    `lost` are the tokens of the first text, else of the second, that were cut off; `count` is how many the longer one
+    had before."""
 
     ids: Tensor
     weights: Tensor | None
     lost: tuple[int, ...]
+    count: int
 
 
 def tokenize(tokenizers: tuple[Any, Any], prompts: Sequence[Prompt], options: TextOptions) -> list[Tokens]:
@@ -100,6 +102,7 @@ def _padded(tokenizers: tuple[Any, Any], both: list[list[list[Token]]], options:
     rows = chunking.count(max(map(len, both)), options.long_captions, options.max_chunks)
     kept = 1 if options.long_captions == "cut" else options.max_chunks
     lost = next((gone for chunks in both if (gone := [i for chunk in chunks[kept:] for i, _ in chunk])), [])
+    count = max(sum(map(len, chunks)) for chunks in both)
     ids, weights = [], []
     for tokenizer, chunks in zip(tokenizers, both, strict=True):
         length = tokenizer.model_max_length
@@ -109,7 +112,7 @@ def _padded(tokenizers: tuple[Any, Any], both: list[list[list[Token]]], options:
     factors = torch.tensor(weights)
     plain = bool((factors == 1).all())
     stacked = torch.tensor(ids, dtype=torch.int32).transpose(0, 1).contiguous()
-    return Tokens(stacked, None if plain else factors.transpose(0, 1).contiguous(), tuple(lost))
+    return Tokens(stacked, None if plain else factors.transpose(0, 1).contiguous(), tuple(lost), count)
 
 
 def _row(tokenizer: Any, chunk: list[int], length: int) -> list[int]:

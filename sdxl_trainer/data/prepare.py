@@ -151,8 +151,8 @@ def fill(
         cut = encode.fill_texts(base, config.cache, stock.texts, stock.keys, prompts, device, progress)
         _say_cut(cut, config.text, say)
     if not stock.text_cached:
-        tokenizers, read = _read(config, base, stock)
-        _say_cut(text.cuts(tokenizers, stock.prompts, read), config.text, say)
+        tokenizers, chunks = read(config, base, stock)
+        _say_cut(text.cuts(tokenizers, stock.prompts, chunks), config.text, say)
     if latents:
         encode.fill_latents(base, config.cache, stock.latents, stock.keys, latents, device, progress)
     wait()
@@ -166,7 +166,7 @@ def _say_cut(cut: Sequence[text.Cut], options: TextOptions, say: Callable[[str],
         say(f"{len(cut)} captions have more than {text.longest(options)} tokens, the rest is cut off: {some}")
 
 
-def _read(config: Config, base: Base, stock: Stock) -> tuple[tuple[Any, Any], list[text.Tokens]]:
+def read(config: Config, base: Base, stock: Stock) -> tuple[tuple[Any, Any], list[text.Tokens]]:
     """The tokenizers, which know new words, and the chunks of all prompts."""
     tokenizers = tokens.tokenizers(base, config.token)
     expanded = [tokens.expanded(config.token, prompt) for prompt in stock.prompts]
@@ -175,7 +175,7 @@ def _read(config: Config, base: Base, stock: Stock) -> tuple[tuple[Any, Any], li
 
 def samples(config: Config, base: Base, stock: Stock, count: int) -> Samples:
     """What batches are made of, for a schedule of that many timesteps."""
-    chunks = dict(zip(stock.prompts, _read(config, base, stock)[1], strict=True)) if not stock.text_cached else None
+    chunks = dict(zip(stock.prompts, read(config, base, stock)[1], strict=True)) if not stock.text_cached else None
     made = Samples(
         stock.pictures,
         stock.choices,
