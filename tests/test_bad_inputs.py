@@ -13,10 +13,21 @@ from typing import Any
 import pytest
 
 from sdxl_trainer import files
-from tests.bad_inputs import adapter_rows, config_rows, data_rows, geometry_rows, model_rows, more_rows, place, run_rows
+from tests.bad_inputs import (
+    adapter_rows,
+    caption_rows,
+    config_rows,
+    data_rows,
+    geometry_rows,
+    model_rows,
+    more_rows,
+    place,
+    run_rows,
+)
 from tests.bad_inputs.place import Bad
 
 TABLE = [
+    *caption_rows.ROWS,
     *config_rows.ROWS,
     *data_rows.ROWS,
     *geometry_rows.ROWS,
