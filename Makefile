@@ -15,6 +15,9 @@ test: $(READY)
 test-large: $(READY)  # a full-size SDXL on the CPU: 20 GB of memory, about ten minutes
 	$(BIN)/python -m pytest -m large -s
 
+test-learning: $(READY)  # does micro-SDXL learn, and do options move it the right way: about twenty minutes
+	$(BIN)/python -m pytest -m learning -s
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

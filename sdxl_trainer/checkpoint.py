@@ -134,13 +134,14 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return {name: opened.get_tensor(name) for name in opened.keys()}
 
 
-def save_averaged(name: str, part: Any, ema: Ema, folder: Path) -> None:
-    """A part with its averaged weights in fp32; the UNet with what diffusers' EMAModel reads from its config."""
+def save_averaged(name: str, part: Any, ema: Ema, folder: Path, noted: bool = True) -> None:
+    """A part with its averaged weights in fp32; `noted`: the UNet with what diffusers' EMAModel reads from its config,
+    of which a model that is loaded for drawing would complain."""
     averages = {n.removeprefix(f"{name}."): t for n, t in ema.state().items() if n.startswith(f"{name}.")}
     with torch.device("meta"):
         averaged = type(part).from_config(part.config) if name == "unet" else type(part)(part.config)
     averaged.load_state_dict({**part.state_dict(), **averages}, assign=True)
-    if name == "unet":
+    if name == "unet" and noted:
         averaged.register_to_config(
             decay=ema.decay,
             min_decay=0.0,

@@ -310,6 +310,7 @@ class LearningRate(Section):
         option("constant", "shape of the learning rate over the run")
     )
     warmup_steps: int = option(0, "optimizer steps of linear warm-up (not used by constant)", ge=0)
+    cooldown_steps: int = option(0, "last optimizer steps, of linear descent to 0 (constant_with_warmup)", ge=0)
     cycles: Positive = option(1, "restarts of cosine_with_restarts")
     power: float = option(1.0, "exponent of polynomial", gt=0)
 

@@ -30,6 +30,11 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
     ("timesteps.end", lambda c: c.timesteps.bias != "range", "timesteps.bias is not 'range'"),
     ("schedule.warmup_steps", lambda c: c.schedule.name == "constant", "schedule.name is 'constant'"),
     (
+        "schedule.cooldown_steps",
+        lambda c: c.schedule.name != "constant_with_warmup",
+        "schedule.name is not 'constant_with_warmup'",
+    ),
+    (
         "schedule.cycles",
         lambda c: c.schedule.name != "cosine_with_restarts",
         "schedule.name is not 'cosine_with_restarts'",

@@ -82,7 +82,7 @@ def save_pipeline(output: Path, base: Base, sdxl: SDXL, ema: Ema | None, schedul
             files.write_atomically(output / name, partial(checkpoint.save_part, name, part))
         else:
             files.write_atomically(output / f"{name}_raw", partial(checkpoint.save_part, name, part))
-            files.write_atomically(output / name, partial(checkpoint.save_averaged, name, part, ema))
+            files.write_atomically(output / name, partial(checkpoint.save_averaged, name, part, ema, noted=False))
     (output / "scheduler").mkdir(exist_ok=True)
     files.write_json(output / "scheduler" / "scheduler_config.json", scheduler)
     files.write_json(output / "model_index.json", index)

@@ -43,6 +43,14 @@ def test_learning_rates_are_those_of_diffusers(options: LearningRate) -> None:
         reference.step()
 
 
+def test_a_cooldown_ends_at_zero_and_a_longer_run_begins_like_a_shorter_one() -> None:
+    options = LearningRate(name="constant_with_warmup", warmup_steps=4, cooldown_steps=10)
+    short = [optim.factor(options, step, 50) for step in range(51)]
+    assert short[4:41] == [1.0] * 37
+    assert short[40:] == pytest.approx([1 - k / 10 for k in range(11)])
+    assert [optim.factor(options, step, 90) for step in range(41)] == short[:41]
+
+
 def network() -> nn.Module:
     module = nn.Module()
     module.unet = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))

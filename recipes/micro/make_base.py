@@ -1,10 +1,10 @@
-"""Put together micro-SDXL before its training: UNet and text encoders with random weights, VAE and tokenizers as given.
+"""Put together micro-SDXL before its training: a UNet with random weights, and the other parts as given.
 
-    python recipes/micro/make_base.py OUT --vae VAE --tokenizers TOKENIZERS [--seed 0]
+    python recipes/micro/make_base.py OUT --vae VAE --tokenizers TOKENIZERS --text TEXT [--seed 0]
 
-VAE is the folder `final` of train_vae.py, TOKENIZERS what make_tokenizers.py wrote. OUT becomes a diffusers folder
-with SDXL's own blocks at small widths. Its scheduler ends in pure noise and the UNet predicts v, so that backgrounds
-can become truly black and white (Lin et al. 2024).
+VAE is the folder `final` of train_vae.py, TOKENIZERS what make_tokenizers.py wrote, TEXT what train_text.py wrote.
+OUT becomes a diffusers folder with SDXL's own blocks at small widths. Its scheduler ends in pure noise and the UNet
+predicts v, so that backgrounds can become truly black and white (Lin et al. 2024).
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdxl_trainer import files
+from sdxl_trainer import files, text
 from sdxl_trainer.blueprint import Size, TextSize, UNetSize, VaeSize, configs
 from sdxl_trainer.formats import folder, modules
 
@@ -42,6 +42,14 @@ def vocabulary(tokenizer: Path) -> dict[str, int]:
     names = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
     special = {f"{kind}_token_id": ids[names[f"{kind}_token"]] for kind in ("bos", "eos", "pad")}
     return {"vocab_size": len(ids), **special}
+
+
+def described(size: Size, tokenizers: Path) -> dict[str, dict[str, Any]]:
+    """The configuration of each part, with the tokenizers' vocabularies."""
+    found = configs(size)
+    for name in text.PARTS:
+        found[name] |= vocabulary(tokenizers / name.replace("text_encoder", "tokenizer")) | {"torch_dtype": "float32"}
+    return found
 
 
 def random_part(name: str, config: dict[str, Any], seed: int) -> nn.Module:
@@ -80,22 +88,23 @@ def text_deviation(parameter: str, weight: Tensor) -> float | None:
     return weight.shape[1] ** -0.5 if weight.ndim == 2 else None
 
 
-def make(out: Path, vae: Path, tokenizers: Path, seed: int = 0, size: Size = SIZE) -> Path:
+def write_part(out: Path, name: str, config: dict[str, Any], module: nn.Module) -> None:
+    """A part's weights and configuration, as diffusers and transformers write them."""
+    folder.write_tensors(out / name / folder.WEIGHTS[name], folder.published_names(name, module.state_dict()))
+    files.write_json(out / name / folder.CONFIGS[name], config)
+
+
+def make(out: Path, vae: Path, tokenizers: Path, encoders: Path, seed: int = 0, size: Size = SIZE) -> Path:
     """Write the folder; the same arguments write the same bytes. `model_index.json` comes last."""
     (out / folder.INDEX).unlink(missing_ok=True)
-    described = configs(size)
-    for index, name in enumerate(("unet", "text_encoder", "text_encoder_2")):
-        config = described[name]
-        if name != "unet":
-            config |= vocabulary(tokenizers / name.replace("text_encoder", "tokenizer")) | {"torch_dtype": "float32"}
-        weights = random_part(name, config, seed * 3 + index).state_dict()
-        folder.write_tensors(out / name / folder.WEIGHTS[name], folder.published_names(name, weights))
-        files.write_json(out / name / folder.CONFIGS[name], config)
+    unet = described(size, tokenizers)["unet"]
+    write_part(out, "unet", unet, random_part("unet", unet, seed))
     for name in folder.TOKENIZERS:
         shutil.copytree(tokenizers / name, out / name, dirs_exist_ok=True)
-    (out / "vae").mkdir(exist_ok=True)
-    for name in (folder.CONFIGS["vae"], folder.WEIGHTS["vae"]):
-        shutil.copyfile(vae / name, out / "vae" / name)
+    for name, source in [("vae", vae), *((name, encoders / name) for name in text.PARTS)]:
+        (out / name).mkdir(exist_ok=True)
+        for file in (folder.CONFIGS[name], folder.WEIGHTS[name]):
+            shutil.copyfile(source / file, out / name / file)
     files.write_json(out / "scheduler" / folder.CONFIGS["scheduler"], folder.read_config("scheduler") | SCHEDULER)
     files.write_bytes(out / folder.INDEX, (folder.SHIPPED / folder.INDEX).read_bytes())
     return out
@@ -106,9 +115,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--tokenizers", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    out = make(arguments.out, arguments.vae, arguments.tokenizers, arguments.seed)
+    out = make(arguments.out, arguments.vae, arguments.tokenizers, arguments.text, arguments.seed)
     counts = {name: sum(t.numel() for t in folder.read_weights(name, out).values()) for name in folder.WEIGHTS}
     print(", ".join(f"{name} {count:,}" for name, count in counts.items()), f"together {sum(counts.values()):,}")
 

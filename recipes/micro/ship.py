@@ -16,7 +16,7 @@ import torch
 from sdxl_trainer import checkpoint, files
 from sdxl_trainer.formats import folder
 
-LEARNED = ("unet", "text_encoder", "text_encoder_2")
+LEARNABLE = ("unet", "text_encoder", "text_encoder_2")
 # What the trainer notes of its averages in the UNet's configuration, for other tools that go on with them.
 AVERAGING = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
 CARD = """---
@@ -38,13 +38,15 @@ sdxl-trainer. It predicts v, and its noise schedule ends in pure noise.
 
 
 def sources(run: Path) -> tuple[dict[str, Path], Path, int]:
-    """(folder of each learned part, folder of everything else, number of steps) of a run."""
+    """(folder of each part that is written anew, folder of everything else, number of steps) of a run. What did not
+    learn is not in a checkpoint, but in the base."""
     if (run / folder.INDEX).exists():
         rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return {name: run / name for name in LEARNED}, run, json.loads(rows[-1])["step"]
+        return {name: run / name for name in LEARNABLE}, run, json.loads(rows[-1])["step"]
     last = checkpoint.verify(checkpoint.found(run)[-1])
     base = Path(last.state()["config"]["model"]["path"]).expanduser()
-    return {name: last.path / f"{name}_ema" for name in LEARNED}, base, last.step
+    averaged = {name: last.path / f"{name}_ema" for name in LEARNABLE}
+    return {name: path if path.exists() else base / name for name, path in averaged.items()}, base, last.step
 
 
 def half(source: Path, name: str, out: Path) -> int:

@@ -16,11 +16,17 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float
 
 
 def factor(options: LearningRate, step: int, steps: int) -> float:
-    """Factor on the base rate at optimizer step `step` (from 0) of `steps`; the shapes of diffusers.optimization."""
+    """Factor on the base rate at optimizer step `step` (from 0) of `steps`; the shapes of diffusers.optimization.
+
+    A constant rate with a cooldown (Hagele et al. 2024, arXiv:2405.18392) does not depend on `steps` before it, so
+    that a longer run begins with the very steps of a shorter one.
+    """
     if options.name == "constant":
         return 1.0
     if step < options.warmup_steps:
         return step / max(1, options.warmup_steps)
+    if steps - step < options.cooldown_steps:
+        return (steps - step) / options.cooldown_steps
     progress = (step - options.warmup_steps) / max(1, steps - options.warmup_steps)
     return SHAPES[options.name](min(progress, 1.0), options)
 

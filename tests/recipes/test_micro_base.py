@@ -1,17 +1,22 @@
 """The recipe of micro-SDXL's UNet and text encoders: put together, trained, shipped, evaluated."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from transformers import CLIPTokenizer
 
 import toyworld
+from sdxl_trainer import text
 from sdxl_trainer.blueprint import Size, TextSize, UNetSize, VaeSize
 from sdxl_trainer.configfile import load as load_config
+from sdxl_trainer.formats import folder
 from sdxl_trainer.train import train
 from tests.recipes.loading import RECIPES, recipe
 
@@ -24,7 +29,8 @@ SMALL = Size(
 )
 
 
-make_base, data, ship, curves = recipe("make_base"), recipe("data"), recipe("ship"), recipe("curves")
+make_base, train_text = recipe("make_base"), recipe("train_text")
+data, ship, curves, edit = recipe("data"), recipe("ship"), recipe("curves"), recipe("edit")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = {"block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "norm_num_groups": 1}
     vae.new_model({"seed": 0, "model": model}).save_pretrained(path / "vae")
     data.write(path / "data", squares=6, varied=3)
-    make_base.make(path / "untrained", path / "vae", path / "tokenizers", size=SMALL)
+    described = make_base.described(SMALL, path / "tokenizers")
+    short = {"seed": 0, "steps": 2, "batch": 4, "log_every": 1, "learning_rate": 1e-3, "warmup": 1, "width": 8}
+    short |= {"evaluation_seed": 1, "evaluation_pairs": 4}
+    for name, encoder in train_text.train(short, described, path / "tokenizers", path / "text.jsonl").items():
+        make_base.write_part(path / "text", name, described[name], encoder)
+    make_base.make(path / "untrained", path / "vae", path / "tokenizers", path / "text", size=SMALL)
     return path
 
 
@@ -71,9 +82,32 @@ def test_captions_reach_the_unet_at_a_size_it_can_learn_from(place: Path) -> Non
 
 
 def test_the_same_arguments_make_the_same_base(place: Path, tmp_path: Path) -> None:
-    make_base.make(tmp_path, place / "vae", place / "tokenizers", size=SMALL)
+    make_base.make(tmp_path, place / "vae", place / "tokenizers", place / "text", size=SMALL)
     for path in (p for p in (place / "untrained").rglob("*") if p.is_file()):
         assert path.read_bytes() == (tmp_path / path.relative_to(place / "untrained")).read_bytes(), path
+
+
+def test_the_text_encoders_learn_which_picture_a_caption_belongs_to(place: Path, tmp_path: Path) -> None:
+    described = make_base.described(SMALL, place / "tokenizers")
+    settings = {"seed": 0, "steps": 40, "batch": 32, "log_every": 40, "learning_rate": 3e-3, "warmup": 5, "width": 64}
+    settings |= {"evaluation_seed": 1, "evaluation_pairs": 64}
+    train_text.train(settings, described, place / "tokenizers", tmp_path / "log.jsonl")
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    for name in ("text_encoder", "text_encoder_2"):
+        assert last[name]["loss"] < math.log(64) - 0.1  # guessing gives the logarithm
+
+
+def test_what_stands_behind_a_caption_changes_nothing_before_it(place: Path) -> None:
+    readers = tuple(CLIPTokenizer.from_pretrained(place / "tokenizers" / name) for name in folder.TOKENIZERS)
+    tokens, pixels = train_text.batch_of(readers, 0, 0, 8)
+    described = make_base.described(SMALL, place / "tokenizers")
+    encoders = {name: make_base.random_part(name, described[name], 0) for name in text.PARTS}
+    captions = [toyworld.caption(toyworld.scene(0, i, holdout=False), 0, i, terse=0.1) for i in range(8)]
+    whole = torch.stack([r(captions, padding="max_length", return_tensors="pt").input_ids for r in readers], 1)
+    assert torch.equal(whole[:, :, : tokens.shape[2]], tokens)
+    pairs = train_text.Pairs(encoders, 8)
+    for name, similarity in pairs(tokens, pixels).items():
+        torch.testing.assert_close(similarity, pairs(whole, pixels)[name])
 
 
 def test_no_training_picture_shows_a_held_out_combination() -> None:
@@ -112,6 +146,21 @@ def test_evaluation_tells_seen_from_held_out_and_draws_a_sheet(trained: Path, tm
     assert result["held_out"]["place"]["total"] == result["seen"]["place"]["total"] == 2
     assert result["two_objects"]["relation"]["total"] == 2
     assert (tmp_path / "sheet.png").stat().st_size > 1000
+
+
+def test_edits_ask_for_another_colour_and_look_outside_of_the_mask(trained: Path, tmp_path: Path) -> None:
+    found = edit.image_to_image(trained, 1, 0.05, tmp_path)
+    assert found["right"].keys() >= {"colour", "place"}
+    assert edit.inpainting(trained, 1, tmp_path)["outside"]["by_the_vae_alone"] > 0
+    cells = np.zeros((4, 5), bool)
+    cells[1, 1] = True
+    assert edit._grown(cells).sum() == edit._grown(cells)[:3, :3].sum() == 9
+    for index in range(50):
+        scene = toyworld.scene(edit.SCENES_SEED, index, count=1)
+        (before,), (after,) = scene.things, edit.recoloured(scene).things
+        assert before.colour != after.colour != scene.background
+        assert (before.shape, before.place) == (after.shape, after.place)
+        assert np.asarray(edit.mask(scene)).mean() < 64
 
 
 def test_curves_are_means_over_rows_that_have_both_values() -> None:

@@ -74,6 +74,9 @@ def test_averaged_and_raw_weights_are_both_kept(config: Callable[..., Any]) -> N
     assert all(torch.equal(saved[name], averaged[name]) for name in averaged)
     loaded = EMAModel.from_pretrained(output / "checkpoint-4" / "unet_ema", UNet2DConditionModel)
     assert loaded.optimization_step == 4
+    # What is loaded for drawing has the settings of a model alone, of which diffusers does not complain.
+    settings = json.loads((output / "unet" / "config.json").read_text())
+    assert settings.keys() == json.loads((output / "unet_raw" / "config.json").read_text()).keys()
 
 
 def test_a_single_file_trains_as_the_folder_it_was_packed_from(
