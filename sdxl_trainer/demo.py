@@ -70,7 +70,7 @@ def settings(out: Path, data: list[Path], steps: int) -> dict[str, Any]:
             {"path": str(path), "resolution": RESOLUTION, "caption_dropout": 0.1, "repeats": repeats}
             for path, repeats in zip(data, (PRIOR // PICTURES, 1), strict=True)
         ],
-        "train": {"steps": steps, "batch_size": 16, "learning_rate": 7e-4, "checkpoint_every": max(1, steps // 2)},
+        "train": {"steps": steps, "batch_size": 16, "learning_rate": 4e-4, "checkpoint_every": max(1, steps // 2)},
         "schedule": {"name": "cosine", "warmup_steps": min(10, steps - 1)},
         "validation": {"prompts": [words for _, words in _asked()["new"][:2]], "images": 2, "guidance": 4.0},
     }

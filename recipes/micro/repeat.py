@@ -10,13 +10,12 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-from make import HERE, places
+import make
 
-RECORD = HERE / "logs" / "base.jsonl"
+RECORD = make.HERE / "logs" / "base.jsonl"
 
 
 def losses(path: Path, steps: int) -> list[float]:
@@ -30,10 +29,10 @@ def main() -> None:
     arguments = parser.parse_args()
     run = arguments.out / "repeat"
     shutil.rmtree(run, ignore_errors=True)
-    changes = [f"{option}={value}" for option, value in (places(arguments.out) | {"output_dir": run}).items()]
-    changes += [f"train.steps={arguments.steps}", "schedule.cooldown_steps=0", "train.checkpoint_every=0"]
-    command = [sys.executable, "-m", "sdxl_trainer", "train", str(HERE / "base.toml"), *changes]
-    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    changes = [f"{option}={value}" for option, value in (make.places(arguments.out) | {"output_dir": run}).items()]
+    changes += [f"train.steps={arguments.steps}", "schedule.cooldown_steps=0"]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    make.run("-m", "sdxl_trainer", "train", make.HERE / "base.toml", *changes)
     recorded, repeated = (losses(path, arguments.steps) for path in (RECORD, run / "metrics.jsonl"))
     equal = sum(a == b for a, b in zip(recorded, repeated, strict=True))
     largest = max(abs(a - b) / a for a, b in zip(recorded, repeated, strict=True))
