@@ -30,8 +30,11 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/loop.py
 
-schema: $(READY)
+schema: $(READY)  # what docs say of the options, from the code
 	$(BIN)/sdxl schema > docs/config.schema.json
+	sed '/^### Top of the file/,$$d' docs/config.md > docs/config.md.new
+	$(BIN)/sdxl schema --table >> docs/config.md.new
+	mv docs/config.md.new docs/config.md
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or later is needed; set PYTHON=..." && exit 1)

@@ -1,0 +1,49 @@
+"""What a run shows and leaves: pictures, logs, further files, the hub."""
+
+from typing import Literal
+
+from sdxl_trainer.config.section import PathText, Positive, Section, Side, Text, option
+
+
+class Validation(Section):
+    prompts: tuple[str, ...] = option((), "prompts of the validation pictures")
+    negative: Text = option(None, "negative prompt; default: the pipeline's own unconditional embedding")
+    images: Positive = option(4, "pictures per prompt")
+    seed: int | None = option(None, "first seed of each prompt's pictures; default: the run's seed")
+    steps: Positive = option(25, "denoising steps")
+    guidance: float = option(5.0, "classifier-free guidance scale", ge=0)
+    height: Side | None = option(None, "default: that of the first data set's squarest pictures")
+    width: Side | None = option(None, "default: that of the first data set's squarest pictures")
+    every_epochs: Positive | None = option(None, "pictures after epochs 0, n, 2n, ... (counted from 0)")
+    at_start: bool = option(False, "pictures of the base, before the first step")
+    at_end: bool = option(True, "pictures of the final model")
+    loss_every: Positive | None = option(None, "steps between measures of the loss on the held-out pictures")
+    loss_timesteps: Positive = option(4, "timesteps at which each held-out picture is measured, evenly spread")
+
+
+class Log(Section):
+    trackers: tuple[str, ...] = option((), "any of tensorboard, wandb, or another tracker of accelerate")
+    dir: PathText = option("logs", "folder of the trackers, under output_dir")
+    project: str = option("sdxl-trainer", "project name for the trackers")
+    every: Positive | None = option(None, "steps between reading losses from the device; default: 1 on CPU, else 10")
+
+
+class Export(Section):
+    formats: tuple[Literal["kohya", "single"], ...] = option(
+        (), "more files at the end: kohya (an adapter for ComfyUI, A1111, Forge), single (a whole model in one file)"
+    )
+    name: Text = option(None, "name of the files, without .safetensors; default: the name of output_dir")
+    dtype: Literal["fp32", "fp16", "bf16"] | None = option(None, "type of the numbers in them; default: as trained")
+    metadata: Literal["full", "minimal", "none"] = option(
+        "full", "what headers say: everything with tags and settings, what readers need, or nothing"
+    )
+    trigger: Text = option(None, "words that call up what was learned, for UIs to insert; default: the data's trigger")
+    author: Text = option(None, "who made it")
+    description: Text = option(None, "what it does")
+    license: Text = option(None, "licence; default: the base model's, where it is known")
+
+
+class Hub(Section):
+    push: bool = option(False, "upload the result to the Hugging Face hub at the end")
+    id: Text = option(None, "repository id; default: the name of output_dir")
+    private: bool = option(False, "make a new repository private")
