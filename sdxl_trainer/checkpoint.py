@@ -177,14 +177,33 @@ def load_training_state(
         ema.load({name: averages[name] for name in ema.names}, state["ema_updates"])
 
 
+@torch.no_grad()
+def restore(checkpoint: Checkpoint, sdxl: SDXL, ema: Ema | None) -> None:
+    """Give the model, and its averages, the weights that they had."""
+    if sdxl.added:
+        load_added(checkpoint, sdxl)
+    for name, part in sdxl.parts().items() if not sdxl.added else ():
+        for key, tensor in _weights(name, part, checkpoint.path / name).items():
+            part.get_parameter(key).copy_(tensor)
+    if ema is not None:
+        averages = dict(_averages(checkpoint, sdxl))
+        ema.load({name: averages[name] for name in ema.names}, checkpoint.state()["ema_updates"])
+
+
+def _weights(name: str, part: Any, folder: Path) -> dict[str, Tensor]:
+    """A part's parameters by the names in its module. The modules of transformers have other names than published
+    files: it alone can read them back."""
+    read = read_weights(folder) if name == "unet" else type(part).from_pretrained(folder).state_dict()
+    known = {key for key, _ in part.named_parameters()}
+    return {key: tensor for key, tensor in read.items() if key in known}
+
+
 def _averages(checkpoint: Checkpoint, sdxl: SDXL) -> Iterator[tuple[str, Tensor]]:
     if sdxl.added:
         yield from _tensors(checkpoint.path / "added_ema.safetensors").items()
     for name, part in sdxl.parts().items() if not sdxl.added else ():
-        folder = checkpoint.path / f"{name}_ema"
-        # The modules of transformers have other names than published files: it alone can read them back.
-        read = read_weights(folder) if name == "unet" else type(part).from_pretrained(folder).state_dict()
-        yield from ((f"{name}.{key}", tensor) for key, tensor in read.items())
+        weights = _weights(name, part, checkpoint.path / f"{name}_ema")
+        yield from ((f"{name}.{key}", tensor) for key, tensor in weights.items())
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -195,10 +214,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def prune(output: Path, limit: int) -> None:
-    """Delete the oldest checkpoints until `limit` are left."""
+def prune(output: Path, limit: int, kept: int | None = None) -> None:
+    """Delete the oldest checkpoints until `limit` are left, but not that of the step `kept`."""
     for old in found(output)[:-limit]:
-        files.remove(old.path)
+        if old.step != kept:
+            files.remove(old.path)
 
 
 def sweep(output: Path) -> None:

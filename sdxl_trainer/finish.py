@@ -21,6 +21,7 @@ _KINDS = {".json", ".txt", ".model", ".safetensors"}
 def conclude(job: Job) -> None:
     """After the last step: pictures, the pipeline, manifest, card, report, and the copy on the hub."""
     config, accelerator = job.run.config, job.run.accelerator
+    _choose(job)
     if config.validation.prompts and config.validation.at_end:
         with job.watch.phase("validation pictures"):
             draw_validation(job)
@@ -42,6 +43,16 @@ def conclude(job: Job) -> None:
         left_out = [f"{config.log.dir}/*"]
         left_out += [f"{cached.relative_to(job.output)}/*"] if cached.is_relative_to(job.output) else []
         job.console.say(f"pushed to {publish.push(job.output, config.hub, left_out)}")
+
+
+def _choose(job: Job) -> None:
+    """With `keep_best` the result is the model as it was when its validation loss was lowest."""
+    step = job.state.best
+    if job.run.config.validation.keep_best and step not in {None, job.state.step}:
+        assert step is not None
+        at = checkpoint.verify(checkpoint.Checkpoint(job.output / f"{checkpoint.PREFIX}{step}", step))
+        checkpoint.restore(at, job.run.sdxl, job.state.ema)
+        job.console.say(f"the result is the model after step {step}, where its validation loss was lowest")
 
 
 def save_result(job: Job) -> None:

@@ -1,73 +1,202 @@
-"""The loss on pictures that are not trained: at fixed timesteps, with fixed noise, so that only the weights move it."""
+"""The validation loss: of held-out pictures and of a fixed part of the trained ones, moved by nothing but the weights.
 
+Each picture is measured by itself at timesteps of its own, one in each equal part of the schedule, with noise of its
+own, all drawn from its bytes: no number depends on the run's seed, its batches, its processes or other pictures. The
+loss is the plain squared error of what the model predicts, whatever weights and shapes the training loss has.
+"""
+
+import math
+import statistics
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import groupby
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sdxl_trainer import finish, noise
+from sdxl_trainer import finish, keyed, noise, optim
+from sdxl_trainer.config import Objective
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch, Samples
+from sdxl_trainer.log import read_metrics
 from sdxl_trainer.run import Job
+
+# Quantiles of Student's t for 95 % and 1, 2, ... degrees of freedom; beyond, its expansion is exact to three digits.
+_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
+# How the loss of each set of pictures is called in metrics.jsonl.
+NAMES = {"held_out": "validation_loss", "trained": "trained_loss"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`losses` [pictures, timesteps] of one set of pictures under one kind of weights."""
+
+    losses: Tensor
+
+    @property
+    def pictures(self) -> list[float]:
+        """The mean loss of each picture."""
+        return self.losses.double().mean(dim=1).tolist()
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.pictures) / len(self.pictures)
+
+    @property
+    def interval(self) -> float | None:
+        """Half of the 95 % confidence interval of the mean over pictures; None for a single picture."""
+        count = len(self.pictures)
+        if count < 2:
+            return None
+        return quantile(count - 1) * statistics.stdev(self.pictures) / math.sqrt(count)
+
+    @property
+    def by_timestep(self) -> list[float]:
+        """The mean over pictures in each part of the schedule."""
+        return self.losses.double().mean(dim=0).tolist()
+
+
+def quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t (Abramowitz & Stegun 1964, 26.7.5)."""
+    if freedom <= len(_QUANTILES):
+        return _QUANTILES[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def due(job: Job) -> bool:
+    """Is it time? Before the first step, every `loss_every` steps, and after the last."""
+    every = job.run.config.validation.loss_every
+    if every is None or not job.measured:
+        return False
+    return job.state.step % every == 0 or job.state.step == job.run.steps
 
 
 def measured(job: Job) -> dict[str, Any]:
-    """{"validation_loss": mean over pictures and timesteps} where it is time for it, else nothing. With EMA it is
-    that of the averaged weights."""
-    options, run, state = job.run.config.validation, job.run, job.state
-    if job.held_out is None or not options.loss_every or state.step % options.loss_every:
+    """What metrics.jsonl says where it is time for it, else nothing. With EMA `validation_loss` is that of the averaged
+    weights, and that of the last ones is told too. Everything goes to validation.jsonl."""
+    if not due(job):
         return {}
-    accelerator = run.accelerator
-    with job.watch.phase("validation loss"), finish.evaluating(job):
-        sums = torch.zeros(2, device=accelerator.device)
-        training = run.sdxl.training
-        run.sdxl.eval()
-        for batch in _batches(job, job.held_out):
-            loss = _loss(job, batch.to(accelerator.device, run.dtype))
-            sums += torch.stack([loss.sum(), torch.tensor(float(len(loss)), device=loss.device)])
-        run.sdxl.train(training)
-        total, count = accelerator.reduce(sums, "sum").tolist()
-    return {"validation_loss": total / count}
+    told: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    parts = centres(job)
+    with job.watch.phase("validation loss"):
+        for weights, swapped in _kinds(job):
+            with swapped:
+                found = {name: _measure(job, samples) for name, samples in job.measured.items()}
+            judged = weights == ("ema" if job.state.ema else "raw")
+            for name, measure in found.items():
+                told |= _told(NAMES[name], measure, parts) if judged else {f"{NAMES[name]}_raw": measure.mean}
+                rows.append(_row(job.state.step, name, weights, measure, parts))
+    job.validation.write(rows)
+    first = NAMES[next(iter(job.measured))]
+    job.state.measures.append((job.state.step, told[first]))
+    _say(job, told)
+    return told
+
+
+def _kinds(job: Job) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
+    """The kinds of weights there are, each with what puts them into the model."""
+    if job.state.ema is not None:
+        yield "ema", finish.evaluating(job)
+    yield "raw", optim.evaluating(job.run.optimizer.optimizer)
+
+
+def centres(job: Job) -> list[int]:
+    """The middle of each equal part of the schedule, in timesteps."""
+    count, length = job.run.config.validation.loss_timesteps, len(job.run.objective.schedule)
+    return [int((part + 0.5) / count * length) for part in range(count)]
+
+
+def _told(name: str, measure: Measure, parts: list[int]) -> dict[str, Any]:
+    told: dict[str, Any] = {name: measure.mean, f"{name}_interval": measure.interval}
+    return told | {f"{name}_at": dict(zip(map(str, parts), measure.by_timestep, strict=True))}
+
+
+def _row(step: int, name: str, weights: str, measure: Measure, parts: list[int]) -> dict[str, Any]:
+    """A line of validation.jsonl: with each picture's loss, so that two measures can be compared picture by picture."""
+    return {
+        "step": step,
+        "set": name,
+        "weights": weights,
+        "loss": measure.mean,
+        "interval": measure.interval,
+        "timesteps": parts,
+        "by_timestep": measure.by_timestep,
+        "pictures": [float(f"{loss:.6g}") for loss in measure.pictures],
+    }
+
+
+def _say(job: Job, told: dict[str, Any]) -> None:
+    said = []
+    for name, words in (("validation_loss", "held-out pictures"), ("trained_loss", "trained pictures")):
+        if name in told:
+            wide = told[f"{name}_interval"]
+            said.append(f"{told[name]:.5f}{f' ± {wide:.5f}' if wide is not None else ''} on {words}")
+    job.console.say(f"step {job.state.step}: loss {', '.join(said)}")
+
+
+def _measure(job: Job, samples: Samples) -> Measure:
+    """Every picture at every timestep, shared among the processes."""
+    run, count = job.run, job.run.config.validation.loss_timesteps
+    accelerator, pictures = run.accelerator, len(samples.pictures)
+    # Each entry is of one process and zero on the others, so that the sum over processes is exact.
+    losses = torch.zeros(pictures, count, device=accelerator.device)
+    training = run.sdxl.training
+    run.sdxl.eval()
+    for index in range(accelerator.process_index, pictures, accelerator.num_processes):
+        batch = fixed(samples, index, count, len(run.objective.schedule))
+        losses[index] = _loss(job, batch.to(accelerator.device, run.dtype))
+    run.sdxl.train(training)
+    return Measure(accelerator.reduce(losses, "sum").cpu())
 
 
 @torch.no_grad()
-def _loss(job: Job, batch: Batch) -> torch.Tensor:
-    """As in the training step: [B]."""
+def _loss(job: Job, batch: Batch) -> Tensor:
+    """As in the training step, but without weights: [B]."""
     run = job.run
+    plain = replace(run.objective, options=Objective(weighting="prediction"))
     latents = run.scale.sample(batch.mean, batch.std, batch.posterior_noise)
-    noisy = run.objective.schedule.add_noise(latents, batch.noise, batch.timesteps)
-    level = run.objective.schedule.level(batch.timesteps)
+    noisy = plain.schedule.add_noise(latents, batch.noise, batch.timesteps)
     with run.accelerator.autocast():
-        prediction = run.sdxl(noisy.to(run.dtype), level, batch.time_ids, **batch.text)
-    return run.objective.loss(prediction, latents, batch.noise, batch.timesteps, batch.mask)
+        prediction = run.sdxl(noisy.to(run.dtype), plain.schedule.level(batch.timesteps), batch.time_ids, **batch.text)
+    return plain.loss(prediction, latents, batch.noise, batch.timesteps, batch.mask)
 
 
-def _batches(job: Job, samples: Samples) -> Iterator[Batch]:
-    """This process's share of every held-out picture at every timestep, each batch of one size."""
-    config, accelerator = job.run.config, job.run.accelerator
-    count, micro = config.validation.loss_timesteps, config.train.micro_batch or config.train.batch_size
-    order = sorted(range(len(samples.pictures)), key=lambda i: samples.pictures[i].geometries[0].target)
-    parts = []
-    for turn in range(count):
-        for _, run in groupby(order, key=lambda i: samples.pictures[i].geometries[0].target):
-            same = list(run)
-            parts += [(turn, same[i : i + micro]) for i in range(0, len(same), micro)]
-    for turn, part in parts[accelerator.process_index :: accelerator.num_processes]:
-        timestep = int((turn + 0.5) / count * len(job.run.objective.schedule))
-        yield _fixed(loader.batch(samples, turn, [(i, True) for i in part]), samples, turn, part, timestep)
-
-
-def _fixed(batch: Batch, samples: Samples, turn: int, part: list[int], timestep: int) -> Batch:
-    """The batch with noise that belongs to each picture's bytes, whatever the run's seed and the other pictures."""
-    drawn = [
-        noise.normal(0, "validation", turn, int(samples.pictures[i].content[:16], 16), tuple(batch.mean.shape[1:]))
-        for i in part
-    ]
+def fixed(samples: Samples, index: int, count: int, length: int) -> Batch:
+    """One picture `count` times, at a timestep in each equal part of a schedule of that length, with noise that belongs
+    to the picture's bytes."""
+    batch = loader.batch(samples, 0, [(index, True)] * count)
+    key, shape = int(samples.pictures[index].content[:16], 16), tuple(batch.mean.shape[1:])
+    drawn = [noise.normal(0, "validation", part, key, shape) for part in range(count)]
+    within = [keyed.generator(0, "strata", part, key).random() for part in range(count)]
     return replace(
         batch,
         posterior_noise=torch.zeros_like(batch.posterior_noise),
         noise=torch.stack([torch.from_numpy(values) for values in drawn]),
-        timesteps=torch.full_like(batch.timesteps, timestep),
+        timesteps=torch.tensor([int((part + share) / count * length) for part, share in enumerate(within)]),
     )
+
+
+def history(path: Path, step: int, averaged: bool) -> list[tuple[int, float]]:
+    """The validation losses up to a step, as an earlier part of the run wrote them."""
+    rows = [row for row in read_metrics(path, step) if row["step"] <= step] if step else []
+    kind = "ema" if averaged else "raw"
+    sets = [name for name in NAMES if any(row["set"] == name for row in rows)]
+    return [(row["step"], row["loss"]) for row in rows if row["weights"] == kind and row["set"] == sets[0]]
+
+
+def new_best(job: Job) -> bool:
+    """Whether this step's weights are the best so far and are to be kept."""
+    return job.run.config.validation.keep_best and due(job) and job.state.best == job.state.step
+
+
+def enough(job: Job) -> bool:
+    """Whether the loss has not fallen for as many measures as `stop_after` says."""
+    patience, lowest = job.run.config.validation.stop_after, job.state.best
+    if patience is None or lowest is None:
+        return False
+    return len([step for step, _ in job.state.measures if step > lowest]) >= patience

@@ -80,6 +80,7 @@ def end(job: Job) -> None:
     seconds = time.monotonic() - job.watch.began
     phases = {name: round(spent, 3) for name, spent in job.watch.phases.items()}
     whole |= {"finished": _now(), "seconds": round(seconds, 3), "timings": phases}
+    whole["steps_taken"] = job.state.step
     files.write_json(path, whole)
 
 

@@ -79,6 +79,13 @@ class State:
     ema: Ema | None
     broken: Tensor
     unread: list[Unread] = field(default_factory=list)
+    measures: list[tuple[int, float]] = field(default_factory=list)  # validation losses by step
+
+    @property
+    def best(self) -> int | None:
+        """The step after which the validation loss was lowest; the base before the first step does not count."""
+        taken = [(loss, step) for step, loss in self.measures if step > 0]
+        return min(taken)[1] if taken else None
 
 
 class Watch:
@@ -112,11 +119,12 @@ class Job:
     state: State
     base: Base
     samples: Samples
-    held_out: Samples | None  # where their loss is to be measured
+    measured: dict[str, Samples]  # pictures whose loss is measured, `held_out` before `trained`
     order: Plan
     validator: Validator
     scheduler: dict[str, Any]
     metrics: Metrics
+    validation: Metrics  # the measures of the validation loss
     console: Console
     watch: Watch
     output: Path

@@ -12,6 +12,7 @@ from sdxl_trainer import (
     distributed,
     ema,
     files,
+    held_out,
     manifest,
     model,
     narrow,
@@ -168,6 +169,7 @@ def _assemble(
     noise, prediction = noise_schedule(config, base)
     scheduler = sample.scheduler_config(base.config("scheduler"), prediction, noise.zero_terminal_snr)
     samples = prepare.samples(config, base, stock, len(noise))
+    measures = output / "validation.jsonl"
     run, state = _model(
         config,
         base,
@@ -179,16 +181,18 @@ def _assemble(
         prediction,
         stock,
     )
+    state.measures += held_out.history(measures, state.step, config.ema.enabled)
     return Job(
         run=run,
         state=state,
         base=base,
         samples=samples,
-        held_out=prepare.held_out_samples(config, base, stock, len(noise)) if stock.measured else None,
+        measured=prepare.measured_samples(config, base, stock, len(noise)),
         order=order,
         validator=Validator(config, accelerator, base, samples, scheduler, run.dtype, console.say),
         scheduler=scheduler,
         metrics=Metrics(output / "metrics.jsonl", state.step, accelerator.is_main_process),
+        validation=Metrics(measures, state.step or -1, accelerator.is_main_process),
         console=console,
         watch=watch,
         output=output,

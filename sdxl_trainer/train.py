@@ -79,6 +79,7 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
         finally:
             job.console.end()
             job.metrics.close()
+            job.validation.close()
         stop.gently = False
         if stop.signal:
             raise Interrupted(stop.signal)
@@ -105,6 +106,10 @@ def _loop(job: Job, stop: Stop) -> None:
     if state.step == 0 and job.validator.due(0, run.steps, job.order.steps_per_epoch):
         with job.watch.phase("validation pictures"):
             finish.draw_validation(job)
+    if state.step == 0:
+        held_out.measured(job)
+    if held_out.enough(job):
+        return
     job.console.progress(state.step, run.steps, "steps")
     job.watch.lap()
     for epoch, images, micro_batches in batches:
@@ -113,16 +118,17 @@ def _loop(job: Job, stop: Stop) -> None:
         row = {"step": state.step, "epoch": epoch, "learning_rate": rate, "images": images}
         row |= held_out.measured(job)
         state.unread.append(Unread(row, loss, norm, names))
-        done = state.step == run.steps
+        done = state.step == run.steps or held_out.enough(job)
         stopping = _agreed(accelerator, stop) if state.step % read_every == 0 or done else False
         saving = stopping or (config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0)
+        saving = saving or held_out.new_best(job)
         if saving or done or state.step % read_every == 0:
             _read(job)
         if saving:
             _save(job)
-        if stopping:
+        if stopping or done:
             return
-        if job.validator.due(state.step, run.steps, job.order.steps_per_epoch) and not done:
+        if job.validator.due(state.step, run.steps, job.order.steps_per_epoch):
             with job.watch.phase("validation pictures"):
                 finish.draw_validation(job)
 
@@ -176,6 +182,7 @@ def _save(job: Job) -> None:
     with job.watch.phase("checkpoints"):
         if run.accelerator.is_main_process:
             job.metrics.sync()
+            job.validation.sync()
             record = {
                 "ema_updates": state.ema.updates if state.ema else 0,
                 "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
@@ -185,5 +192,6 @@ def _save(job: Job) -> None:
             optimizer = run.optimizer.optimizer
             checkpoint.save(job.output, state.step, run.sdxl, state.ema, optimizer, run.groups, record)
             if run.config.train.checkpoints_limit:
-                checkpoint.prune(job.output, run.config.train.checkpoints_limit)
+                kept = state.best if run.config.validation.keep_best else None
+                checkpoint.prune(job.output, run.config.train.checkpoints_limit, kept)
         run.accelerator.wait_for_everyone()

@@ -17,8 +17,15 @@ class Validation(Section):
     every_epochs: Positive | None = option(None, "pictures after epochs 0, n, 2n, ... (counted from 0)")
     at_start: bool = option(False, "pictures of the base, before the first step")
     at_end: bool = option(True, "pictures of the final model")
-    loss_every: Positive | None = option(None, "steps between measures of the loss on the held-out pictures")
-    loss_timesteps: Positive = option(4, "timesteps at which each held-out picture is measured, evenly spread")
+    loss_every: Positive | None = option(
+        None, "steps between measures of the loss on the held-out pictures and a fixed part of the trained ones"
+    )
+    loss_timesteps: Positive = option(4, "equal parts of the schedule in each of which a picture is measured once")
+    trained_pictures: int = option(16, "how many trained pictures are measured too", ge=0)
+    keep_best: bool = option(
+        False, "the result is the model when its validation loss was lowest; its checkpoint is always kept"
+    )
+    stop_after: Positive | None = option(None, "end the run after so many measures without a lower validation loss")
 
 
 class Log(Section):

@@ -38,6 +38,7 @@ class Stock:
     texts: cache.Store
     memo: Memo
     measured: bool = False  # whether the loss on held-out pictures is wanted
+    trained_part: tuple[Picture, ...] = ()  # of the trained pictures those whose loss is wanted too
 
     @property
     def cached(self) -> list[Picture]:
@@ -66,10 +67,11 @@ def take_stock(config: Config, base: Base, text_precision: str) -> Stock:
     pictures = [picture for picture in found if not picture.held_out]
     held_out = [replace(p, geometries=p.geometries[:1]) for p in found if p.held_out]
     measured = config.validation.loss_every is not None and bool(held_out)
+    part = _trained_part(config, pictures)
     _refuse_empty(config, pictures)
     text.refuse_clip_skip(base, config.text)
     choices = captions.choices(config.data, _records(config, pictures))
-    unseen = captions.plain(config.data, _records(config, held_out)) if measured else []
+    unseen = captions.plain(config.data, _records(config, [*(held_out if measured else []), *part]))
     trained = [prompt for choice in choices for prompt in choice.prompts()]
     tokens.refuse_unread(config.token, [words for prompt in trained for words in prompt.texts])
     wanted = [config.validation.negative or "", *config.validation.prompts]
@@ -82,7 +84,16 @@ def take_stock(config: Config, base: Base, text_precision: str) -> Stock:
     if learns and not config.text.cache:
         what = "text.cache = false has no effect: text encoders that learn encode every caption in the step"
         raise UserError(what, "text.cache", "remove it")
-    return Stock(pictures, held_out, choices, prompts, learns, cached, keys, latents, texts, memo, measured)
+    return Stock(pictures, held_out, choices, prompts, learns, cached, keys, latents, texts, memo, measured, part)
+
+
+def _trained_part(config: Config, pictures: Sequence[Picture]) -> tuple[Picture, ...]:
+    """Trained pictures to measure, chosen by their bytes alone, each in its first geometry."""
+    if config.validation.loss_every is None:
+        return ()
+    learned = {cache.key("trained part", p.content): p for p in pictures if not p.data.regularisation}
+    chosen = sorted(learned)[: config.validation.trained_pictures]
+    return tuple(replace(learned[name], geometries=learned[name].geometries[:1]) for name in chosen)
 
 
 def _records(config: Config, pictures: Sequence[Picture]) -> list[tuple[int, Record]]:
@@ -192,14 +203,19 @@ def samples(config: Config, base: Base, stock: Stock, count: int) -> Samples:
     return replace(made, dropped=dropped_caption(config, base, made))
 
 
-def held_out_samples(config: Config, base: Base, stock: Stock, timesteps: int) -> Samples:
-    """The held-out pictures as samples: each in its first geometry, its first caption never changed or left out."""
+def measured_samples(config: Config, base: Base, stock: Stock, timesteps: int) -> dict[str, Samples]:
+    """The pictures whose loss is measured, `held_out` before `trained`: each in its first geometry, its first caption
+    never changed or left out."""
     plain = {"caption_dropout": 0.0, "weight": 1.0}
-    pictures = [replace(p, data=p.data.model_copy(update=plain)) for p in stock.held_out]
-    choices = captions.plain(config.data, _records(config, stock.held_out))
-    made = samples(config, base, replace(stock, pictures=pictures, choices=choices), timesteps)
     whole = config.text.model_copy(update={"drop_encoder_1": 0.0, "drop_encoder_2": 0.0})
-    return replace(made, words=replace(made.words, options=whole))
+    found = {}
+    for name, chosen in (("held_out", stock.held_out if stock.measured else ()), ("trained", stock.trained_part)):
+        if chosen:
+            choices = captions.plain(config.data, _records(config, chosen))
+            pictures = [replace(p, data=p.data.model_copy(update=plain)) for p in chosen]
+            made = samples(config, base, replace(stock, pictures=pictures, choices=choices), timesteps)
+            found[name] = replace(made, words=replace(made.words, options=whole))
+    return found
 
 
 def dropped_caption(config: Config, base: Base, samples: Samples) -> dict[str, Tensor]:

@@ -58,3 +58,159 @@ def test_measuring_changes_neither_training_nor_what_is_trained(
     assert all(bool((one[name] == two[name]).all()) for name in one)
     manifest = json.loads((outputs[0] / "manifest.json").read_text())
     assert manifest["data"]["pictures"] < 10
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return read_metrics(output / "validation.jsonl")
+
+
+def test_batches_and_the_processes_do_not_matter(config: Callable[..., Any], tmp_path: Path, folder: Path) -> None:
+    """Bitwise: every picture is measured by itself."""
+    found = []
+    for name, train_options in (("one", {"batch_size": 4}), ("two", {"batch_size": 4, "micro_batch": 1})):
+        options = {"learning_rate": 1e-30, "checkpoint_every": 0, "steps": 1, **train_options}
+        sections = {
+            "validation": {"loss_every": 1, "trained_pictures": 2},
+            "train": options,
+            "output_dir": str(tmp_path / name),
+        }
+        found.append(rows(train(config(data=[{"path": str(folder), **SETS}], **sections))))
+    assert found[0] == found[1]
+    assert [(row["step"], row["set"]) for row in found[0]] == [(s, n) for s in (0, 1) for n in ("held_out", "trained")]
+    for row in found[0]:
+        assert row["loss"] == pytest.approx(sum(row["pictures"]) / len(row["pictures"]), rel=1e-5)
+        assert row["loss"] == pytest.approx(sum(row["by_timestep"]) / 4, rel=1e-6)
+        assert row["timesteps"] == [125, 375, 625, 875]
+
+
+def test_the_loss_is_that_of_the_formula(config: Callable[..., Any], tmp_path: Path, folder: Path) -> None:
+    """|| model(alpha x + sigma noise, t) - noise ||^2 by diffusers alone, with the draws of the picture; the training
+    loss's own weighting, shape and noise have no part in it."""
+    import torch
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+
+    from sdxl_trainer import held_out
+
+    kept: dict[str, Any] = {}
+    original = held_out.fixed
+
+    def spy(*arguments: Any) -> Any:
+        kept[arguments[0].pictures[arguments[1]].name] = original(*arguments)
+        return kept[arguments[0].pictures[arguments[1]].name]
+
+    held_out.fixed = spy
+    try:
+        objective = {"snr_gamma": 1.0, "loss": "huber", "noise_offset": 0.5}
+        options = {"learning_rate": 1e-30, "steps": 1, "checkpoint_every": 0}
+        validation = {"loss_every": 1, "trained_pictures": 3}
+        made = config(data=[{"path": str(folder), **SETS}], objective=objective, train=options, validation=validation)
+        output = train(made)
+    finally:
+        held_out.fixed = original
+    unet = UNet2DConditionModel.from_pretrained(output / "unet")
+    scheduler = DDPMScheduler.from_pretrained(output / "scheduler")
+    means = []
+    for batch in kept.values():
+        assert [0 <= int(t) - 250 * part < 250 for part, t in enumerate(batch.timesteps)] == [True] * 4
+        latents = batch.mean.float() * 0.13025
+        noisy = scheduler.add_noise(latents, batch.noise, batch.timesteps)
+        conditions = {"text_embeds": batch.text["pooled"], "time_ids": batch.time_ids}
+        with torch.no_grad():
+            said = unet(noisy, batch.timesteps, batch.text["prompt_embeds"], added_cond_kwargs=conditions).sample
+        means.append(float((said - batch.noise).square().mean()))
+    told = [loss for row in rows(output)[-2:] for loss in row["pictures"]]
+    assert sorted(told) == pytest.approx(sorted(means), rel=1e-4)
+    assert len(told) >= 4
+
+
+def test_averaged_and_last_weights_are_both_measured(config: Callable[..., Any], tmp_path: Path, folder: Path) -> None:
+    validation = {"loss_every": 2, "trained_pictures": 3}
+    output = train(config(data=[{"path": str(folder), **SETS}], ema={"enabled": True}, validation=validation))
+    last = read_metrics(output / "metrics.jsonl")[-1]
+    found = {(row["set"], row["weights"]): row["loss"] for row in rows(output) if row["step"] == 4}
+    assert last["validation_loss"] == found["held_out", "ema"] != found["held_out", "raw"]
+    assert last["validation_loss_raw"] == found["held_out", "raw"]
+    assert last["trained_loss"] == found["trained", "ema"]
+    assert list(last["validation_loss_at"]) == ["125", "375", "625", "875"]
+    assert all(len(row["pictures"]) == 3 for row in rows(output) if row["set"] == "trained")
+
+
+def test_the_interval_is_student_s() -> None:
+    import torch
+
+    from sdxl_trainer.held_out import Measure, quantile
+
+    assert [round(quantile(n), 3) for n in (1, 4, 5, 9, 30, 1000)] == [12.706, 2.776, 2.571, 2.262, 2.042, 1.962]
+    measure = Measure(torch.tensor([[1.0, 3.0], [2.0, 6.0], [0.0, 0.0]]))
+    assert measure.mean == 2.0
+    assert measure.by_timestep == [1.0, 3.0]
+    assert measure.interval == pytest.approx(4.303 * 2 / 3**0.5)
+    assert Measure(torch.ones(1, 4)).interval is None
+
+
+@pytest.fixture
+def worsening(config: Callable[..., Any], tmp_path: Path, folder: Path) -> Callable[..., Any]:
+    """A run that learns far too fast: its validation loss rises after the first steps."""
+
+    def make(name: str, **validation: Any) -> Any:
+        options = {"steps": 12, "learning_rate": 0.03, "checkpoint_every": 3, "checkpoints_limit": 1}
+        return config(
+            data=[{"path": str(folder), **SETS}],
+            validation={"loss_every": 1, "trained_pictures": 0, **validation},
+            train=options,
+            schedule={"name": "constant"},
+            output_dir=str(tmp_path / name),
+        )
+
+    return make
+
+
+def lowest(output: Path) -> int:
+    return min((loss, step) for step, loss in measures(output).items())[1]
+
+
+def test_the_best_model_is_kept_and_the_run_ends_early(worsening: Callable[..., Any]) -> None:
+    import torch
+
+    whole = train(worsening("whole"))
+    best = lowest(whole)
+    output = train(worsening("stopped", keep_best=True, stop_after=2))
+    steps = list(measures(output))
+    assert steps[-1] == lowest(output) + 2 < 12, "two measures without a lower one"
+    assert measures(output) == {step: loss for step, loss in measures(whole).items() if step <= steps[-1]}
+    assert lowest(output) == best or best > steps[-1]
+    kept = output / f"checkpoint-{lowest(output)}"
+    assert kept.is_dir(), "pruning leaves it"
+    result, then = (checkpoint.read_weights(folder / "unet") for folder in (output, kept))
+    assert all(torch.equal(result[name], then[name]) for name in then)
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["finished"]
+    assert manifest["steps_taken"] == steps[-1]
+    before = (output / "metrics.jsonl").read_bytes()
+    train(worsening("stopped", keep_best=True, stop_after=2))
+    assert (output / "metrics.jsonl").read_bytes() == before, "it is done"
+
+
+def test_an_interrupted_run_measures_and_chooses_alike(
+    worsening: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(worsening("whole", keep_best=True))
+    from sdxl_trainer import train as module
+
+    original, calls = module.train_step, []
+
+    def dying(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 9:
+            raise RuntimeError("killed")
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "train_step", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(worsening("broken", keep_best=True))
+    monkeypatch.setattr(module, "train_step", original)
+    resumed = train(worsening("broken", keep_best=True))
+    assert rows(resumed) == rows(whole)
+    assert (resumed / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == (
+        whole / "unet" / "diffusion_pytorch_model.safetensors"
+    ).read_bytes()
