@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sdxl_trainer import base as bases
-from sdxl_trainer import distributed, files, model, narrow, optim, parameters, resume, setup, text
+from sdxl_trainer import distributed, files, model, narrow, optim, parameters, presets, resume, setup, text
 from sdxl_trainer.base import Base
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
@@ -42,7 +42,7 @@ def run(config: Config, *, as_json: bool = False) -> None:
     groups, unet = learning(config, base, stock, begin.checkpoint)
     words = captions(config, base, stock)
     tables = {
-        "what will learn": _learns(groups, unet),
+        "what will learn": _learns(config, groups, unet),
         "data": _data(config, stock, order),
         "captions": findings.lines(words),
         "cache": _cache(base, stock),
@@ -100,12 +100,18 @@ def size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _learns(groups: list[parameters.Group], unet: int) -> list[tuple[str, str]]:
-    rows = [
+def _learns(config: Config, groups: list[parameters.Group], unet: int) -> list[tuple[str, str]]:
+    others = [f"{option} = {value}" for option, value, _ in presets.differences(config)]
+    rows = (
+        [("preset", f"{config.preset}, but {', '.join(others)}" if others else config.preset)] if config.preset else []
+    )
+    rows += [
         (group.rule, f"{group.size:,} parameters in {len(group.names)} tensors, learning rate {group.learning_rate:g}")
         for group in groups
     ]
     frozen = unet - sum(group.size for group in groups)
+    rate = presets.effective_rate(config)
+    rows += [("effective learning rate", f"{rate[0]:g} = {rate[1]}")] if rate else []
     return [*rows, ("frozen", f"{frozen:,} parameters of what is in memory while training; the VAE")]
 
 

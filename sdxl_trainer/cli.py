@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fine-tune Stable Diffusion XL."
 )
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="the run's config file")]
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG.toml|PICTURES/", help="the run's config file, or a folder of pictures")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="options to change")]
+Trigger = Annotated[str | None, typer.Option(help="folder: words that shall call up what is learned")]
+PresetName = Annotated[str | None, typer.Option("--preset", help="folder: see sdxl presets; default: lora-character")]
+ModelPath = Annotated[str | None, typer.Option("--model", help="folder: base model; default: SDXL base")]
+RunName = Annotated[str | None, typer.Option("--name", help="folder: of runs/NAME.toml and runs/NAME/")]
 
 
 # What typer raises for a command line that it cannot read; newer versions keep it in a private module.
@@ -60,10 +66,14 @@ def guarded(command: Callable[[], object]) -> int:
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
+    trigger: Trigger = None,
+    preset: PresetName = None,
+    model: ModelPath = None,
+    name: RunName = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="refuse an output folder that already holds a run")] = False,
 ) -> None:
-    """Train, or continue: the same command resumes."""
-    loaded = _load(config, overrides)
+    """Train, or continue: the same command resumes. A folder of pictures is enough to begin."""
+    loaded = _load(config, overrides, trigger, preset, model, name)
     from sdxl_trainer.run import Start
     from sdxl_trainer.train import train as run
 
@@ -74,11 +84,15 @@ def train(
 def cache(
     config: ConfigFile,
     overrides: Overrides = None,
+    trigger: Trigger = None,
+    preset: PresetName = None,
+    model: ModelPath = None,
+    name: RunName = None,
     verify: Annotated[bool, typer.Option("--verify", help="find damaged files instead of encoding")] = False,
     gc: Annotated[bool, typer.Option("--gc", help="delete rows that this config does not need")] = False,
 ) -> None:
     """Encode everything that is missing, then stop (train does it by itself)."""
-    loaded = _load(config, overrides)
+    loaded = _load(config, overrides, trigger, preset, model, name)
     from sdxl_trainer import inspect_cache
 
     inspect_cache.run(loaded, verify=verify, gc=gc)
@@ -88,13 +102,27 @@ def cache(
 def check(
     config: ConfigFile,
     overrides: Overrides = None,
+    trigger: Trigger = None,
+    preset: PresetName = None,
+    model: ModelPath = None,
+    name: RunName = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Config, data, captions, cache, disk, memory: a report before anything is spent."""
-    loaded = _load(config, overrides)
+    loaded = _load(config, overrides, trigger, preset, model, name)
     from sdxl_trainer import check as checks
 
     checks.run(loaded, as_json=as_json)
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="show every value that this one sets")] = None,
+) -> None:
+    """Starting points for --preset, and what they set."""
+    from sdxl_trainer import presets as known
+
+    print(known.shown(name) if name else known.listing(), end="")
 
 
 @app.command()
@@ -200,7 +228,18 @@ def demo(
     demos.run(out, steps)
 
 
-def _load(path: Path, overrides: list[str] | None) -> "Config":
-    from sdxl_trainer.configfile import load
+def _load(
+    path: Path,
+    overrides: list[str] | None,
+    trigger: str | None = None,
+    preset: str | None = None,
+    model: str | None = None,
+    name: str | None = None,
+) -> "Config":
+    from sdxl_trainer import configfile, from_folder
 
-    return load(path, overrides or ())
+    wish = from_folder.Wish(trigger, preset, model, name)
+    if path.is_dir():
+        return from_folder.load(path, wish, overrides or ())
+    wish.refuse_any(path)
+    return configfile.load(path, overrides or ())

@@ -2,13 +2,13 @@
 
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from sdxl_trainer import refusals
+from sdxl_trainer import presets, refusals
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import captions, options
 from sdxl_trainer.errors import UserError, closest, shortened
@@ -105,6 +105,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def validated(tree: dict[str, Any], where: str) -> Config:
     """A checked config from plain data; `where` names its origin in messages."""
+    tree = presets.under(tree, where)
     try:
         # Through JSON, since strict types there allow a list where the config holds a tuple.
         config = Config.model_validate_json(json.dumps(tree, default=str))
@@ -116,16 +117,22 @@ def validated(tree: dict[str, Any], where: str) -> Config:
 
 def dumps(config: Config) -> str:
     """The resolved config as TOML: every value that is set or defaulted, in the order of the schema."""
+    return written(config.model_dump(mode="json", exclude_none=True))
+
+
+def written(tree: Mapping[str, Any], notes: Mapping[str, str] | None = None) -> str:
+    """A config's plain data as TOML; `notes` are comments behind the options that they name (train.steps)."""
     head: list[str] = []
     sections: list[str] = []
-    for name, value in config.model_dump(mode="json", exclude_none=True).items():
+    for name in [name for name in Config.model_fields if name in tree]:
+        value = tree[name]
         if isinstance(value, dict):
-            sections += ["", f"[{name}]", *_lines(value)]
+            sections += ["", f"[{name}]", *_lines(value, f"{name}.", notes or {})]
         elif isinstance(value, list):
-            for entry in value:
-                sections += ["", f"[[{name}]]", *_lines(entry)]
+            for index, entry in enumerate(value):
+                sections += ["", f"[[{name}]]", *_lines(entry, f"{name}.{index}.", notes or {})]
         else:
-            head.append(f"{name} = {_toml(value)}")
+            head += _lines({name: value}, "", notes or {})
     return "\n".join(head + sections) + "\n"
 
 
@@ -168,8 +175,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _lines(section: dict[str, Any]) -> list[str]:
-    return [f"{key} = {_toml(value)}" for key, value in section.items()]
+def _lines(section: Mapping[str, Any], place: str, notes: Mapping[str, str]) -> list[str]:
+    noted = {key: f"  # {notes[place + key]}" if place + key in notes else "" for key in section}
+    return [f"{key} = {_toml(value)}{noted[key]}" for key, value in section.items()]
 
 
 def _toml(value: Any) -> str:

@@ -41,15 +41,15 @@ def run(out: Path, steps: int) -> None:
         f"      About seven minutes on two free CPU cores; nothing is downloaded. Everything goes to {out}",
         flush=True,
     )
-    asked = _asked()
-    before, pictures_before = measure(BASE, asked)
-    data = [_pictures(out / "pictures"), _prior(out / "prior")]
+    asked = questions()
+    before, pictures_before = measure(pipeline(BASE), asked)
+    data = [pictures(out / "pictures"), prior(out / "prior")]
     from sdxl_trainer.train import train
 
     trained = time.monotonic()
     output = train(validated(settings(out, data, steps), "the demo's config"))
     trained = time.monotonic() - trained
-    after, pictures_after = measure(output, asked)
+    after, pictures_after = measure(pipeline(output), asked)
     sheet = before_after(asked, pictures_before, pictures_after)
     files.write_atomically(output / "before-after.png", lambda path: sheet.save(path, format="PNG"))
     accuracy = {"before": before, "after": after, "training_seconds": round(trained, 1)}
@@ -73,16 +73,15 @@ def settings(out: Path, data: list[Path], steps: int) -> dict[str, Any]:
         "train": {"steps": steps, "batch_size": 16, "learning_rate": 7e-4, "checkpoint_every": max(1, steps // 2)},
         "schedule": {"name": "cosine", "warmup_steps": min(10, steps - 1)},
         "ema": {"enabled": True, "decay": 0.98},
-        "validation": {"prompts": [words for _, words in _asked()["new"][:2]], "images": 2, "guidance": 4.0},
+        "validation": {"prompts": [words for _, words in questions()["new"][:2]], "images": 2, "guidance": 4.0},
     }
 
 
-def measure(model: Path, asked: dict[str, Any]) -> tuple[Scored, dict[str, list[np.ndarray]]]:
-    """Shares, by attribute, of what a model was asked for and drew; and the pictures."""
+def measure(drawing: Any, asked: dict[str, Any]) -> tuple[Scored, dict[str, list[np.ndarray]]]:
+    """Shares, by attribute, of what a pipeline was asked for and drew; and the pictures."""
     from toyworld import score
 
-    pipeline = _pipeline(model)
-    pictures = {kind: _drawn(pipeline, [words for _, words in pairs]) for kind, pairs in asked.items()}
+    pictures = {kind: _drawn(drawing, [words for _, words in pairs]) for kind, pairs in asked.items()}
     rates = {
         kind: {k: rate.rate for k, rate in score.accuracy(pictures[kind], [scene for scene, _ in pairs]).items()}
         for kind, pairs in asked.items()
@@ -90,7 +89,7 @@ def measure(model: Path, asked: dict[str, Any]) -> tuple[Scored, dict[str, list[
     return rates, pictures
 
 
-def _asked() -> dict[str, Any]:
+def questions() -> dict[str, Any]:
     """(scene, caption) pairs of each kind."""
     import toyworld
 
@@ -98,7 +97,7 @@ def _asked() -> dict[str, Any]:
     return {kind: toyworld.prompts(ASKED[kind], ASKED_SEED, shapes=names) for kind, names in shapes.items()}
 
 
-def _pictures(folder: Path) -> Path:
+def pictures(folder: Path) -> Path:
     import toyworld
 
     if not (folder / "metadata.jsonl").is_file():
@@ -109,7 +108,7 @@ def _pictures(folder: Path) -> Path:
     return folder
 
 
-def _prior(folder: Path) -> Path:
+def prior(folder: Path) -> Path:
     """Pictures by the base, with the captions that it was asked with; the captions are written last."""
     from PIL import Image
 
@@ -120,14 +119,14 @@ def _prior(folder: Path) -> Path:
         scenes = [toyworld.scene(PRIOR_SEED, index, holdout=False, count=1) for index in range(PRIOR)]
         captions = [toyworld.caption(scene, PRIOR_SEED, index) for index, scene in enumerate(scenes)]
         names = [f"{index:06d}.png" for index in range(PRIOR)]
-        for name, picture in zip(names, _drawn(_pipeline(BASE), captions), strict=True):
+        for name, picture in zip(names, _drawn(pipeline(BASE), captions), strict=True):
             Image.fromarray(picture).save(folder / name)
         rows = [json.dumps({"file_name": n, "text": caption}) for n, caption in zip(names, captions, strict=True)]
         files.write_text(folder / "metadata.jsonl", "".join(f"{row}\n" for row in rows))
     return folder
 
 
-def _pipeline(model: Path) -> Any:
+def pipeline(model: Path) -> Any:
     """Stock diffusers, quiet."""
     import torch
     from diffusers import StableDiffusionXLPipeline
@@ -136,12 +135,12 @@ def _pipeline(model: Path) -> Any:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    made: Any = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32, add_watermarker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
-def _drawn(pipeline: Any, prompts: Sequence[str]) -> list[np.ndarray]:
+def _drawn(drawing: Any, prompts: Sequence[str]) -> list[np.ndarray]:
     """One picture [128, 128, 3] for each prompt; its first noise depends on its number alone."""
     import torch
 
@@ -149,7 +148,7 @@ def _drawn(pipeline: Any, prompts: Sequence[str]) -> list[np.ndarray]:
     for start in range(0, len(prompts), BATCH):
         some = list(prompts[start : start + BATCH])
         noise = [torch.Generator().manual_seed(start + index) for index in range(len(some))]
-        drawn = pipeline(some, generator=noise, output_type="np", **DRAWING).images
+        drawn = drawing(some, generator=noise, output_type="np", **DRAWING).images
         found += list((drawn * 255).round().astype(np.uint8))
     return found
 

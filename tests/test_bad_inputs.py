@@ -23,6 +23,7 @@ from tests.bad_inputs import (
     more_rows,
     place,
     run_rows,
+    start_rows,
 )
 from tests.bad_inputs.place import Bad
 
@@ -35,6 +36,7 @@ TABLE = [
     *run_rows.ROWS,
     *more_rows.ROWS,
     *adapter_rows.ROWS,
+    *start_rows.ROWS,
 ]
 
 

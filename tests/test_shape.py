@@ -27,6 +27,7 @@ LAYERS = [
         "noise",
         "timesteps",
         "objective",
+        "presets",
         "configfile",
         "refusals",
         "log",
@@ -57,7 +58,7 @@ LAYERS = [
     ["manifest", "resume"],
     ["export"],
     ["setup", "finish", "held_out"],
-    ["train", "check", "inspect_cache"],
+    ["train", "check", "inspect_cache", "from_folder"],
     ["demo", "cli", "compat"],
 ]
 # Heavy libraries and the only modules that may import them.

@@ -10,7 +10,7 @@ from sdxl_trainer.config.learning import Adapter, Learn, Token
 from sdxl_trainer.config.model import Cache, Model, TextOptions
 from sdxl_trainer.config.objective import Objective, Timesteps
 from sdxl_trainer.config.results import Export, Hub, Log, Validation
-from sdxl_trainer.config.section import PathText, Section, option
+from sdxl_trainer.config.section import PathText, Section, Text, option
 from sdxl_trainer.config.training import OPTIMIZERS, Ema, LearningRate, Optimizer, Train
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
 
 
 class Config(Section):
+    preset: Text = option(None, "versioned preset whose values are used wherever the file gives none of its own")
     output_dir: PathText = Field(description="where everything of this run is written")
     seed: int = option(0, "seed of every draw", ge=0, lt=1 << 63)
     model: Model

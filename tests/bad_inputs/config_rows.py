@@ -4,7 +4,12 @@ from tests.bad_inputs.place import Bad
 
 ROWS = [
     Bad("no config file", "there is no config file", "TOML file", make=lambda p: p.config.unlink()),
-    Bad("config is a folder", "is a folder", "TOML file", make=lambda p: (p.config.unlink(), p.config.mkdir())),
+    Bad(
+        "config is a folder",
+        "no pictures in the folder",
+        "give a folder with pictures",
+        make=lambda p: (p.config.unlink(), p.config.mkdir()),
+    ),
     Bad("config of zero bytes", "'output_dir' is missing", "output_dir", make=lambda p: p.put("config.toml", "")),
     Bad("TOML syntax", "not valid TOML.*line 1", "quotes", make=lambda p: p.put("config.toml", "seed = = 1")),
     Bad("config not UTF-8", "not UTF-8 text", "UTF-8", make=lambda p: p.put("config.toml", b"a = '\xff'")),

@@ -1,0 +1,234 @@
+"""Which way to train teaches what, and what does it cost and forget? One table of all methods.
+
+Each method teaches micro-SDXL the demo's new shape from the demo's pictures, without the base's own pictures among
+them unless its row says so, and the demo's questions are asked before and after. Each row runs in a process of its
+own, in one thread; a row that is finished is not run again.
+
+    python benchmarks/methods.py [ROW ...] [--again] [--steps 500] [--rate RATE] [--work runs/methods]
+    python benchmarks/methods.py --table      writes the table into docs/methods.md and runs nothing
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdxl_trainer import demo, files
+
+RESULT = Path(__file__).parent / "results" / "methods.json"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "methods.md"
+MARKS = ("<!-- made by python benchmarks/methods.py -->", "<!-- end -->")
+BATCH = 8
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+Changes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method: what it is called, its learning rate, and the changes to the demo's config that it is at a rate."""
+
+    title: str
+    rate: float
+    changes: Callable[[float], Changes]
+
+
+def rules(**shares: float) -> Callable[[float], Changes]:
+    """Rules over names, each with its share of the rate."""
+    patterns = {
+        "unet": r"unet\..*",
+        "text": r"text_encoder(_2)?\..*",
+        "attention": r"unet\..*\.attn[12]\..*",
+        "lora_B": r".*\.lora_B\..*",
+        "words": r".*token_embedding\.new\..*",
+        "rest": r".*",
+    }
+    return lambda rate: {
+        "learn": [
+            {"match": patterns[name], "learning_rate": rate * share, **({"until": 0.5} if name == "words" else {})}
+            for name, share in shares.items()
+        ]
+    }
+
+
+def adapter(frozen: str = "auto", **options: Any) -> Callable[[float], Changes]:
+    """An adapter of rank 8 on the attention layers, unless told otherwise."""
+    sizes = {} if options.get("kind") in {"oft", "boft"} else {"rank": 8}
+    return lambda rate: {"adapter": {"targets": "attention", **sizes, **options}, "train": {"frozen": frozen}}
+
+
+def word(rate: float) -> Changes:
+    return {"token": [{"name": demo.SHAPE, "vectors": 2, "init": "star"}]}
+
+
+def together(*made: Callable[[float], Changes]) -> Callable[[float], Changes]:
+    return lambda rate: {section: change for one in made for section, change in one(rate).items()}
+
+
+ROWS = {
+    "full": Row("full UNet", 4e-4, rules(unet=1.0)),
+    "text": Row("UNet, and both text encoders at a quarter", 4e-4, rules(unet=1.0, text=0.25)),
+    "attention": Row("attention layers only", 1e-3, rules(attention=1.0)),
+    "lora": Row("LoRA r8, attention", 4e-3, adapter()),
+    "lora-linear": Row("LoRA r8, all linear layers", 4e-3, adapter(targets="linear")),
+    "locon": Row("LoCon r8, convolutions too", 2e-3, adapter(targets="all")),
+    "lora-plus": Row("LoRA+ r8, B four times as fast", 2e-3, together(adapter(), rules(lora_B=4.0, rest=1.0))),
+    "dora": Row("DoRA r8, attention", 4e-3, adapter(kind="dora")),
+    "loha": Row("LoHa r8, attention", 8e-3, adapter(kind="loha")),
+    "lokr": Row("LoKr r8, attention", 8e-3, adapter(kind="lokr")),
+    "oft": Row("OFT, attention, blocks of 16", 4e-3, adapter(kind="oft", block_size=16)),
+    "boft": Row("BOFT, attention, blocks of 4", 4e-3, adapter(kind="boft", block_size=4)),
+    **{
+        f"qlora-{kind}": Row(f"LoRA r8, attention, base in {kind}", 4e-3, adapter(kind))
+        for kind in ("nf4", "int8", "fp8")
+    },
+    "textual-inversion": Row("textual inversion, 2 vectors", 2e-2, word),
+    "pivotal": Row(
+        "pivotal tuning: 2 vectors for half of the run, LoRA r8",
+        4e-3,
+        together(word, adapter(), rules(words=4.0, rest=1.0)),
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"default: all of {', '.join(ROWS)}")
+    parser.add_argument("--again", action="store_true", help="run finished rows too")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--rate", type=float, help="try another learning rate; the row keeps its own")
+    parser.add_argument("--work", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measured(options.rows[0], options)))
+        return
+    results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {"base": {}, "tried": {}}
+    for name in [] if options.table else options.rows or ["base", *ROWS]:
+        done = results["base"] if name == "base" else results["tried"].setdefault(name, {})
+        key = "0" if name == "base" else f"{options.rate or ROWS[name].rate:g}"
+        if key in done and not options.again:
+            continue
+        done[key] = run(name, options)
+        results |= {"steps": options.steps, "batch": BATCH, "asked": demo.ASKED}
+        files.write_json(RESULT, results)
+        print(name, key, {kind: done[key]["accuracy"][kind]["shape"] for kind in demo.ASKED}, flush=True)
+    document(results)
+
+
+def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One row in a process of its own, which gives way to others."""
+    command = [sys.executable, __file__, name, "--child", "--work", str(options.work), "--steps", str(options.steps)]
+    command += ["--rate", str(options.rate)] if options.rate else []
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        preexec_fn=lambda: os.nice(10),
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a row's model was asked for and drew, and what it cost."""
+    from sdxl_trainer import attach, tokens
+
+    if name == "base":
+        return {"accuracy": demo.measure(demo.pipeline(demo.BASE), demo.questions())[0]}
+    tree = settings(name, options)
+    output, cost = trained(tree)
+    drawing = demo.pipeline(demo.BASE if cost["file"] else output)
+    attach.attach(drawing, [str(output)] if "adapter" in tree else [])
+    tokens.attach(drawing, [str(output)] if "token" in tree else [])
+    return {"accuracy": demo.measure(drawing, demo.questions())[0], **cost}
+
+
+def trained(tree: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Train a row; the output folder, and parameters, bytes, seconds and peak memory."""
+    from sdxl_trainer.configfile import validated
+    from sdxl_trainer.run import Start
+    from sdxl_trainer.train import train
+
+    config = validated(tree, "benchmarks/methods.py")
+    began, used = time.monotonic(), time.process_time()
+    output = train(config, Start("restart"))
+    learning = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["parameters"]
+    beside = [
+        *output.glob("pytorch_lora_weights.safetensors"),
+        *output.glob("*_adapter/*.safetensors"),
+        *output.glob("learned_embeds.safetensors"),
+    ]
+    names = {rule["match"].partition("\\")[0].partition("(")[0] for rule in learning["rules"]}
+    whole = [
+        path for part in PARTS if part.removesuffix("_2") in names for path in (output / part).glob("*.safetensors")
+    ]
+    return output, {
+        "seconds": round(time.monotonic() - began, 1),
+        "cpu_seconds": round(time.process_time() - used, 1),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "parameters": learning["learning"],
+        "file": bool(beside),
+        "file_bytes": sum(path.stat().st_size for path in beside or whole),
+    }
+
+
+def settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The demo's config with the new shape's pictures alone, and the row's changes."""
+    row, work = ROWS[name], options.work
+    rate = options.rate or row.rate
+    tree = demo.settings(work / f"{name}-{rate:g}", [demo.pictures(work / "pictures"), work / "prior"], options.steps)
+    tree["data"] = [{key: value for key, value in tree["data"][0].items() if key != "repeats"}]
+    tree["cache"] = {"path": str(work / "cache")}
+    tree["train"] |= {"batch_size": BATCH, "checkpoint_every": 0, "learning_rate": rate}
+    del tree["validation"]
+    for section, change in row.changes(rate).items():
+        tree[section] = {**tree.get(section, {}), **change} if isinstance(change, dict) else change
+    return tree
+
+
+def document(results: dict[str, Any]) -> None:
+    """Write the table between its marks."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    DOCUMENT.write_text(f"{before}{MARKS[0]}\n\n{table(results)}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def table(results: dict[str, Any]) -> str:
+    """A row for each method, and every learning rate that was tried with what came of it."""
+    lines = [
+        "| method | new shape, % | old shapes, % | learns | file | CPU time | peak memory |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    before = results["base"]["0"]["accuracy"]
+    rates = ["", "| method | rate: new, old |", "| --- | --- |"]
+    for name, row in ROWS.items():
+        tried = results["tried"].get(name, {})
+        found = tried.get(f"{row.rate:g}")
+        if found is None:
+            continue
+        now = found["accuracy"]
+        new, old = (f"{100 * before[kind]['shape']:.0f} → {100 * now[kind]['shape']:.0f}" for kind in demo.ASKED)
+        size, minutes = f"{found['file_bytes'] / 1e3:,.0f} kB", f"{found['cpu_seconds'] / 60:.1f} min"
+        lines.append(
+            f"| {row.title} | {new} | {old} | {found['parameters']:,} | {size} | {minutes} "
+            f"| {found['peak_rss_mb']:,} MB |"
+        )
+        each = "; ".join(
+            f"{rate}: " + ", ".join(f"{100 * made['accuracy'][kind]['shape']:.0f}" for kind in demo.ASKED)
+            for rate, made in sorted(tried.items(), key=lambda pair: float(pair[0]))
+        )
+        rates.append(f"| {row.title} | {each} |")
+    return "\n".join(lines + rates) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""`sdxl train photos/ --trigger "sks dog"`: from a folder of pictures to a config file, which is written for the user.
+
+The file is `runs/<name>.toml` and trains into `runs/<name>`. It is written once. Where it exists it is used as it is,
+and what it says otherwise than would be written today is told; a command that contradicts it is refused.
+"""
+
+import json
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdxl_trainer import configfile, files, presets
+from sdxl_trainer.config import Config, Data
+from sdxl_trainer.data import sources
+from sdxl_trainer.data.records import Record
+from sdxl_trainer.data.sources.extras import KOHYA
+from sdxl_trainer.errors import UserError
+
+BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+RUNS = Path("runs")
+MOST_REPEATS = 1000  # folders named 2024_summer are not kohya's
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the command says besides the folder; None where it says nothing."""
+
+    trigger: str | None = None
+    preset: str | None = None
+    model: str | None = None
+    name: str | None = None
+
+    def refuse_any(self, path: Path) -> None:
+        """These say how to begin from a folder; a config file says it all itself."""
+        options = {"trigger": "data.0.trigger", "preset": "preset", "model": "model.path", "name": "output_dir"}
+        for option, place in options.items():
+            value = getattr(self, option)
+            if value is not None:
+                what = f"--{option} is for beginning from a folder, and '{path}' is none"
+                raise UserError(what, "command line", f'write {place}="{value}" in the place of --{option}')
+
+
+def load(folder: Path, wish: Wish, overrides: Sequence[str]) -> Config:
+    """The config of a folder: that of its file, which is written if there is none."""
+    _refuse_runs(folder)
+    name = wish.name or folder.resolve().name
+    if Path(name).name != name or not name.strip("."):
+        raise UserError(f"'{name}' cannot be the name of a run", "--name", "give a word without slashes")
+    path = RUNS / f"{name}.toml"
+    if path.is_file():
+        return _continued(path, folder, wish, name, overrides)
+    tree, notes = begun(folder, wish, name)
+    configfile.validated(tree, str(path))
+    with files.explained(RUNS):
+        RUNS.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, _text(tree, notes, name))
+    config = configfile.load(path, overrides)
+    _say(f"wrote {path}; to train otherwise edit it, or give section.key=value")
+    for line in _settings(tree, notes):
+        _say(f"  {line}")
+    return config
+
+
+def _continued(path: Path, folder: Path, wish: Wish, name: str, overrides: Sequence[str]) -> Config:
+    """What the file says, after what the command contradicts is refused and what differs is told."""
+    there = configfile.load(path)
+    given = tomllib.loads(path.read_text(encoding="utf-8"))
+    told = Wish(wish.trigger or there.data[0].trigger, wish.preset or there.preset, wish.model or there.model.path)
+    tree, _ = begun(folder, told, name)
+    wanted, found = _flat(tree), _flat(given)
+    said = {"data.0.path": folder, "data.0.trigger": wish.trigger, "preset": wish.preset, "model.path": wish.model}
+    for option in [option for option, value in said.items() if value is not None]:
+        if found.get(option) != wanted.get(option):
+            what = f"{path} exists and says {option} = {found.get(option)!r}; the command says {wanted.get(option)!r}"
+            fix = "give --name ANOTHER to begin a second run, edit the file, or delete it"
+            raise UserError(what, str(path), fix)
+    _say(f"using {path} as it is")
+    for option in sorted(found.keys() | wanted.keys()):
+        if found.get(option) != wanted.get(option):
+            _say(f"  {option} = {json.dumps(found.get(option))}; the preset and the folder would give "
+                 f"{json.dumps(wanted.get(option))}")  # fmt: skip
+    return configfile.load(path, overrides)
+
+
+def begun(folder: Path, wish: Wish, name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A new config's plain data, and a comment for what is not the preset's."""
+    preset = presets.read(wish.preset or presets.DEFAULT)
+    model = wish.model or BASE
+    if not Path(model).expanduser().exists() and not sources.HUB_ID.fullmatch(model):
+        raise UserError(f"there is no model '{model}'", "--model", "give a folder, a .safetensors file or a hub id")
+    sections = {key: dict(value) for key, value in preset.values.items()}
+    data: dict[str, Any] = {"path": str(folder), **sections.pop("data")}
+    notes: dict[str, str] = {}
+    if _kohya(folder):
+        data["kohya_folders"] = True
+        notes["data.0.kohya_folders"] = "folders named 10_words: seen 10 times an epoch"
+    if wish.trigger is not None:
+        data |= {"trigger": wish.trigger, "caption": preset.caption.replace("{trigger}", wish.trigger)}
+        notes["data.0.trigger"] = "put first where a caption does not hold it"
+        notes["data.0.caption"] = "of pictures that have none"
+    _fit_to_model(model, data, notes)
+    records = _records(folder, data, wish)
+    count = len(records)
+    steps = preset.steps_for(count)
+    train = {"steps": steps, **sections.pop("train")}
+    notes["train.steps"] = f"{count} pictures, each seen {steps * train['batch_size'] / count:.3g} times"
+    every = max(1, steps // 4)
+    train |= {"checkpoint_every": every, "checkpoints_limit": 2}
+    tree: dict[str, Any] = {
+        "preset": preset.name,
+        "output_dir": str(RUNS / name),
+        "model": {"path": model},
+        "data": [data],
+        "train": train,
+        **sections,
+    }
+    if preset.warmup:
+        tree["schedule"]["warmup_steps"] = max(1, round(preset.warmup * steps))
+        notes["schedule.warmup_steps"] = f"{preset.warmup:.0%} of the steps"
+    prompt = data.get("caption") or records[0].captions[0]
+    train["validate_every"] = every
+    tree["validation"] = {"prompts": [prompt], "images": 2, "at_start": True}
+    return tree, notes
+
+
+def _fit_to_model(model: str, data: dict[str, Any], notes: dict[str, str]) -> None:
+    """Pictures of the size that a model on disk says it draws; SDXL's is 1024, as in the presets."""
+    try:
+        side = (
+            json.loads((Path(model).expanduser() / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"]
+            * 8
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    preset = data["resolution"]
+    if side != preset:
+        data["resolution"] = side
+        notes["data.0.resolution"] = f"the model's own; the preset's is {preset}"
+        if data.get("buckets") == "area":
+            data["bucket_step"] = max(8, 64 * side // 1024 // 8 * 8)
+
+
+def _records(folder: Path, data: dict[str, Any], wish: Wish) -> list[Record]:
+    """The pictures there are; what is wrong with the folder is told before a file is written."""
+    try:
+        return sources.records(Data.model_validate(data), seed=0, where="folder")
+    except UserError as error:
+        if wish.trigger is None and "no caption" in error.what:
+            fix = f'give --trigger "the words that shall call it up", or {error.fix}'
+            raise UserError(error.what, error.where, fix) from None
+        raise
+
+
+def _kohya(folder: Path) -> bool:
+    """Whether the folder, or every folder in it and nothing else, is named in kohya's way."""
+    inside = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    named = [_repeats(entry.name) for entry in inside if entry.is_dir()]
+    beside = any(entry.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"} for entry in inside)
+    return _repeats(folder.resolve().name) or (bool(named) and all(named) and not beside)
+
+
+def _repeats(name: str) -> bool:
+    found = KOHYA.fullmatch(name)
+    return found is not None and 1 <= int(found[1]) <= MOST_REPEATS
+
+
+def _refuse_runs(folder: Path) -> None:
+    if (folder / "manifest.json").is_file() and (folder / "config.toml").is_file():
+        what = "this folder is the result of a run, not a folder of pictures"
+        raise UserError(what, str(folder), f"sdxl train {folder / 'config.toml'} continues it")
+    if (folder / "model_index.json").is_file():
+        what = "this folder holds a model, not pictures"
+        raise UserError(what, str(folder), f"sdxl train PHOTOS/ --model {folder}")
+
+
+def _text(tree: dict[str, Any], notes: dict[str, str], name: str) -> str:
+    head = (
+        f"# Written once by `sdxl train {tree['data'][0]['path']}`, from the preset and what lies in the folder.\n"
+        f"# Change what you like: the same command, or `sdxl train {RUNS / name}.toml`, uses the file as it is.\n"
+    )
+    return head + configfile.written(tree, notes)
+
+
+def _settings(tree: dict[str, Any], notes: dict[str, str]) -> list[str]:
+    """Every value that is written, with its reason, and the effective learning rate."""
+    flat = _flat(tree)
+    width = max(len(option) for option in flat)
+    reasons = {option: f"   ({notes[option]})" if option in notes else "" for option in flat}
+    words = {option: json.dumps(value, ensure_ascii=False) for option, value in flat.items()}
+    lines = [f"{option:<{width}}  {words[option]}{reasons[option]}" for option in flat]
+    rate = presets.effective_rate(configfile.validated(tree, "folder"))
+    return lines + ([f"effective learning rate {rate[0]:g} = {rate[1]}"] if rate else [])
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """Options by their dotted names."""
+    rows: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            rows |= {f"{name}.{key}": inner for key, inner in value.items()}
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            rows |= {f"{name}.{i}.{key}": inner for i, entry in enumerate(value) for key, inner in entry.items()}
+        else:
+            rows[name] = value
+    return rows
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
