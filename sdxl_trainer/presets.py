@@ -73,8 +73,8 @@ def under(tree: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(name, str):
         return tree
     if "@" not in name:
-        latest = read(name, f"{where}, preset").name
-        raise UserError(f"preset = '{name}' has no version", f"{where}, preset", f'write preset = "{latest}": it keeps its meaning')
+        fix = f'write preset = "{read(name, f"{where}, preset").name}", which keeps its meaning'
+        raise UserError(f"preset = '{name}' has no version", f"{where}, preset", fix)
     merged = dict(tree)
     for section, values in read(name, f"{where}, preset").values.items():
         given = tree.get(section, [] if section == "data" else {})
