@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/sdxl demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-large: $(READY)  # a full-size SDXL on the CPU: 20 GB of memory, about ten minutes
 	$(BIN)/python -m pytest -m large -s
