@@ -1,15 +1,17 @@
 """The base model on disk: a diffusers folder, wherever it came from. No weights are loaded here."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer import files
+from sdxl_trainer import files, untrained
 from sdxl_trainer.config import Model
 from sdxl_trainer.data.cache import key
 from sdxl_trainer.data.pictures import Memo
 from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.formats import folder as layout
 from sdxl_trainer.formats import header
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -20,17 +22,21 @@ _WEIGHTLESS = ("tokenizer", "tokenizer_2", "scheduler")
 
 @dataclass(frozen=True)
 class Base:
-    """Folders of the base's parts. `vae` differs from `folder / "vae"` when another VAE was asked for."""
+    """Folders of the base's parts. `vae` differs from `folder / "vae"` when another VAE was asked for; `unet` is the
+    config of a UNet that begins with random weights."""
 
     folder: Path
     vae: Path
     variant: str | None
+    unet: dict[str, Any] | None = None
 
     def part(self, name: str) -> Path:
         return self.vae if name == "vae" else self.folder / name
 
     def config(self, part: str) -> dict[str, Any]:
         """The JSON config of a part; of the whole for part "model_index"."""
+        if part == "unet" and self.unet is not None:
+            return dict(self.unet)
         names = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
         path = self.folder / names[part] if part in names else self.part(part) / "config.json"
         try:
@@ -67,10 +73,22 @@ def resolve(options: Model, cache: Path) -> Base:
         )
     vae = _vae_folder(options) if options.vae else folder / "vae"
     base = Base(folder, vae, options.variant)
+    random = options.init == "random"
     for part in PARTS:
-        _check_part(base, part)
+        if part != "unet" or not random:
+            _check_part(base, part)
+    if random:
+        base = replace(base, unet=_untrained(base, options))
     _check_fit(base)
     return base
+
+
+def _untrained(base: Base, options: Model) -> dict[str, Any]:
+    """The config of a UNet from random weights: that of the base, or of SDXL where the base has none, with the sizes
+    that are asked for and the widths that the text encoders need."""
+    own = base.config("unet") if (base.part("unet") / "config.json").is_file() else layout.read_config("unet")
+    made = untrained.resized(own, options.unet)
+    return made | _given(base, made)
 
 
 def weights_file(base: Base, part: str) -> str | None:
@@ -92,7 +110,8 @@ def _folder(options: Model, cache: Path) -> Path:
             configs = Path(options.configs).expanduser() if options.configs else None
             files.write_atomically(target, lambda temporary: single_file.expand(path, temporary, configs))
         return target
-    return _from_hub(options.path, options.revision, "model.path")
+    unread = ["unet/*.safetensors"] if options.init == "random" else []
+    return _from_hub(options.path, options.revision, "model.path", unread)
 
 
 def _vae_folder(options: Model) -> Path:
@@ -104,7 +123,7 @@ def _vae_folder(options: Model) -> Path:
     return folder if (folder / "config.json").is_file() else folder / "vae"
 
 
-def _from_hub(name: str, revision: str | None, where: str) -> Path:
+def _from_hub(name: str, revision: str | None, where: str, unread: Sequence[str] = ()) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -119,7 +138,7 @@ def _from_hub(name: str, revision: str | None, where: str) -> Path:
         raise UserError(f"'{name}' does not exist", where, "give an existing folder or .safetensors file, or a hub id")
     patterns = ["*.json", "*.txt", "*.model", "*.safetensors", "README.md"]
     # Single-file checkpoints at the root of a repository would double the download.
-    ignored = ["sd_xl*.safetensors", "*lora*", "*onnx*", "*openvino*", "*flax*"]
+    ignored = ["sd_xl*.safetensors", "*lora*", "*onnx*", "*openvino*", "*flax*", *unread]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
     except GatedRepoError:
@@ -180,16 +199,9 @@ def _check_fit(base: Base) -> None:
     if unet.get("in_channels", 4) != 4 or unet.get("addition_embed_type") != "text_time":
         kind = f"{unet.get('in_channels', 4)} input channels, {unet.get('addition_embed_type')} conditioning"
         raise UserError(f"this UNet is not that of SDXL ({kind})", where, fix)
-    first, second = base.config("text_encoder"), base.config("text_encoder_2")
-    try:
-        context = first["hidden_size"] + second["hidden_size"]
-        conditioning = second["projection_dim"] + 6 * unet["addition_time_embed_dim"]
-    except (KeyError, TypeError):
-        context, conditioning = unet.get("cross_attention_dim"), unet.get("projection_class_embeddings_input_dim")
-    for name, given, wanted in (
-        ("text", unet.get("cross_attention_dim"), context),
-        ("conditioning", unet.get("projection_class_embeddings_input_dim"), conditioning),
-    ):
+    names = {"cross_attention_dim": "text", "projection_class_embeddings_input_dim": "conditioning"}
+    for option, wanted in _given(base, unet).items():
+        name, given = names[option], unet.get(option)
         if isinstance(given, int) and given != wanted:
             what = f"this UNet is not that of SDXL base: it takes {name} of width {given}, and is given {wanted}"
             raise UserError(what, where, fix)
@@ -197,6 +209,17 @@ def _check_fit(base: Base) -> None:
     if kind != "AutoencoderKL" or channels != 4:
         what = f"this VAE is not one for SDXL: {kind} with {channels} latent channels"
         raise UserError(what, str(base.vae), "use an AutoencoderKL of SDXL, or remove model.vae to use the model's own")
+
+
+def _given(base: Base, unet: dict[str, Any]) -> dict[str, int]:
+    """Widths of what the text encoders give the UNet, by the names of its config; none if their configs are silent."""
+    first, second = base.config("text_encoder"), base.config("text_encoder_2")
+    try:
+        conditioning = second["projection_dim"] + 6 * unet["addition_time_embed_dim"]
+        context = first["hidden_size"] + second["hidden_size"]
+    except (KeyError, TypeError):
+        return {}
+    return {"cross_attention_dim": context, "projection_class_embeddings_input_dim": conditioning}
 
 
 def _file_hash(path: Path, memo: Memo) -> str:

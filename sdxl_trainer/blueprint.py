@@ -119,8 +119,8 @@ def configs(size: Size) -> dict[str, dict[str, Any]]:
             "scaling_factor": size.vae.scaling,
             "sample_size": size.resolution,
         },
-        "text_encoder": _text_changes(size.text_1),
-        "text_encoder_2": _text_changes(size.text_2),
+        "text_encoder": text_changes(size.text_1),
+        "text_encoder_2": text_changes(size.text_2),
     }
     return {name: {**folder.read_config(name), **change} for name, change in changes.items()}
 
@@ -173,7 +173,7 @@ def _size(size: str | Size) -> Size:
     return SIZES[size]
 
 
-def _text_changes(size: TextSize) -> dict[str, Any]:
+def text_changes(size: TextSize) -> dict[str, Any]:
     """The configuration entries of a text encoder that its size decides."""
     return {
         "hidden_size": size.hidden,

@@ -63,6 +63,7 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
     ("train.frozen", lambda c: not (c.adapter or c.token), "nothing is frozen without [adapter] or [[token]]"),
     ("hub.id", lambda c: not c.hub.push, "hub.push is false"),
     ("hub.private", lambda c: not c.hub.push, "hub.push is false"),
+    ("model.unet", lambda c: c.model.init == "pretrained", "model.init is 'pretrained'"),
     ("model.vae_revision", lambda c: c.model.vae is None, "model.vae is not given"),
     ("log.project", lambda c: not c.log.trackers, "log.trackers is empty"),
     ("train.validate_every", lambda c: not c.validation.prompts, "validation.prompts is empty"),
@@ -151,6 +152,10 @@ def options_table() -> str:
         if section:
             heading = f"[[{name}]]" if get_origin(field.annotation) is tuple else f"[{name}]"
             lines += ["", f"### {heading}", "", *_rows(list(section.model_fields.items()))]
+            for inner, nested in section.model_fields.items():
+                within = _section_class(nested)
+                if within:
+                    lines += ["", f"### [{name}.{inner}]", "", *_rows(list(within.model_fields.items()))]
     return "\n".join(lines) + "\n"
 
 
@@ -219,13 +224,20 @@ def _child(node: Any, part: str, text: str) -> Any:
     return child
 
 
+# Keys that a copied config.json has and that are not the user's to choose.
+_DERIVED = {
+    f"model.unet.{name}": "remove it: it follows from the text encoders"
+    for name in ("cross_attention_dim", "projection_class_embeddings_input_dim")
+}
+
+
 def _user_error(error: ValidationError, where: str) -> UserError:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     more = f" ({error.error_count() - 1} more problems after this one)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        fields = _fields(first["loc"][:-1])
-        return UserError(f"unknown key '{key}'{more}", where, closest(str(first["loc"][-1]), fields))
+        name, fields = str(first["loc"][-1]), _fields(first["loc"][:-1])
+        return UserError(f"unknown key '{key}'{more}", where, _DERIVED.get(key) or closest(name, fields))
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
         parent = key.rpartition(".")[0]
         return UserError(
@@ -250,7 +262,8 @@ def _fix(error: Any) -> str:
     if kind == "too_short":
         return f"give at least {error['ctx']['min_length']} [[{name}]]"
     if kind == "model_type":
-        return f"it should be a section: [{name}], then its options, one per line"
+        section = ".".join(str(part) for part in error["loc"])
+        return f"it should be a section: [{section}], then its options, one per line"
     if kind == "tuple_type" and name in {"data", "learn", "token"}:
         return f"it should be a list of sections: write [[{name}]] above each"
     allowed = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdxl_trainer import text
+from sdxl_trainer import text, untrained
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.config import Model, TextOptions
 from sdxl_trainer.formats import pretrained
@@ -151,10 +151,11 @@ def load(
     text_learns: bool,
     reading: TextOptions = TEXT,
     frozen: text.TextEncoders | None = None,
+    seed: int = 0,
 ) -> SDXL:
-    """The model in `dtype`: from a checkpoint's folder if given, else the base's or random weights. `frozen` encoders
-    work in the step without learning."""
-    unet = _load_unet(options, base, folder, dtype)
+    """The model in `dtype`: from a checkpoint's folder if given, else the base's or random weights by `seed`. `frozen`
+    encoders work in the step without learning."""
+    unet = _load_unet(options, base, folder, dtype, seed)
     encoders = text.load_encoders(base, folder, dtype) if text_learns else None
     if checkpointing:
         unet.enable_gradient_checkpointing()
@@ -165,17 +166,15 @@ def load(
     return SDXL(unet, encoders, reading, frozen.encoders if frozen else None)
 
 
-def _load_unet(options: Model, base: Base, folder: Path | None, dtype: torch.dtype) -> Any:
+def _load_unet(options: Model, base: Base, folder: Path | None, dtype: torch.dtype, seed: int) -> Any:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     if folder is None and options.init == "random":
-        torch.manual_seed(0)
         with pretrained.explained(base.part("unet")):
-            unet: Any = UNet2DConditionModel.from_config(base.config("unet")).to(dtype)
-    else:
-        path, variant = (folder / "unet", None) if folder else (base.part("unet"), weights_file(base, "unet"))
-        unet = pretrained.load(UNet2DConditionModel, path, variant, torch_dtype=dtype)
-    return unet
+            # PyTorch's own: that of diffusers warns of every cast.
+            return nn.Module.to(untrained.make(base.config("unet"), seed), dtype)
+    path, variant = (folder / "unet", None) if folder else (base.part("unet"), weights_file(base, "unet"))
+    return pretrained.load(UNet2DConditionModel, path, variant, torch_dtype=dtype)
 
 
 def skeleton(base: Base, text_learns: bool, reading: TextOptions = TEXT) -> SDXL:

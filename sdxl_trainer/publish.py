@@ -170,7 +170,8 @@ def _introduction(config: Config, manifest: dict[str, Any]) -> str:
     pictures = data.get("pictures") if isinstance(data, dict) else None
     counted = f"{pictures:,} pictures of " if isinstance(pictures, int) else ""
     sets = " and ".join(_linked(item.path, "datasets/") for item in config.data)
-    trained = "trained from random weights in the shape of" if config.model.init == "random" else "fine-tuned from"
+    random = config.model.init == "random"
+    trained = "trained from random weights of the UNet and the other parts of" if random else "fine-tuned from"
     vae = f" Its VAE is {_linked(config.model.vae)}." if config.model.vae else ""
     objective = config.objective.prediction
     predicts = (

@@ -218,7 +218,8 @@ def _model(
     in_step = not (stock.text_learns or stock.text_cached)
     frozen = text.load(base, DTYPES[stock.keys.text_precision], accelerator.device) if in_step else None
     checkpointing = config.train.gradient_checkpointing
-    sdxl = model.load(config.model, base, folder, weights, checkpointing, stock.text_learns, config.text, frozen)
+    learns, seed = stock.text_learns, config.seed
+    sdxl = model.load(config.model, base, folder, weights, checkpointing, learns, config.text, frozen, seed)
     if config.adapter or config.token:
         kind = precision if config.train.frozen == "auto" else config.train.frozen
         narrow.pack(sdxl, kind, DTYPES[precision])

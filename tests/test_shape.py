@@ -34,6 +34,7 @@ LAYERS = [
         "formats",
         "report",
         "blueprint",
+        "untrained",
         "data.records",
         "data.options",
         "data.buckets",

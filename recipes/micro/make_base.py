@@ -1,10 +1,10 @@
-"""Put together micro-SDXL before its training: a UNet with random weights, and the other parts as given.
+"""Put together what micro-SDXL's UNet is trained with: tokenizers, text encoders, VAE and scheduler.
 
-    python recipes/micro/make_base.py OUT --vae VAE --tokenizers TOKENIZERS --text TEXT [--seed 0]
+    python recipes/micro/make_base.py OUT --vae VAE --tokenizers TOKENIZERS --text TEXT
 
 VAE is the folder `final` of train_vae.py, TOKENIZERS what make_tokenizers.py wrote, TEXT what train_text.py wrote.
-OUT becomes a diffusers folder with SDXL's own blocks at small widths. Its scheduler ends in pure noise and the UNet
-predicts v, so that backgrounds can become truly black and white (Lin et al. 2024).
+OUT becomes a diffusers folder without a UNet, which base.toml describes and begins with random weights. Its scheduler
+ends in pure noise and the UNet is to predict v, so that backgrounds can become truly black and white (Lin et al. 2024).
 """
 
 import argparse
@@ -17,17 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from sdxl_trainer import files, text
-from sdxl_trainer.blueprint import Size, TextSize, UNetSize, VaeSize, configs
+from sdxl_trainer.blueprint import TextSize, text_changes
 from sdxl_trainer.formats import folder, modules
 
-SIZE = Size(
-    # 12 channels a group at the first level, 32 at the last: as in SDXL flat colours are more than their signs.
-    UNetSize((48, 96, 128), (1, 3, 4), (1, 1, 1), layers=1, time_dim=16, groups=4),
-    TextSize(64, layers=2, heads=2, intermediate=128, projection=64),
-    TextSize(128, layers=3, heads=4, intermediate=256, projection=128),
-    VaeSize((16, 32, 48, 96), layers=1, groups=2),  # for the record: the VAE is copied with its own configuration
-    resolution=128,
-)
+SIZES = {
+    "text_encoder": TextSize(64, layers=2, heads=2, intermediate=128, projection=64),
+    "text_encoder_2": TextSize(128, layers=3, heads=4, intermediate=256, projection=128),
+}
 SCHEDULER = {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
@@ -44,39 +40,24 @@ def vocabulary(tokenizer: Path) -> dict[str, int]:
     return {"vocab_size": len(ids), **special}
 
 
-def described(size: Size, tokenizers: Path) -> dict[str, dict[str, Any]]:
-    """The configuration of each part, with the tokenizers' vocabularies."""
-    found = configs(size)
-    for name in text.PARTS:
-        found[name] |= vocabulary(tokenizers / name.replace("text_encoder", "tokenizer")) | {"torch_dtype": "float32"}
+def described(sizes: dict[str, TextSize], tokenizers: Path) -> dict[str, dict[str, Any]]:
+    """The configuration of each text encoder: SDXL's own with other sizes and the tokenizers' vocabularies."""
+    found = {name: folder.read_config(name) | text_changes(size) for name, size in sizes.items()}
+    for name, config in found.items():
+        config |= vocabulary(tokenizers / name.replace("text_encoder", "tokenizer")) | {"torch_dtype": "float32"}
     return found
 
 
-def random_part(name: str, config: dict[str, Any], seed: int) -> nn.Module:
-    """A UNet or text encoder with weights to begin with."""
+def random_encoder(name: str, config: dict[str, Any], seed: int) -> nn.Module:
+    """A text encoder with weights to begin with."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = modules.construct(name, config)
         for parameter, weight in module.named_parameters():
-            deviation = (unet_deviation if name == "unet" else text_deviation)(parameter, weight)
+            deviation = text_deviation(parameter, weight)
             if deviation is not None:
                 nn.init.normal_(weight, std=deviation)
     return module
-
-
-def unet_deviation(parameter: str, weight: Tensor) -> float | None:
-    """Standard deviation of a weight of the UNet; None: as diffusers makes it.
-
-    With PyTorch's own linear layers the caption is a small part of what a block computes, and all that it decides
-    waits for that. Here each layer between the caption and a block keeps the size of what it is given.
-    """
-    if parameter.startswith("conv_out."):
-        return 0.0
-    if weight.ndim != 2:
-        return None
-    if any(part in parameter for part in ("time_emb", "add_embedding")):
-        return (2 / weight.shape[1]) ** 0.5
-    return weight.shape[1] ** -0.5 if ".attn2." in parameter else None
 
 
 def text_deviation(parameter: str, weight: Tensor) -> float | None:
@@ -94,15 +75,13 @@ def write_part(out: Path, name: str, config: dict[str, Any], module: nn.Module) 
     files.write_json(out / name / folder.CONFIGS[name], config)
 
 
-def make(out: Path, vae: Path, tokenizers: Path, encoders: Path, seed: int = 0, size: Size = SIZE) -> Path:
+def make(out: Path, vae: Path, tokenizers: Path, encoders: Path) -> Path:
     """Write the folder; the same arguments write the same bytes. `model_index.json` comes last."""
     (out / folder.INDEX).unlink(missing_ok=True)
-    unet = described(size, tokenizers)["unet"]
-    write_part(out, "unet", unet, random_part("unet", unet, seed))
     for name in folder.TOKENIZERS:
         shutil.copytree(tokenizers / name, out / name, dirs_exist_ok=True)
     for name, source in [("vae", vae), *((name, encoders / name) for name in text.PARTS)]:
-        (out / name).mkdir(exist_ok=True)
+        (out / name).mkdir(parents=True, exist_ok=True)
         for file in (folder.CONFIGS[name], folder.WEIGHTS[name]):
             shutil.copyfile(source / file, out / name / file)
     files.write_json(out / "scheduler" / folder.CONFIGS["scheduler"], folder.read_config("scheduler") | SCHEDULER)
@@ -111,16 +90,13 @@ def make(out: Path, vae: Path, tokenizers: Path, encoders: Path, seed: int = 0, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Put together micro-SDXL before its training.")
+    parser = argparse.ArgumentParser(description="Put together what micro-SDXL's UNet is trained with.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--tokenizers", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    out = make(arguments.out, arguments.vae, arguments.tokenizers, arguments.text, arguments.seed)
-    counts = {name: sum(t.numel() for t in folder.read_weights(name, out).values()) for name in folder.WEIGHTS}
-    print(", ".join(f"{name} {count:,}" for name, count in counts.items()), f"together {sum(counts.values()):,}")
+    print(make(arguments.out, arguments.vae, arguments.tokenizers, arguments.text))
 
 
 if __name__ == "__main__":

@@ -66,19 +66,19 @@ def half(source: Path, name: str, out: Path) -> int:
     return sum(value.numel() for value in weights.values())
 
 
-def ship(run: Path, out: Path) -> int:
-    """Write the folder; gives its size in bytes."""
+def ship(run: Path, out: Path) -> dict[str, int]:
+    """Write the folder; gives the number of parameters of each part."""
     parts, rest, steps = sources(run)
     if out.exists():
         shutil.rmtree(out)
-    count = sum(half(source, name, out) for name, source in (parts | {"vae": rest / "vae"}).items())
+    counts = {name: half(source, name, out) for name, source in (parts | {"vae": rest / "vae"}).items()}
     for name in (*folder.TOKENIZERS, "scheduler"):
         shutil.copytree(rest / name, out / name)
-    card = CARD.format(millions=count / 1e6, steps=steps)
+    card = CARD.format(millions=sum(counts.values()) / 1e6, steps=steps)
     files.write_text(out / "README.md", card)
     files.write_bytes(out / folder.INDEX, (rest / folder.INDEX).read_bytes())
     files.write_json(out / "hashes.json", files.tree_hashes(out))
-    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return counts
 
 
 def main() -> None:
@@ -86,7 +86,10 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    print(f"{arguments.out}: {ship(arguments.run, arguments.out):,} bytes")
+    counts = ship(arguments.run, arguments.out)
+    size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
+    print(f"{arguments.out}: {size:,} bytes, {sum(counts.values()):,} parameters:")
+    print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def train(config: Config, described: dict[str, Config], tokenizers: Path, log: P
     """Train; gives the two text encoders. `described`: the configuration of each."""
     steps, size = config["steps"], config["batch"]
     encoders = {
-        name: make_base.random_part(name, described[name], config["seed"] + index)
+        name: make_base.random_encoder(name, described[name], config["seed"] + index)
         for index, name in enumerate(text.PARTS)
     }
     readers = tuple(CLIPTokenizer.from_pretrained(tokenizers / name) for name in folder.TOKENIZERS)
@@ -128,7 +128,7 @@ def main() -> None:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     config = tomllib.loads(settings.config.read_text(encoding="utf-8"))
-    described = make_base.described(make_base.SIZE, settings.tokenizers)
+    described = make_base.described(make_base.SIZES, settings.tokenizers)
     for name, encoder in train(config, described, settings.tokenizers, draft / "log.jsonl").items():
         make_base.write_part(draft, name, described[name], encoder)
     draft.rename(settings.out)

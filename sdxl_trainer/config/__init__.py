@@ -7,7 +7,7 @@ from pydantic import Field
 
 from sdxl_trainer.config.data import Data
 from sdxl_trainer.config.learning import Adapter, Learn, Token
-from sdxl_trainer.config.model import Cache, Model, TextOptions
+from sdxl_trainer.config.model import Cache, Model, TextOptions, UNet
 from sdxl_trainer.config.objective import Objective, Timesteps
 from sdxl_trainer.config.results import Export, Hub, Log, Validation
 from sdxl_trainer.config.section import PathText, Section, Text, option
@@ -33,6 +33,7 @@ __all__ = [
     "Timesteps",
     "Token",
     "Train",
+    "UNet",
     "Validation",
 ]
 

@@ -7,6 +7,24 @@ from pydantic import Field
 from sdxl_trainer.config.section import Fraction, PathText, Positive, Section, Text, option
 
 
+class UNet(Section):
+    """Sizes of a UNet from random weights, by the names of its config.json; what is not given is as in the base."""
+
+    block_out_channels: tuple[Positive, ...] | None = option(None, "channels of each level")
+    layers_per_block: Positive | None = option(None, "residual blocks of each level on the way down; one more upwards")
+    transformer_layers_per_block: tuple[Positive, ...] | None = option(
+        None, "transformer layers of each attention block, by level"
+    )
+    attention_head_dim: tuple[Positive, ...] | None = option(
+        None, "attention heads of each level (SDXL's config has their number under this name)"
+    )
+    norm_num_groups: Positive | None = option(None, "groups of the group normalisation")
+    addition_time_embed_dim: Positive | None = option(
+        None, "numbers that each of the six sizes and crop coordinates becomes"
+    )
+    sample_size: Positive | None = option(None, "side of the latents, an eighth of the picture's, drawn by default")
+
+
 class Model(Section):
     path: PathText = Field(description="hub id, diffusers folder, or one .safetensors file")
     revision: Text = option(None, "branch, tag or commit of the hub repository")
@@ -16,7 +34,12 @@ class Model(Section):
     configs: PathText | None = option(
         None, "diffusers folder with the configs of a single file that is not full-size SDXL"
     )
-    init: Literal["pretrained", "random"] = option("pretrained", "random: keep the sizes, forget the UNet's weights")
+    init: Literal["pretrained", "random"] = option(
+        "pretrained", "random: the UNet begins with random weights; its own in the base are not needed"
+    )
+    unet: UNet | None = option(
+        None, "sizes of a UNet from random weights, by the names of its config.json; default: the base's"
+    )
     attention: Literal["sdpa", "xformers", "npu"] = option("sdpa", "attention kernel; sdpa is the fastest or equal")
 
 

@@ -22,6 +22,33 @@ ROWS = [
         options={"train.learning_rat": 1},
     ),
     Bad("unknown key in a list", "unknown key 'data.0.resolutoin'", "'resolution'", options={"data.0.resolutoin": 64}),
+    Bad(
+        "unknown size of a UNet",
+        "unknown key 'model.unet.block_out_channel'",
+        "'block_out_channels'",
+        command=("train", "config.toml", "model.init=random", "model.unet.block_out_channel=[16, 16, 16]"),
+    ),
+    Bad(
+        "width that the encoders decide",
+        "unknown key 'model.unet.cross_attention_dim'",
+        "it follows from the text encoders",
+        command=("train", "config.toml", "model.init=random", "model.unet.cross_attention_dim=2048"),
+    ),
+    Bad(
+        "sizes of a trained UNet",
+        "model.unet = .*has no effect",
+        "remove",
+        command=("train", "config.toml", "model.unet.sample_size=8"),
+    ),
+    Bad(
+        "sizes that are a value", "model.unet = 3", r"\[model.unet\]", options={"model.init": "random", "model.unet": 3}
+    ),
+    Bad(
+        "a level too few",
+        "block_out_channels has 2 numbers",
+        "give 3 numbers",
+        command=("train", "config.toml", "model.init=random", "model.unet.block_out_channels=[16, 32]"),
+    ),
     Bad("text for a number", 'train.steps = "many"', "integer", options={"train.steps": "many"}),
     Bad("number for text", "model.path = 3", "string", options={"model.path": 3}),
     Bad("fraction for a whole number", "train.batch_size = 1.5", "integer", options={"train.batch_size": 1.5}),

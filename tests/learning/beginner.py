@@ -1,9 +1,8 @@
 """Small trainings from random weights at 64 pixels, and what their pictures show.
 
-Text encoders, VAE and tokenizers are micro-SDXL's own; only its UNet begins anew, as `recipes/micro` makes it.
+Text encoders, VAE and tokenizers are micro-SDXL's own; only its UNet begins anew.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,13 @@ from diffusers import StableDiffusionXLPipeline
 import toyworld
 from sdxl_trainer.configfile import validated
 from sdxl_trainer.demo import BASE
-from sdxl_trainer.formats import folder
 from sdxl_trainer.train import train
-from tests.recipes.loading import recipe
 
 SIDE = 64
 SEEDS = (0, 1, 2)
 STEPS = 120
 
 Asked = Sequence[tuple[toyworld.Scene, str]]
-
-
-def untrained(place: Path, seed: int) -> Path:
-    """micro-SDXL with a UNet that knows nothing."""
-    path = place / f"untrained-{seed}"
-    if not path.exists():
-        shutil.copytree(BASE, path)
-        make_base = recipe("make_base")
-        config = folder.read_config("unet", path)
-        make_base.write_part(path, "unet", config, make_base.random_part("unet", config, seed))
-    return path
 
 
 def pictures(place: Path, name: str = "squares", size: tuple[int, int] = (SIDE, SIDE), count: int = 2000) -> Path:
@@ -58,7 +44,7 @@ def trained(place: Path, name: str, seed: int, data: dict[str, Any], **sections:
     }
     for section, options in sections.items():
         settings[section] = settings.get(section, {}) | options
-    model = {"path": str(untrained(place, seed))}
+    model = {"path": str(BASE), "init": "random"}
     data = {"resolution": SIDE, "caption_dropout": 0.1} | data
     config = validated(settings | {"output_dir": str(out), "seed": seed, "model": model, "data": [data]}, name)
     return train(config)

@@ -14,19 +14,23 @@ from transformers import CLIPTokenizer
 
 import toyworld
 from sdxl_trainer import text
-from sdxl_trainer.blueprint import Size, TextSize, UNetSize, VaeSize
+from sdxl_trainer.blueprint import TextSize
 from sdxl_trainer.configfile import load as load_config
 from sdxl_trainer.formats import folder
 from sdxl_trainer.train import train
 from tests.recipes.loading import RECIPES, recipe
 
-SMALL = Size(
-    UNetSize((16, 16, 16), (1, 1, 1), (1, 1, 1), layers=1, time_dim=8, groups=2),
-    TextSize(16, layers=2, heads=1, intermediate=16, projection=16),
-    TextSize(24, layers=2, heads=1, intermediate=24, projection=24),
-    VaeSize((8, 8, 8, 8), layers=1, groups=1),
-    resolution=64,
-)
+SMALL = {
+    "text_encoder": TextSize(16, layers=2, heads=1, intermediate=16, projection=16),
+    "text_encoder_2": TextSize(24, layers=2, heads=1, intermediate=24, projection=24),
+}
+UNET = {
+    "block_out_channels": [16, 16, 16],
+    "attention_head_dim": [1, 1, 1],
+    "norm_num_groups": 2,
+    "addition_time_embed_dim": 8,
+    "sample_size": 8,
+}
 
 
 make_base, train_text = recipe("make_base"), recipe("train_text")
@@ -35,7 +39,7 @@ data, ship, curves, edit = recipe("data"), recipe("ship"), recipe("curves"), rec
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The parts that come before: tokenizers, a VAE, a few pictures, and the untrained base of them."""
+    """The parts that come before: tokenizers, a VAE, a few pictures, and what is put together of them."""
     path = tmp_path_factory.mktemp("micro")
     tokenizers, vae = recipe("make_tokenizers"), recipe("train_vae")
     merges = tokenizers.learn_merges(tokenizers.word_counts(0, 300))
@@ -49,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     short |= {"evaluation_seed": 1, "evaluation_pairs": 4}
     for name, encoder in train_text.train(short, described, path / "tokenizers", path / "text.jsonl").items():
         make_base.write_part(path / "text", name, described[name], encoder)
-    make_base.make(path / "untrained", path / "vae", path / "tokenizers", path / "text", size=SMALL)
+    make_base.make(path / "untrained", path / "vae", path / "tokenizers", path / "text")
     return path
 
 
@@ -58,12 +62,15 @@ def trained(place: Path) -> Path:
     places = {"output_dir": "base", "model.path": "untrained", "cache.path": "cache"}
     places |= {"data.0.path": "data/squares", "data.1.path": "data/varied"}
     changes = [f"{option}={place / name}" for option, name in places.items()]
+    changes += [f"model.unet.{name}={value}" for name, value in UNET.items()]
     changes += [f"train.{k}={v}" for k, v in {"steps": 2, "batch_size": 2, "checkpoint_every": 1}.items()]
     return train(load_config(RECIPES / "base.toml", changes))
 
 
-def test_stock_diffusers_loads_the_base_and_its_scheduler_ends_in_pure_noise(place: Path) -> None:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(place / "untrained", add_watermarker=False)
+def test_stock_diffusers_loads_the_base_and_its_scheduler_ends_in_pure_noise(place: Path, trained: Path) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(trained, add_watermarker=False)
+    sizes = {name: list(v) if isinstance(v, tuple) else v for name, v in pipeline.unet.config.items()}
+    assert sizes | UNET == sizes
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     pipeline.scheduler.set_timesteps(25)
     assert pipeline.scheduler.timesteps[0] == 999
@@ -73,8 +80,8 @@ def test_stock_diffusers_loads_the_base_and_its_scheduler_ends_in_pure_noise(pla
     assert len(pipeline.tokenizer) == pipeline.text_encoder.config.vocab_size
 
 
-def test_captions_reach_the_unet_at_a_size_it_can_learn_from(place: Path) -> None:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(place / "untrained", add_watermarker=False)
+def test_captions_reach_the_unet_at_a_size_it_can_learn_from(trained: Path) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(trained, add_watermarker=False)
     words = [caption for _, caption in toyworld.prompts(16, 5)]
     tokens, _, pooled, _ = pipeline.encode_prompt(words, do_classifier_free_guidance=False)
     for seen in (tokens.std(0).mean(), pooled.std(0).mean()):
@@ -82,7 +89,7 @@ def test_captions_reach_the_unet_at_a_size_it_can_learn_from(place: Path) -> Non
 
 
 def test_the_same_arguments_make_the_same_base(place: Path, tmp_path: Path) -> None:
-    make_base.make(tmp_path, place / "vae", place / "tokenizers", place / "text", size=SMALL)
+    make_base.make(tmp_path, place / "vae", place / "tokenizers", place / "text")
     for path in (p for p in (place / "untrained").rglob("*") if p.is_file()):
         assert path.read_bytes() == (tmp_path / path.relative_to(place / "untrained")).read_bytes(), path
 
@@ -101,7 +108,7 @@ def test_what_stands_behind_a_caption_changes_nothing_before_it(place: Path) -> 
     readers = tuple(CLIPTokenizer.from_pretrained(place / "tokenizers" / name) for name in folder.TOKENIZERS)
     tokens, pixels = train_text.batch_of(readers, 0, 0, 8)
     described = make_base.described(SMALL, place / "tokenizers")
-    encoders = {name: make_base.random_part(name, described[name], 0) for name in text.PARTS}
+    encoders = {name: make_base.random_encoder(name, described[name], 0) for name in text.PARTS}
     captions = [toyworld.caption(toyworld.scene(0, i, holdout=False), 0, i, terse=0.1) for i in range(8)]
     whole = torch.stack([r(captions, padding="max_length", return_tensors="pt").input_ids for r in readers], 1)
     assert torch.equal(whole[:, :, : tokens.shape[2]], tokens)
