@@ -44,6 +44,7 @@ LAYERS = [
         "data.plan",
         "data.cache",
         "data.masks",
+        "data.problems",
         "data.pictures",
         "data.captions",
     ],

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +14,9 @@ from sdxl_trainer import files
 from sdxl_trainer.config import Config, Data
 from sdxl_trainer.data import images, masks, sources
 from sdxl_trainer.data.geometry import Geometry, variants
+from sdxl_trainer.data.problems import Notes, Problem, raise_all
 from sdxl_trainer.data.records import Mask, Record
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,12 @@ def open_memo(folder: Path) -> Memo:
     return Memo(path, known if isinstance(known, dict) else {})
 
 
-def load(config: Config, memo: Memo) -> list[Picture]:
-    """All pictures of all data sets, in a fixed order. UserError names every picture that cannot be used."""
+def load(config: Config, memo: Memo, notes: Notes | None = None) -> list[Picture]:
+    """All pictures of all data sets, in a fixed order. UserError names every picture that cannot be used; with `notes`
+    it is noted, and they are left out."""
     pictures: list[Picture] = []
-    problems: list[UserError] = []
+    unreadable: list[UserError] = []
+    unfit: list[UserError] = []
     for index, data in enumerate(config.data):
         found = sources.records(
             data,
@@ -86,16 +91,32 @@ def load(config: Config, memo: Memo) -> list[Picture]:
             where=f"data.{index}.path",
             datasets_dir=config.cache.datasets_dir,
             index_dir=memo.path.parent / "shards",
+            notes=notes,
         )
-        for record, fact in zip(found, _facts(found, data, memo, problems), strict=True):
+        before = len(unreadable) + len(unfit)
+        for record, fact in zip(found, _facts(found, data, memo, unreadable), strict=True):
             if fact is not None:
                 try:
                     pictures += _sizes(record, data, fact)
                 except UserError as error:
-                    problems.append(error)
+                    unfit.append(error)
+        if notes is not None:
+            notes.unusable[f"data.{index}.path = '{data.path}'"] += len(unreadable) + len(unfit) - before
     memo.save()
-    raise_all(problems)
+    if notes is None:
+        raise_all([*unreadable, *unfit])
+    else:
+        notes.problems += [*grouped("unreadable", unreadable), *grouped("unfit", unfit)]
     return pictures
+
+
+def grouped(kind: str, errors: Iterable[UserError]) -> list[Problem]:
+    """Errors about single pictures as one problem for each way to mend them."""
+    alike: dict[str, list[UserError]] = defaultdict(list)
+    for error in errors:
+        alike[re.sub(r"\d[\d.]*", "", error.fix)].append(error)
+    what = {"unreadable": "pictures cannot be read", "unfit": "pictures do not fit the wanted size"}[kind]
+    return [Problem(kind, what, m[0].fix, tuple(f"{e.where}: {e.what}" for e in m)) for m in alike.values()]
 
 
 def _sizes(record: Record, data: Data, fact: "Fact") -> list[Picture]:
@@ -106,16 +127,6 @@ def _sizes(record: Record, data: Data, fact: "Fact") -> list[Picture]:
         options = tuple(variants(data, fact.size, number, record.name, resolution, focus))
         made.setdefault(options[0].target, Picture(record, data, fact.content, options, fact.mask))
     return list(made.values())
-
-
-def raise_all(problems: Sequence[UserError]) -> None:
-    """One error for many: all of one kind are named together."""
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        listed = shortened((f"{p.where} ({p.what})" for p in problems), 8)
-        fixes = list(dict.fromkeys(p.fix for p in problems))
-        raise UserError(f"{len(problems)} pictures cannot be used", listed, fixes[0])
 
 
 @dataclass(frozen=True)

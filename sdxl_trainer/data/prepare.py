@@ -15,7 +15,8 @@ from sdxl_trainer.config import Config, TextOptions
 from sdxl_trainer.data import cache, captions, encode, masks, plan
 from sdxl_trainer.data.captions import Choice
 from sdxl_trainer.data.loader import Samples
-from sdxl_trainer.data.pictures import Memo, Picture, load, open_memo, raise_all
+from sdxl_trainer.data.pictures import Memo, Picture, load, open_memo
+from sdxl_trainer.data.problems import Notes, raise_all
 from sdxl_trainer.data.records import Record
 from sdxl_trainer.data.words import Words
 from sdxl_trainer.errors import UserError, shortened
@@ -59,11 +60,14 @@ def cache_folder(config: Config) -> Path:
     return Path(config.cache.path or Path(config.output_dir) / "cache").expanduser()
 
 
-def take_stock(config: Config, base: Base, text_precision: str) -> Stock:
-    """Read data sets, sizes and hashes; look up what is cached. Encodes nothing."""
+def take_stock(config: Config, base: Base, text_precision: str, notes: Notes | None = None) -> Stock:
+    """Read data sets, sizes and hashes; look up what is cached. Encodes nothing. With `notes` pictures that cannot be
+    used are noted and left out, as long as there are others."""
     folder = cache_folder(config)
     memo = open_memo(folder)
-    found = load(config, memo)
+    found = load(config, memo, notes)
+    if notes is not None and len({id(picture.data) for picture in found}) < len(config.data):
+        load(config, memo)  # nothing is left of a data set: the error that says why
     pictures = [picture for picture in found if not picture.held_out]
     held_out = [replace(p, geometries=p.geometries[:1]) for p in found if p.held_out]
     measured = config.validation.loss_every is not None and bool(held_out)

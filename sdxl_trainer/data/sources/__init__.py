@@ -12,6 +12,7 @@ import numpy as np
 
 from sdxl_trainer import keyed
 from sdxl_trainer.config import Data
+from sdxl_trainer.data.problems import Notes
 from sdxl_trainer.data.records import Record
 from sdxl_trainer.data.sources import dataset, folder, shards
 from sdxl_trainer.data.sources.tree import scan
@@ -29,18 +30,22 @@ def records(
     datasets_dir: str | None = None,
     split: str | None = None,
     index_dir: Path | None = None,
+    notes: Notes | None = None,
 ) -> list[Record]:
     """The pictures of one data set with their captions, in a fixed order; no picture is opened.
 
     `where` names the option in messages (data.0.path), `datasets_dir` is where hub datasets are kept, `split`
     takes the place of `data.split`, `index_dir` is where it is kept what lies where in shards. UserError names
-    everything that is wrong with the data set at once.
+    everything that is wrong with the data set at once; with `notes` it is noted, and pictures that cannot be used are
+    left out.
     """
-    found = _records(data, split or data.split, where, datasets_dir, index_dir)
+    found = _records(data, split or data.split, where, datasets_dir, index_dir, notes)
     if data.max_samples is None:
         return found
     if data.max_samples > len(found):
         log.info("%s: max_samples is %d, there are %d pictures: all are used", where, data.max_samples, len(found))
+    if notes is not None:
+        notes.skipped[where]["not drawn (max_samples)"] += len(found) - data.max_samples
     return [found[index] for index in subset(len(found), data.max_samples, seed)]
 
 
@@ -50,38 +55,40 @@ def subset(count: int, wanted: int, seed: int) -> list[int]:
     return sorted(np.argsort(draw, kind="stable")[:wanted].tolist())
 
 
-def _records(data: Data, split: str, where: str, datasets_dir: str | None, index_dir: Path | None) -> list[Record]:
+def _records(
+    data: Data, split: str, where: str, datasets_dir: str | None, index_dir: Path | None, notes: Notes | None
+) -> list[Record]:
     place = f"{where} = '{data.path}'"
     if "://" in data.path:
-        return _shards(data, split, place, index_dir)
+        return _shards(data, split, place, index_dir, notes)
     path = _folder(data.path, place)
     if path is None:
-        return _remote(data, split, place, datasets_dir)
+        return _remote(data, split, place, datasets_dir, notes)
     if dataset.is_saved(path):
         _refuse_folders_only(data, place)
         _refuse(data, ("name", "folder"), "the dataset was saved with save_to_disk", place)
-        return dataset.saved(data, path, split, place)
+        return dataset.saved(data, path, split, place, notes)
     root = path / (data.folder or "")
     if not root.is_dir():
         raise UserError(
             f"there is no sub-folder '{data.folder}'", place, f"allowed: {shortened(_folders(path)) or 'none'}"
         )
-    tree = scan(root, place, data.mask_suffix)
+    tree = scan(root, place, data.mask_suffix, notes)
     if tree.tables and (not tree.pictures or dataset.holds(tree.tables[0], data.image_column)):
         _refuse_folders_only(data, place)
-        return dataset.loaded(data, split, place, datasets_dir, local=path)
+        return dataset.loaded(data, split, place, datasets_dir, path, notes)
     if not tree.pictures and tree.archives and all(name.endswith(".tar") for name in tree.archives):
-        return _shards(data, split, place, index_dir)
+        return _shards(data, split, place, index_dir, notes)
     _refuse(data, ("name",), "this is a folder of pictures", place)
-    return folder.records(data, tree, split, place)
+    return folder.records(data, tree, split, place, notes)
 
 
-def _shards(data: Data, split: str, place: str, index_dir: Path | None) -> list[Record]:
+def _shards(data: Data, split: str, place: str, index_dir: Path | None, notes: Notes | None) -> list[Record]:
     _refuse(data, ("name", "folder"), "these are shards", place)
     _refuse_folders_only(data, place, "these are shards", ("file", "column"))
     if split != "train":
         raise UserError(f"no split '{split}' in shards", place, "give the address of that split's shards as path")
-    return shards.records(data, place, index_dir)
+    return shards.records(data, place, index_dir, notes)
 
 
 def _folder(text: str, place: str) -> Path | None:
@@ -100,10 +107,10 @@ def _folder(text: str, place: str) -> Path | None:
     return path
 
 
-def _remote(data: Data, split: str, place: str, datasets_dir: str | None) -> list[Record]:
+def _remote(data: Data, split: str, place: str, datasets_dir: str | None, notes: Notes | None) -> list[Record]:
     if HUB_ID.fullmatch(data.path):
         _refuse_folders_only(data, place)
-        return dataset.loaded(data, split, place, datasets_dir, local=None)
+        return dataset.loaded(data, split, place, datasets_dir, None, notes)
     raise UserError(
         "there is no such folder, and it is not the id of a dataset on the hub either",
         place,

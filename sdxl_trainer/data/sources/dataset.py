@@ -10,17 +10,20 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from sdxl_trainer.config import Data
+from sdxl_trainer.data.problems import Found, Notes, refuse, total
 from sdxl_trainer.data.records import Mask, Record
 from sdxl_trainer.data.sources import extras
-from sdxl_trainer.data.sources.folder import refuse
 from sdxl_trainer.data.sources.tree import read_file
 from sdxl_trainer.errors import UserError, closest
 
 log = logging.getLogger("sdxl_trainer")
+# Rows of a table that are looked at together.
+ROWS = 4096
 PROBLEMS = {
     "outside": ("rows name pictures outside of the dataset", "put the pictures into the dataset's folder"),
     "missing": ("rows name pictures that do not exist", "restore the files, or remove the rows"),
@@ -59,7 +62,7 @@ def holds(table: Path, column: str) -> bool:
         return False
 
 
-def saved(data: Data, root: Path, split: str, place: str) -> list[Record]:
+def saved(data: Data, root: Path, split: str, place: str, notes: Notes | None = None) -> list[Record]:
     """Records of a dataset or dict of datasets written by save_to_disk."""
     import datasets
     import pyarrow
@@ -71,10 +74,12 @@ def saved(data: Data, root: Path, split: str, place: str) -> list[Record]:
     if not isinstance(found, dict):
         own = str(found.split or "train")
         found = {own if own.isidentifier() else "train": found}
-    return _records(data, found, split, place, root)
+    return _records(data, found, split, place, root, notes=notes)
 
 
-def loaded(data: Data, split: str, place: str, datasets_dir: str | None, local: Path | None) -> list[Record]:
+def loaded(
+    data: Data, split: str, place: str, datasets_dir: str | None, local: Path | None, notes: Notes | None = None
+) -> list[Record]:
     """Records of what `datasets.load_dataset` opens: a local folder, or a dataset on the hub where that is None."""
     import datasets
     import pyarrow
@@ -87,7 +92,7 @@ def loaded(data: Data, split: str, place: str, datasets_dir: str | None, local: 
         )
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, pyarrow.ArrowException) as error:
         raise _not_loaded(error, place, local) from None
-    return _records(data, found, split, place, local, datasets_dir)
+    return _records(data, found, split, place, local, datasets_dir, notes)
 
 
 def read_row(path: str, column: str, row: int, name: str) -> bytes:
@@ -146,32 +151,46 @@ def _records(
     place: str,
     root: Path | None,
     datasets_dir: str | None = None,
+    notes: Notes | None = None,
 ) -> list[Record]:
     roots = [root] if root else _caches(datasets_dir)
     found: list[Record] = []
-    problems: dict[str, list[str]] = defaultdict(list)
+    problems: Found = defaultdict(list)
+    rows = 0
     for part in _parts(splits, split, place):
         _require_columns(data, splits[part.split], place)
-        table = _table(part.path).slice(part.first, part.last - part.first)
-        captions, more = (_captions(column, table) for column in (data.caption_column, data.caption_column_2))
-        points = table.column(data.focus_column).to_pylist() if data.focus == "column" else [None] * table.num_rows
-        pictures = _sources(data.image_column, part, table, data.path, roots, problems)
-        masks = (
-            _sources(data.mask_column, part, table, data.path, roots, problems, "unmasked")
-            if data.mask == "column"
-            else pictures
-        )
-        for (name, read, stamp), value, other, point, mask in zip(pictures, captions, more, points, masks, strict=True):
-            texts = _cleaned(data, value, name, problems)
-            record = Record(name, texts, read, stamp, focus=extras.focus(point, name, problems))
-            if data.caption_column_2 is not None:
-                record = replace(record, seconds=extras.seconds(other, value, texts, name, problems))
-            found.append(replace(record, mask=Mask(*mask) if data.mask != "none" else None))
-    refuse(problems, PROBLEMS, place)
-    if not found:
+        rows += part.last - part.first
+        found += _part(data, part, roots, problems)
+    refuse(problems, PROBLEMS, place, notes)
+    if not rows:
         raise UserError(f"split '{split}' has no rows", place, "choose another split, or remove the data set")
+    if notes is not None:
+        notes.unusable[place] += rows - len(found)
     log.info("%s: %d pictures of split '%s'", place, len(found), split)
     return found
+
+
+def _part(data: Data, part: Part, roots: Sequence[Path], problems: Found) -> Iterator[Record]:
+    """The records of a part; problems are noted, and their rows left out."""
+    table = _table(part.path).slice(part.first, part.last - part.first)
+    captions, more = (_captions(column, table) for column in (data.caption_column, data.caption_column_2))
+    points = table.column(data.focus_column).to_pylist() if data.focus == "column" else [None] * table.num_rows
+    pictures = _sources(data.image_column, part, table, data.path, roots, problems)
+    masks: Iterator[Any] = repeat(None)
+    if data.mask == "column":
+        masks = _sources(data.mask_column, part, table, data.path, roots, problems, "unmasked")
+    before = total(problems)
+    for value, other, point, picture, mask in zip(captions, more, points, pictures, masks, strict=False):
+        name, read, stamp = picture
+        texts = _cleaned(data, value, name, problems)
+        record = Record(name, texts, read, stamp, focus=extras.focus(point, name, problems))
+        if data.caption_column_2 is not None:
+            record = replace(record, seconds=extras.seconds(other, value, texts, name, problems))
+        if data.mask != "none":
+            record = replace(record, mask=Mask(*(mask or picture)))
+        if total(problems) == before:
+            yield record
+        before = total(problems)
 
 
 def _sources(
@@ -182,10 +201,9 @@ def _sources(
     roots: Sequence[Path],
     problems: dict[str, list[str]],
     absent: str = "none",
-) -> list[tuple[str, Any, str]]:
+) -> Iterator[tuple[str, Any, str]]:
     """Per row of a column of pictures: its name, what reads it, and its stamp. Problems are noted, `absent` for rows
     without a picture."""
-    found: list[tuple[str, Any, str]] = []
     for row, outer in enumerate(_paths(table.column(column)), start=part.first):
         name = f"{dataset}[{part.split}] row {part.offset + row}"
         read: Any = partial(read_row, part.path, column, row, name)
@@ -196,8 +214,7 @@ def _sources(
             path = _within(outer, roots, name, problems)
             if path:
                 read, stamp = partial(read_file, path, name), _stamp(path)
-        found.append((name, read, stamp))
-    return found
+        yield name, read, stamp
 
 
 def _parts(splits: dict[str, Any], split: str, place: str) -> Iterator[Part]:
@@ -217,8 +234,9 @@ def _parts(splits: dict[str, Any], split: str, place: str) -> Iterator[Part]:
         for file in rows.cache_files:
             count = _table(file["filename"]).num_rows
             first, last = max(begin - offset, 0), min(end - offset, count)
-            if first < last:
-                yield Part(file["filename"], piece.splitname, offset, first, last, rows._fingerprint)
+            for start in range(first, last, ROWS):
+                stop = min(start + ROWS, last)
+                yield Part(file["filename"], piece.splitname, offset, start, stop, rows._fingerprint)
             offset += count
         if offset != len(rows):
             raise RuntimeError(f"{len(rows)} rows, but {offset} in the Arrow files of {piece.splitname}")

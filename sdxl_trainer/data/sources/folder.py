@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from functools import partial
 
 from sdxl_trainer.config import Data
+from sdxl_trainer.data.problems import Notes, refuse, total
 from sdxl_trainer.data.records import Mask, Record
 from sdxl_trainer.data.sources import extras, metadata
 from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES, Tree, natural, read_file
@@ -43,14 +44,15 @@ PROBLEMS = {
 } | extras.PROBLEMS
 
 
-def records(data: Data, tree: Tree, split: str, place: str) -> list[Record]:
-    """The pictures of a folder in natural order of their names. UserError lists everything that is wrong."""
+def records(data: Data, tree: Tree, split: str, place: str, notes: Notes | None = None) -> list[Record]:
+    """The pictures of a folder in natural order of their names. UserError lists everything that is wrong; with `notes`
+    it is noted, and the pictures are left out."""
     if not tree.pictures:
         raise _no_pictures(tree, place)
     extras.refuse_without_files(data, tree, place)
     names = _in_split(tree, split, place)
     problems: dict[str, list[str]] = defaultdict(list)
-    problems["zero"] = sorted(set(tree.empty) & set(names), key=natural)
+    empty = set(tree.empty)
     listed = _listed(data, tree, place, problems)
     masks = extras.named_masks(data, tree, listed, problems)
     used = {mask.name for mask in masks.values()}
@@ -59,6 +61,9 @@ def records(data: Data, tree: Tree, split: str, place: str) -> list[Record]:
     for name in names:
         if name in used:
             continue
+        before = total(problems)
+        if name in empty:
+            problems["zero"].append(name)
         folder = _kohya(data, tree, name, problems)
         fallback = data.caption if folder is None else folder[1]
         if name in listed:
@@ -70,9 +75,14 @@ def records(data: Data, tree: Tree, split: str, place: str) -> list[Record]:
         else:
             captions = _beside(data, fallback, tree, name, problems)
         record = Record(name, captions, partial(read_file, tree.root / name, name), tree.pictures[name])
-        found.append(_with_extras(data, record, listed.get(name), masks.get(name), folder, problems))
-    refuse(problems, PROBLEMS, place)
-    _tell(data, tree, found, place, set(listed))
+        record = _with_extras(data, record, listed.get(name), masks.get(name), folder, problems)
+        if total(problems) == before:
+            found.append(record)
+    refuse(problems, PROBLEMS, place, notes)
+    skipped = _tell(data, tree, found, place, set(listed))
+    if notes is not None:
+        notes.skipped[place].update(skipped)
+        notes.unusable[place] += len(set(names) - used) - len(found)
     return found
 
 
@@ -109,14 +119,6 @@ def _with_extras(
         place = f"{record.name} ({row.place})"
         seconds = extras.seconds(row.extra.get(data.caption_column_2), row.caption, record.captions, place, problems)
     return replace(record, mask=mask, focus=point, repeats=folder[0] if folder else 1, seconds=seconds)
-
-
-def refuse(problems: dict[str, list[str]], table: dict[str, tuple[str, str]], place: str) -> None:
-    """One error for all that was found, kind by kind in the order of the table; nothing if there is nothing."""
-    found = [kind for kind in table if problems.get(kind)]
-    if found:
-        what = "; ".join(f"{len(problems[kind])} {table[kind][0]}: {shortened(problems[kind])}" for kind in found)
-        raise UserError(what, place, "; ".join(dict.fromkeys(table[kind][1] for kind in found)))
 
 
 def _no_pictures(tree: Tree, place: str) -> UserError:
@@ -244,13 +246,15 @@ def _below(name: str, folder: str) -> bool:
     return not folder or name.startswith(f"{folder}/")
 
 
-def _tell(data: Data, tree: Tree, found: list[Record], place: str, listed: set[str]) -> None:
-    """One line: how many pictures, where their captions are from, and what was left out."""
+def _tell(data: Data, tree: Tree, found: list[Record], place: str, listed: set[str]) -> dict[str, int]:
+    """One line: how many pictures, where their captions are from, and what was left out, which is also given."""
     stems = {posixpath.splitext(record.name)[0] for record in found if record.name not in listed}
     unused = sum(posixpath.splitext(name)[0] not in stems for name in tree.captions)
     skipped = dict(tree.skipped) | {"caption files not used": unused}
-    counted = ", ".join(f"{kind} {skipped[kind]}" for kind in sorted(skipped, key=natural) if skipped[kind])
+    left = {kind: skipped[kind] for kind in sorted(skipped, key=natural) if skipped[kind]}
+    counted = ", ".join(f"{kind} {count}" for kind, count in left.items())
     rows = sum(record.name in listed for record in found)
     log.info("%s: %d pictures, %d captioned by metadata; skipped: %s", place, len(found), rows, counted or "nothing")
     if not data.kohya_folders and any(extras.kohya(record.name, tree.root.name) for record in found):
         log.info("%s: folders named like 10_words are plain folders here; kohya_folders = true reads repeats", place)
+    return left

@@ -17,9 +17,9 @@ from typing import Any
 
 from sdxl_trainer import files
 from sdxl_trainer.config import Data
+from sdxl_trainer.data.problems import Found, Notes, refuse, total
 from sdxl_trainer.data.records import Mask, Record
 from sdxl_trainer.data.sources import extras
-from sdxl_trainer.data.sources.folder import refuse
 from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES, natural
 from sdxl_trainer.errors import UserError
 
@@ -37,25 +37,33 @@ PROBLEMS = {
 Sample = tuple[str, list[tuple[str, int, int]], dict[str, str | None]]
 
 
-def records(data: Data, place: str, index_dir: Path | None) -> list[Record]:
+def records(data: Data, place: str, index_dir: Path | None, notes: Notes | None = None) -> list[Record]:
     """The samples of all shards in natural order of their names."""
-    problems: dict[str, list[str]] = defaultdict(list)
+    problems: Found = defaultdict(list)
     found: list[Record] = []
-    alone, told = 0, False
+    alone, unusable, told = 0, 0, False
     for shard, stamp in _shards(data.path, place):
         for name, pictures, texts in _index(shard, stamp, place, index_dir):
             told |= any(suffix in texts for suffix in CAPTIONS)
             label = f"{shard.rsplit('/', 1)[-1]}/{name}"
+            before = total(problems)
+            if not pictures:
+                alone += 1
+                continue
             if len(pictures) > 1:
                 problems["twice"].append(label)
-            elif pictures:
-                found.append(_record(data, shard, stamp, label, pictures[0], texts, problems))
+            record = _record(data, shard, stamp, label, pictures[0], texts, problems)
+            if total(problems) == before:
+                found.append(record)
             else:
-                alone += 1
-    refuse(problems, PROBLEMS, place)
+                unusable += 1
+    refuse(problems, PROBLEMS, place, notes)
+    if notes is not None:
+        notes.unusable[place] += unusable
+        notes.skipped[place]["samples without a picture"] += alone
     if data.caption_per_line and not told:
         raise UserError("caption_per_line has no effect: there are no caption files", place, "remove it")
-    if not found:
+    if not found and not unusable:
         raise UserError("the shards hold no pictures", place, f"pack pictures ({' '.join(sorted(PICTURES))}) in them")
     log.info("%s: %d pictures; samples without a picture: %d", place, len(found), alone)
     return found

@@ -8,7 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.data.problems import Found, Notes, refuse
+from sdxl_trainer.errors import UserError
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 # In order of preference where both lie beside a picture.
@@ -55,11 +56,11 @@ def read_file(path: Path, name: str) -> bytes:
         ) from None
 
 
-def scan(root: Path, place: str, mask_suffix: str) -> Tree:
+def scan(root: Path, place: str, mask_suffix: str, notes: Notes | None = None) -> Tree:
     """Everything below a folder; a picture whose stem ends in `mask_suffix` is a mask. UserError names links that lead
-    out of it or in circles, and unreadable folders."""
+    out of it or in circles, and unreadable folders; with `notes` they are noted and left out."""
     tree = Tree(root.resolve())
-    problems: dict[str, list[str]] = {"outside": [], "circle": [], "broken": [], "unreadable": []}
+    problems: Found = {"outside": [], "circle": [], "broken": [], "unreadable": []}
     waiting = [""]
     while waiting:
         prefix = waiting.pop()
@@ -80,7 +81,11 @@ def scan(root: Path, place: str, mask_suffix: str) -> Tree:
             else:
                 _sort_in(tree, name, entry, mask_suffix)
     tree.skipped["links to folders inside"] += len(problems.pop("inside", []))
-    _refuse(problems, place)
+    for names in problems.values():
+        names.sort(key=natural)
+    refuse(problems, REFUSED, place, notes)
+    if notes is not None:
+        notes.skipped[place].update({f"links: {kind}": len(names) for kind, names in problems.items() if names})
     tree.pictures = dict(sorted(tree.pictures.items(), key=lambda item: natural(item[0])))
     for names in (tree.folders, tree.metadata, tree.archives):
         names.sort(key=natural)
@@ -139,10 +144,3 @@ REFUSED = {
     "broken": ("links lead nowhere", "remove the links, or restore the files"),
     "unreadable": ("folders cannot be read", "make them readable (chmod u+rx)"),
 }
-
-
-def _refuse(problems: dict[str, list[str]], place: str) -> None:
-    for kind, names in problems.items():
-        if names:
-            what, fix = REFUSED[kind]
-            raise UserError(f"{len(names)} {what}: {shortened(sorted(names, key=natural))}", place, fix)
