@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from sdxl_trainer import base as bases
-from sdxl_trainer import distributed, files, model, narrow, optim, parameters, presets, resume, setup, text
+from sdxl_trainer import distributed, files, model, narrow, optim, overview, parameters, presets, resume, setup, text
 from sdxl_trainer.base import Base
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
-from sdxl_trainer.data import findings, ledger, plan, prepare
+from sdxl_trainer.data import findings, ledger, plan, prepare, problems
 from sdxl_trainer.data.encode import DTYPES
 from sdxl_trainer.data.prepare import Stock
+from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.report import dataset
 from sdxl_trainer.run import CONTINUE
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -24,22 +26,25 @@ _ACTIVATIONS = {False: 8.05 * 2**30 / (128 * 128), True: 0.62 * 2**30 / (128 * 1
 _SDXL_PARAMETERS = 2_567_463_684
 
 
-def run(config: Config, *, as_json: bool = False) -> None:
-    """Print the report. Everything that a run would refuse is refused here too."""
-    notes: list[str] = []
-    precision = setup.computing(config, notes)
+def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
+    """Print the report, as JSON if wanted, or write it as a page. Everything that a run would refuse is refused here
+    too: page and JSON are written first, since they list it."""
+    notes = problems.Notes() if as_json or report else None
+    lines: list[str] = []
+    precision = setup.computing(config, lines)
     base = bases.resolve(config.model, prepare.cache_folder(config))
     setup.noise_schedule(config, base)
     optim.refuse(config.optimizer, config.train, torch.device(distributed.device_type()))
-    stock = prepare.take_stock(config, base, precision)
+    stock = prepare.take_stock(config, base, precision, notes)
     setup.refuse_trackers(config)
     order = prepare.order(config, stock)
-    begin = resume.starting_point(config, CONTINUE, Path(config.output_dir).expanduser(), stock, order, notes.append)
+    begin = resume.starting_point(config, CONTINUE, Path(config.output_dir).expanduser(), stock, order, lines.append)
     if begin.done:
-        notes.append(f"already done: {begin.steps} steps, in {config.output_dir}")
+        lines.append(f"already done: {begin.steps} steps, in {config.output_dir}")
     elif begin.checkpoint:
-        notes.append(f"continues after step {begin.checkpoint.step} ({begin.checkpoint.path})")
-    groups, unet = learning(config, base, stock, begin.checkpoint)
+        lines.append(f"continues after step {begin.checkpoint.step} ({begin.checkpoint.path})")
+    groups, sdxl = learning(config, base, stock, begin.checkpoint)
+    unet = sum(p.numel() for p in sdxl.parameters())
     words = captions(config, base, stock)
     tables = {
         "what will learn": _learns(config, groups, unet),
@@ -49,14 +54,29 @@ def run(config: Config, *, as_json: bool = False) -> None:
         "disk": _disk(config, sum(g.size for g in groups) if config.adapter or config.token else unet),
         "memory (a first estimate)": memory(config, stock, groups, unet, precision),
     }
-    if as_json:
-        whole = {"tables": {title: dict(rows) for title, rows in tables.items()}, "notes": notes}
-        print(json.dumps({**whole, "captions": words.to_json()}, ensure_ascii=False, indent=1))
+    if notes is None:
+        for title, rows in tables.items():
+            _table(title, rows)
+        for line in lines:
+            print(line)
         return
-    for title, rows in tables.items():
-        _table(title, rows)
-    for line in notes:
-        print(line)
+    whole = {"tables": {title: dict(rows) for title, rows in tables.items()}, "notes": lines}
+    whole |= {"captions": words.to_json(), **overview.facts(config, base, stock, order, begin.steps, sdxl, words, notes)}
+    if report:
+        print(dataset.write(Path(config.output_dir).expanduser() / "check.html", whole))
+    if as_json:
+        del whole["thumbnails"]
+        print(json.dumps(whole, ensure_ascii=False, indent=1))
+    raise_first(whole["findings"])
+
+
+def raise_first(found: list[dict[str, Any]]) -> None:
+    """UserError for what stops the run."""
+    stops = [finding for finding in found if finding["level"] == "stops"]
+    if stops:
+        what = "; ".join(f"{finding['count']} {finding['what']}" for finding in stops)
+        listed = shortened((name for finding in stops for name, _ in finding["examples"]), 8)
+        raise UserError(what, listed, "; ".join(dict.fromkeys(finding["fix"] for finding in stops)))
 
 
 def captions(config: Config, base: Base, stock: Stock) -> findings.Captions:
@@ -66,12 +86,14 @@ def captions(config: Config, base: Base, stock: Stock) -> findings.Captions:
     return findings.captions(config, stock.pictures, stock.choices, dict(zip(stock.prompts, chunks, strict=True)), cut)
 
 
-def learning(config: Config, base: Base, stock: Stock, at: Checkpoint | None) -> tuple[list[parameters.Group], int]:
-    """The rules' groups on a model without weights, and the number of its parameters."""
+def learning(
+    config: Config, base: Base, stock: Stock, at: Checkpoint | None
+) -> tuple[list[parameters.Group], model.SDXL]:
+    """The rules' groups on a model without weights, and the model."""
     sdxl = model.skeleton(base, stock.text_learns, config.text)
     setup.inject(sdxl, config, base, at)
     groups = parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
-    return groups, sum(p.numel() for p in sdxl.parameters())
+    return groups, sdxl
 
 
 def memory(

@@ -107,12 +107,13 @@ def check(
     model: ModelPath = None,
     name: RunName = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+    report: Annotated[bool, typer.Option("--report", help="look at the pictures and write check.html")] = False,
 ) -> None:
     """Config, data, captions, cache, disk, memory: a report before anything is spent."""
     loaded = _load(config, overrides, trigger, preset, model, name)
     from sdxl_trainer import check as checks
 
-    checks.run(loaded, as_json=as_json)
+    checks.run(loaded, as_json=as_json, report=report)
 
 
 @app.command()

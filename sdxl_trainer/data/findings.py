@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -23,13 +23,20 @@ PICTURES = r"\.(?:jpe?g|png|webp|bmp|gif|tiff?|avif)"
 
 @dataclass(frozen=True)
 class Finding:
-    """A kind of thing that was found: its name, what it is, how often, what to do, and (picture, what exactly)."""
+    """A kind of thing that was found: its name, what it is, how often, what to do, and (picture, what exactly). `level`:
+    it "stops" the run, "harms" what is learned, or is worth a "look"."""
 
     name: str
     what: str
     count: int
     fix: str
     examples: tuple[tuple[str, str], ...]
+    level: str = "look"
+
+
+LEVELS = ("stops", "harms", "look")
+# Findings in captions that are taught as they stand; the others may be meant.
+HARMFUL = {"characters", "mojibake", "file name", "settings", "markup", "special", "equal", "missing", "overlong"}
 
 
 @dataclass(frozen=True)
@@ -198,8 +205,12 @@ def captions(
         {name: counts[int(share * (len(counts) - 1))] for name, share in SHARES.items()},
         dict(sorted(Counter(len(read[prompt].ids) for prompt in prompts).items())),
         tuple(frequent(written)),
-        (*_alike(pictures), *_overlong(pictures, choices, cut), *found),
+        tuple(_levelled(f) for f in (*_alike(pictures), *_overlong(pictures, choices, cut), *found)),
     )
+
+
+def _levelled(finding: Finding) -> Finding:
+    return replace(finding, level="harms") if finding.name in HARMFUL else finding
 
 
 SHARES = {"smallest": 0.0, "median": 0.5, "95 %": 0.95, "largest": 1.0}

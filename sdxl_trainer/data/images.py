@@ -106,15 +106,27 @@ def decode(content: bytes, name: str) -> Image.Image:
     return _upright(content, name, _rgb)
 
 
+def small(content: bytes, name: str, side: int) -> Image.Image:
+    """The whole upright picture as RGB, made smaller until its longer side is `side`. JPEG is decoded at a fraction of
+    its size, which takes a fraction of the time and reads every byte all the same. UserError as `decode`."""
+    made = _upright(content, name, _rgb, side)
+    made.thumbnail((side, side), Image.Resampling.BOX)
+    return made
+
+
 def opacity(content: bytes, name: str) -> Image.Image:
     """The upright picture's alpha channel, mode L; white all over where there is none."""
     return _upright(content, name, _alpha)
 
 
-def _upright(content: bytes, name: str, converted: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
+def _upright(
+    content: bytes, name: str, converted: Callable[[Image.Image, str], Image.Image], side: int | None = None
+) -> Image.Image:
     _quiet()
     image = _open(content, name)
     try:
+        if side is not None:
+            image.draft(None, (2 * side, 2 * side))
         upright = UPRIGHT.get(_orientation(image, content))
         image.load()
         _correct_transparency(image, content)

@@ -1,0 +1,104 @@
+"""The facts of `sdxl check` about a data set as plain data, from which the page and the JSON are made."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from PIL import Image
+
+from sdxl_trainer import pace
+from sdxl_trainer.base import Base
+from sdxl_trainer.config import Config
+from sdxl_trainer.data import findings, picture_findings
+from sdxl_trainer.data.encode import DTYPES
+from sdxl_trainer.data.ledger import cut_off, enlarged
+from sdxl_trainer.data.pictures import Picture
+from sdxl_trainer.data.plan import Plan
+from sdxl_trainer.data.prepare import Stock
+from sdxl_trainer.data.problems import Notes
+from sdxl_trainer.data.survey import Survey, near_copies, survey, thumbnails
+from sdxl_trainer.log import Console
+from sdxl_trainer.model import SDXL
+
+# Pictures shown as a sample of the set, and at the worst ends of crop and size.
+SAMPLE, WORST = 18, 6
+
+
+def facts(
+    config: Config,
+    base: Base,
+    stock: Stock,
+    order: Plan,
+    steps: int,
+    sdxl: SDXL,
+    words: findings.Captions,
+    notes: Notes,
+) -> dict[str, Any]:
+    """JSON-able facts: what is wrong, what becomes of the pictures, what it costs. `thumbnails` are JPEG data URLs by
+    number of the picture."""
+    pictures = stock.pictures
+    seen = survey(pictures, Console().progress)
+    found = picture_findings.ranked(picture_findings.pictures(config, pictures, notes, seen), words)
+    groups = _groups(pictures, seen)
+    small = thumbnails(pictures, [number for numbers in groups.values() for number in numbers])
+    samples = steps * config.train.batch_size
+    sizes = [picture.geometries[0].target for picture in pictures]
+    area = sum(height * width for height, width in sizes) / len(sizes) / 64
+    seconds, source = pace.estimate(config, base, sdxl, samples, area, DTYPES[stock.keys.text_precision])
+    latents = stock.missing_latents()
+    return {
+        "name": config.data[0].path.rstrip("/").rsplit("/", 1)[-1] if len(config.data) == 1 else config.output_dir,
+        "findings": [asdict(finding) for finding in found],
+        "counts": picture_findings.counted(config, pictures, stock.held_out, notes),
+        "looked_at": {"pictures": seen.looked_at, "of": len({picture.content for picture in pictures})},
+        "buckets": picture_findings.histogram(pictures),
+        "steps": {"all": steps, "epoch": order.steps_per_epoch, "batch_size": config.train.batch_size},
+        "samples_per_epoch": order.samples_per_epoch,
+        "to_encode": {
+            "latents": len(latents),
+            "bytes": sum(g.target[0] * g.target[1] // 64 * 16 for _, g in latents),
+            "captions": len(stock.missing_texts()),
+        },
+        "time": {"seconds": seconds, "from": source},
+        "shown": {name: [_shown(pictures[number], number) for number in numbers] for name, numbers in groups.items()},
+        "thumbnails": {number: _url(image) for number, image in small.items()},
+    }
+
+
+def _groups(pictures: Sequence[Picture], seen: Survey) -> dict[str, list[int]]:
+    """Which pictures are shown, and where."""
+    each = sorted({number: None for number in seen.looks})
+    cut = [n for n, share in picture_findings.ordered(pictures, cut_off) if share > 0.01][:WORST]
+    large = [n for n, scale in picture_findings.ordered(pictures, enlarged) if scale > 1][:WORST]
+    return {
+        "sample": [each[i * len(each) // SAMPLE] for i in range(SAMPLE)] if len(each) > SAMPLE else each,
+        "cut off most": cut,
+        "enlarged most": large,
+        **{
+            f"near copies {i}": members[: picture_findings.MEMBERS]
+            for i, members in enumerate(near_copies(seen.looks)[: picture_findings.GROUPS], start=1)
+        },
+    }
+
+
+def _shown(picture: Picture, number: int) -> dict[str, Any]:
+    geometry = picture.geometries[0]
+    return {
+        "number": number,
+        "name": picture.name,
+        "captions": list(picture.captions[:3]),
+        "size": [geometry.original[1], geometry.original[0]],
+        "target": [geometry.target[1], geometry.target[0]],
+        "crop": [round(share, 4) for share in picture_findings.rectangle(geometry)],
+        "crops": len(picture.geometries),
+        "cut_off": cut_off(geometry),
+        "enlarged": enlarged(geometry),
+    }
+
+
+def _url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
