@@ -60,8 +60,9 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
         for line in lines:
             print(line)
         return
-    whole = {"tables": {title: dict(rows) for title, rows in tables.items()}, "notes": lines}
-    whole |= {"captions": words.to_json(), **overview.facts(config, base, stock, order, begin.steps, sdxl, words, notes)}
+    whole: dict[str, Any] = {"tables": {title: dict(rows) for title, rows in tables.items()}, "notes": lines}
+    whole["captions"] = words.to_json()
+    whole |= overview.facts(config, base, stock, order, begin.steps, sdxl, words, notes)
     if report:
         print(dataset.write(Path(config.output_dir).expanduser() / "check.html", whole))
     if as_json:

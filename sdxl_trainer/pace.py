@@ -12,15 +12,17 @@ from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
 from sdxl_trainer.model import SDXL
 
-# What training reaches of the rate at which the device multiplies matrices. A rule of thumb: the rest is memory traffic,
-# small kernels and waiting.
+# What training reaches of the rate at which the device multiplies matrices. A rule of thumb: the rest is memory
+# traffic, small kernels and waiting.
 SHARE = 0.4
 # Forward passes that forward and backward together cost; checkpointing runs the forward pass once more.
 PASSES = {False: 3.0, True: 4.0}
 _SIDE, _SECONDS = 1024, 0.3
 
 
-def estimate(config: Config, base: Base, sdxl: SDXL, samples: int, area: float, dtype: torch.dtype) -> tuple[float, str]:
+def estimate(
+    config: Config, base: Base, sdxl: SDXL, samples: int, area: float, dtype: torch.dtype
+) -> tuple[float, str]:
     """(seconds, what they are taken from) for so many samples of `area` latent cells on average. `sdxl` is the model
     without weights."""
     seen = _earlier(Path(config.output_dir).expanduser() / "metrics.jsonl")

@@ -23,8 +23,8 @@ PICTURES = r"\.(?:jpe?g|png|webp|bmp|gif|tiff?|avif)"
 
 @dataclass(frozen=True)
 class Finding:
-    """A kind of thing that was found: its name, what it is, how often, what to do, and (picture, what exactly). `level`:
-    it "stops" the run, "harms" what is learned, or is worth a "look"."""
+    """A kind of thing that was found: its name, what it is, how often, what to do, and (picture, what exactly). By its
+    `level` it "stops" the run, "harms" what is learned, or is worth a "look"."""
 
     name: str
     what: str

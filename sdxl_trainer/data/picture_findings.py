@@ -2,7 +2,6 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-
 from typing import Any
 
 from sdxl_trainer.config import Config
@@ -10,7 +9,7 @@ from sdxl_trainer.data.findings import EXAMPLES, LEVELS, Captions, Finding
 from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.ledger import cut_off, enlarged
 from sdxl_trainer.data.pictures import Picture
-from sdxl_trainer.data.problems import Notes
+from sdxl_trainer.data.problems import Notes, Problem
 from sdxl_trainer.data.survey import Survey, flat, near_copies
 
 # What of a picture may be cut off, and how far it may be enlarged, before it is worth a look.
@@ -21,8 +20,11 @@ GROUPS, MEMBERS = 8, 4
 
 def pictures(config: Config, found: Sequence[Picture], notes: Notes, seen: Survey) -> list[Finding]:
     """Findings about pictures and their files."""
+    several = len(config.data) > 1
     stops = [
-        Finding(problem.kind, problem.what, len(problem.where), problem.fix, _split(problem.where), "stops")
+        Finding(
+            problem.kind, _placed(problem, several), len(problem.where), problem.fix, _split(problem.where), "stops"
+        )
         for problem in notes.problems
     ]
     if seen.broken:
@@ -31,6 +33,10 @@ def pictures(config: Config, found: Sequence[Picture], notes: Notes, seen: Surve
         stops.append(Finding("damaged", "pictures are damaged", len(seen.broken), fix, shown, "stops"))
     made = [_doubles(found), _near(found, seen), _cut(config, found), _enlarged(config, found), _flat(found, seen)]
     return [*stops, *(finding for finding in made if finding is not None)]
+
+
+def _placed(problem: Problem, several: bool) -> str:
+    return f"{problem.what} ({problem.place})" if several and problem.place else problem.what
 
 
 def ranked(about_pictures: Iterable[Finding], captions: Captions | None) -> list[Finding]:

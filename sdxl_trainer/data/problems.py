@@ -10,12 +10,13 @@ from sdxl_trainer.errors import UserError, shortened
 @dataclass(frozen=True)
 class Problem:
     """One thing that stops a run: its kind, what it is, where (pictures, files or rows, perhaps with a remark), and
-    what to do. `count` pictures or rows are concerned."""
+    what to do. `place` is the data set, where that does not follow from the names."""
 
     kind: str
     what: str
     fix: str
     where: tuple[str, ...]
+    place: str = ""
 
 
 @dataclass
@@ -40,9 +41,7 @@ def refuse(found: Found, table: Mapping[str, tuple[str, str]], place: str, notes
     `notes` they are noted instead."""
     kinds = [kind for kind in table if found.get(kind)]
     if notes is not None:
-        notes.problems += [
-            Problem(kind, f"{table[kind][0]} ({place})", table[kind][1], tuple(found[kind])) for kind in kinds
-        ]
+        notes.problems += [Problem(kind, table[kind][0], table[kind][1], tuple(found[kind]), place) for kind in kinds]
     elif kinds:
         what = "; ".join(f"{len(found[kind])} {table[kind][0]}: {shortened(found[kind])}" for kind in kinds)
         raise UserError(what, place, "; ".join(dict.fromkeys(table[kind][1] for kind in kinds)))

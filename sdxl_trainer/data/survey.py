@@ -22,18 +22,21 @@ LIMIT = 2000
 # Longer side of the pictures in a report, in pixels.
 SIDE = 256
 # Bits of 128 in which the hashes of near copies may differ. On 64 photographs copies in a third of the size, at JPEG
-# quality 20, darker, or cut by 2 % on each side differed in 14 at most (median 0 to 8), different subjects in 27 or more.
+# quality 20, darker, or cut by 2 % on each side differed in 14 at most (median 0 to 8), different subjects in 27 at
+# least.
 NEAR = 12
-# Grey values (of 255) that a picture's tiles must differ by, as a standard deviation, to show anything at all.
+# Grey values (of 255) that a picture must differ by, as a standard deviation, to show anything at all.
 FLAT = 2.0
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one picture looks like: a hash of 128 bits as two words, and how much its tiles differ."""
+    """What one picture looks like: a hash of 128 bits as two words, and how much its grey values differ, as standard
+    deviations: those of its tiles, and of its pixels."""
 
     bits: tuple[int, int]
-    contrast: float
+    tiles: float
+    pixels: float
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,11 @@ class Survey:
 
 def look(image: Image.Image) -> Look:
     """A difference hash in both directions: whether each of 8 x 8 tiles is brighter than the one before it."""
-    tiles = np.asarray(image.convert("L").resize((9, 9), Image.Resampling.BOX), dtype=np.int16)
+    grey = image.convert("L")
+    tiles = np.asarray(grey.resize((9, 9), Image.Resampling.BOX), dtype=np.int16)
     across, down = tiles[:8, 1:] > tiles[:8, :8], tiles[1:, :8] > tiles[:8, :8]
     words = [int.from_bytes(np.packbits(bits).tobytes(), "big") for bits in (across, down)]
-    return Look((words[0], words[1]), float(tiles.std()))
+    return Look((words[0], words[1]), float(tiles.std()), float(np.asarray(grey).std()))
 
 
 def chosen(pictures: Sequence[Picture], limit: int = LIMIT) -> list[int]:
@@ -100,7 +104,7 @@ def mapped(one: Callable[[int], T], numbers: Iterable[int], ahead: int = 16) -> 
 
 def near_copies(looks: dict[int, Look]) -> list[list[int]]:
     """Groups of pictures that look alike, by number; empty ones look like nothing."""
-    numbers = [number for number, seen in looks.items() if seen.contrast >= FLAT]
+    numbers = [number for number, seen in looks.items() if seen.tiles >= FLAT]
     bits = np.array([looks[number].bits for number in numbers], dtype=np.uint64).reshape(-1, 2)
     group = list(range(len(numbers)))
 
@@ -121,7 +125,7 @@ def near_copies(looks: dict[int, Look]) -> list[list[int]]:
 
 def flat(looks: dict[int, Look]) -> list[int]:
     """Pictures of nearly one colour."""
-    return [number for number, seen in looks.items() if seen.contrast < FLAT]
+    return [number for number, seen in looks.items() if seen.pixels < FLAT]
 
 
 def thumbnails(pictures: Sequence[Picture], numbers: Iterable[int]) -> dict[int, Image.Image]:

@@ -1,16 +1,13 @@
 """One self-contained page about a run: `write(run_dir)`. No network, no library in the page, only what the run left."""
 
-import base64
-import hashlib
 from datetime import datetime
 from pathlib import Path
 
 from sdxl_trainer import files
 from sdxl_trainer.errors import shortened
 from sdxl_trainer.report import charts, pictures, records, sections
+from sdxl_trainer.report.frame import document
 from sdxl_trainer.report.words import number, safe, section
-
-ASSETS = Path(__file__).parent
 
 
 def write(run_dir: Path) -> Path:
@@ -23,20 +20,8 @@ def write(run_dir: Path) -> Path:
 
 
 def page(run: records.Run, now: datetime) -> str:
-    """The whole page. Its policy lets nothing load and no script run but the one whose hash it names."""
-    style = (ASSETS / "page.css").read_text(encoding="utf-8")
-    script = (ASSETS / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    name = safe(run.name, 120)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{name} · training report</title><style>{style}</style></head>\n"
-        f"<body>{body(run, now)}<script>{script}</script></body></html>\n"
-    )
+    """The whole page."""
+    return document(f"{safe(run.name, 120)} · training report", body(run, now))
 
 
 def body(run: records.Run, now: datetime) -> str:

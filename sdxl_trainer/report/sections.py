@@ -93,13 +93,14 @@ def figures(run: Run) -> str:
     losses = charts.smoothed(charts.series(run.metrics, "loss"))
     if losses:
         cards.append(("Smoothed loss", short(losses[-1][1]), f"over about {charts.window(len(losses)):,} steps"))
-    return _cards(cards)
+    return tiles(cards)
 
 
-def _cards(cards: Sequence[tuple[str, str, str]]) -> str:
-    if not cards:
+def tiles(rows: Sequence[tuple[str, str, str]]) -> str:
+    """Numbers with a name above and a remark below each."""
+    if not rows:
         return ""
-    each = (f"<div><dt>{name}</dt><dd>{value}<small>{beside}</small></dd></div>" for name, value, beside in cards)
+    each = (f"<div><dt>{name}</dt><dd>{value}<small>{beside}</small></dd></div>" for name, value, beside in rows)
     return f'<dl class="figures">{"".join(each)}</dl>'
 
 
