@@ -5,7 +5,7 @@ An adapter's parameters are named after the layer they stand beside: `unet.….t
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -247,6 +247,25 @@ def _key_dropout(sdxl: SDXL, share: float) -> None:
     for number, (name, layer) in enumerate(layers):
         lengths = sdxl.dropout_lengths if name.endswith(("attn2.to_k", "attn2.to_v")) else None
         layer[NAME] = KeyedDropout(share, number, sdxl.dropout_keys, lengths)
+
+
+def layers(sdxl: SDXL) -> list[Any]:
+    """The layers that got an adapter, as peft wrapped them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in sdxl.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextmanager
+def switched_off(layers: Sequence[Any]) -> Iterator[None]:
+    """While it lasts these layers are those of the base. peft's own switch would also say anew what learns."""
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 @contextmanager

@@ -8,12 +8,26 @@ from typing import Any
 import torch
 
 from sdxl_trainer import base as bases
-from sdxl_trainer import distributed, files, model, narrow, optim, overview, parameters, presets, resume, setup, text
+from sdxl_trainer import (
+    class_pictures,
+    distributed,
+    files,
+    model,
+    narrow,
+    optim,
+    overview,
+    parameters,
+    presets,
+    resume,
+    setup,
+    text,
+)
 from sdxl_trainer.base import Base
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import findings, ledger, plan, prepare, problems
 from sdxl_trainer.data.encode import DTYPES
+from sdxl_trainer.data.pictures import open_memo
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.report import dataset
@@ -35,6 +49,14 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
     base = bases.resolve(config.model, prepare.cache_folder(config))
     setup.noise_schedule(config, base)
     optim.refuse(config.optimizer, config.train, torch.device(distributed.device_type()))
+    orders = class_pictures.missing(config, base, open_memo(prepare.cache_folder(config)))
+    for lack in orders:
+        lacking = f"{len(lack.numbers)} class pictures of '{lack.prompt(0)}' are to be drawn first"
+        lines.append(f"{lacking}, into {lack.folder}: the figures are without this data set")
+    config = setup.complete(config, orders)
+    if not config.data:
+        print("\n".join(lines))
+        return
     stock = prepare.take_stock(config, base, precision, notes)
     setup.refuse_trackers(config)
     order = prepare.order(config, stock)
@@ -109,8 +131,11 @@ def memory(
     rows, columns = max((p.geometries[0].target for p in stock.pictures), key=lambda t: t[0] * t[1])
     per_pixel = _ACTIVATIONS[config.train.gradient_checkpointing] * (unet / _SDXL_PARAMETERS) ** 0.5
     share = 1.0 if precision == "fp32" else 0.5 + 0.5 * (config.train.weights == "fp32")
+    prior = any(data.prior_prediction for data in config.data) and not beside
+    frozen = narrow.BYTES[precision if config.train.frozen == "auto" else config.train.frozen]
     parts = {
         "weights": unet * base,
+        "frozen base (prior_prediction)": unet * frozen * prior,
         "gradients": learns * weights,
         "optimizer": learns * optim.state_bytes(config.optimizer, weights),
         "averages (EMA)": learns * 4 if config.ema.enabled else 0,

@@ -60,7 +60,11 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
         for name in ("author", "description", "license")
     ),
     *((f"export.{name}", lambda c: not c.export.formats, "export.formats is empty") for name in ("name", "dtype")),
-    ("train.frozen", lambda c: not (c.adapter or c.token), "nothing is frozen without [adapter] or [[token]]"),
+    (
+        "train.frozen",
+        lambda c: not (c.adapter or c.token or any(d.prior_prediction for d in c.data)),
+        "nothing is frozen without [adapter], [[token]] or prior_prediction",
+    ),
     ("hub.id", lambda c: not c.hub.push, "hub.push is false"),
     ("hub.private", lambda c: not c.hub.push, "hub.push is false"),
     ("model.unet", lambda c: c.model.init == "pretrained", "model.init is 'pretrained'"),
@@ -310,6 +314,7 @@ def _refuse_contradictions(config: Config, where: str) -> None:
     captions.refuse(config.data, config.text, prompts, where)
     _refuse_overwriting(config, where)
     refusals.beside(config, where)
+    refusals.prior(config, where)
     _refuse_objective(config, where)
     refusals.objective(config, where)
     refusals.optimizer(config, where)

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from sdxl_trainer import base as bases
-from sdxl_trainer import distributed, setup
+from sdxl_trainer import class_pictures, distributed, setup
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import cache, masks, prepare
+from sdxl_trainer.data.pictures import open_memo
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.log import Console
 
@@ -26,6 +27,10 @@ def run(config: Config, *, verify: bool, gc: bool) -> None:
         console.say(line)
     with accelerator.main_process_first():
         base = bases.resolve(config.model, folder)
+        orders = class_pictures.missing(config, base, open_memo(folder))
+    if orders:
+        setup.draw_class_pictures(config, base, orders, precision, accelerator, console)
+    with accelerator.main_process_first():
         stock = prepare.take_stock(config, base, precision)
     if gc:
         console.say(f"freed {_collect(stock) / 1e6:.1f} MB in {folder}")

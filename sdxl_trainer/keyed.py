@@ -37,6 +37,7 @@ PURPOSES = {
             "wording",
             "drop_encoder_1",
             "drop_encoder_2",
+            "class",
         ]
     )
 }

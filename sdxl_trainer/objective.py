@@ -115,13 +115,22 @@ class Objective:
         return self.options.weighting or ("min_snr" if self.options.snr_gamma else by_default)
 
     def loss(
-        self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, mask: Tensor | None = None
+        self,
+        prediction: Tensor,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        mask: Tensor | None = None,
+        kept: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Weighted mean loss of each sample, [B] fp32, from [B, C, h, w] tensors and timesteps [B]; `mask`
-        [B, 1, h, w] is a factor on the loss of each latent cell."""
-        target, _ = PREDICTIONS[self.kind]
-        scales = self.schedule.scales(timesteps)
-        error = prediction.float() - target(latents, noise, *scales, self.schedule.data)
+        [B, 1, h, w] is a factor on the loss of each latent cell. `kept`: the samples [P] whose target is another
+        prediction [P, C, h, w] in place of their own."""
+        wanted, _ = PREDICTIONS[self.kind]
+        target = wanted(latents, noise, *self.schedule.scales(timesteps), self.schedule.data)
+        if kept is not None:
+            target = target.index_copy(0, kept[0], kept[1].float())
+        error = prediction.float() - target
         each = LOSSES[self.options.loss](error, self.delta(timesteps))
         return (each if mask is None else each * mask).mean(dim=(1, 2, 3)) * self.weight(timesteps)
 

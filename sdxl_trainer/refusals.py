@@ -141,6 +141,18 @@ def export(config: Config, where: str) -> None:
         raise UserError(what, where, "give a name without folders, such as my-style")
 
 
+def prior(config: Config, where: str) -> None:
+    """What has no meaning where the base draws or predicts."""
+    for index, data in enumerate(config.data):
+        option = "prior_prediction" if data.prior_prediction else "generate" if data.generate else ""
+        if option and config.model.init == "random":
+            what = f"data.{index}.{option} with model.init = 'random': such a base knows nothing"
+            raise UserError(what, where, f"remove {option}, or model.init")
+        if data.prior_prediction and config.token and not config.adapter:
+            what = f"data.{index}.prior_prediction has no effect: beside new words the model stays as it is"
+            raise UserError(what, where, "remove it, or add an [adapter]")
+
+
 def beside(config: Config, where: str) -> None:
     """What does not go with an adapter or new words."""
     if not (config.adapter or config.token):

@@ -38,7 +38,7 @@ FREE = (
     "model.attention",
 )
 # Where pictures lie does not matter: the hash over pictures and captions tells whether they are the same.
-PLACE = re.compile(r"data\.\d+\.path")
+PLACE = re.compile(r"data\.\d+\.(path|generate.*)")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from sdxl_trainer.log import Console, Metrics
 from sdxl_trainer.model import SDXL, LatentScale
 from sdxl_trainer.objective import Objective
 from sdxl_trainer.parameters import Group
+from sdxl_trainer.prior import Prior
 from sdxl_trainer.validate import Validator
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Run:
     scale: LatentScale
     dtype: torch.dtype
     steps: int
+    prior: Prior | None = None  # where samples are to stay what the base predicts
 
     @property
     def sdxl(self) -> SDXL:

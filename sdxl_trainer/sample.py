@@ -75,22 +75,30 @@ def draw(
     """One picture; `conditions` are what `conditions` gives. The VAE decodes in its own type outside of `autocast`:
     SDXL's original one overflows in fp16."""
     with autocast or nullcontext():
-        latents = _latents(pipeline, request, conditions)
-    vae = pipeline.vae
-    decoded = vae.decode(latent_scale(vae.config).to(vae.device).undo(latents.float()).to(vae.dtype))[0]
-    return pipeline.image_processor.postprocess(decoded.float(), output_type="pil")[0]
+        drawn = latents(pipeline, [request], conditions)
+    return decoded(pipeline, drawn)
 
 
-def _latents(pipeline: Any, request: Request, conditions: dict[str, Any]) -> Tensor:
+def latents(pipeline: Any, requests: Sequence[Request], conditions: dict[str, Tensor]) -> Tensor:
+    """Latents [n, 4, h, w] of n pictures that differ in their seeds alone, in the UNet's scale."""
+    first = requests[0]
     return pipeline(
         output_type="latent",
-        **conditions,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        height=request.height,
-        width=request.width,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
+        **{name: tensor.repeat_interleave(len(requests), 0) for name, tensor in conditions.items()},
+        num_inference_steps=first.steps,
+        guidance_scale=first.guidance,
+        height=first.height,
+        width=first.width,
+        generator=[torch.Generator("cpu").manual_seed(request.seed) for request in requests],
     ).images
+
+
+@torch.no_grad()
+def decoded(pipeline: Any, latents: Tensor) -> "Image":
+    """The picture of latents [1, 4, h, w]."""
+    vae = pipeline.vae
+    pixels = vae.decode(latent_scale(vae.config).to(vae.device).undo(latents.float()).to(vae.dtype))[0]
+    return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
 
 
 def conditions(prompt: Embedded, negative: Embedded, zeros: bool) -> dict[str, Tensor]:

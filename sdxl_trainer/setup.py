@@ -9,6 +9,7 @@ from sdxl_trainer import (
     adapters,
     beginning,
     checkpoint,
+    class_pictures,
     distributed,
     ema,
     files,
@@ -27,11 +28,13 @@ from sdxl_trainer import (
     tokens,
 )
 from sdxl_trainer import base as bases
+from sdxl_trainer import prior as priors
 from sdxl_trainer.base import Base
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import plan, prepare
 from sdxl_trainer.data.encode import DTYPES
+from sdxl_trainer.data.pictures import open_memo
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.log import Console, Metrics
@@ -55,6 +58,11 @@ def prepare_job(config: Config, start: Start) -> Job | None:
         console.say(line)
     with watch.phase("reading the data"), accelerator.main_process_first():
         base = bases.resolve(config.model, prepare.cache_folder(config))
+        orders = class_pictures.missing(config, base, open_memo(prepare.cache_folder(config)))
+    if orders:
+        with watch.phase("class pictures"):
+            draw_class_pictures(config, base, orders, precision, accelerator, console)
+    with watch.phase("reading the data"), accelerator.main_process_first():
         stock = prepare.take_stock(config, base, precision)
     order = prepare.order(config, stock)
     if accelerator.is_main_process:
@@ -75,6 +83,26 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if config.log.trackers:
         accelerator.init_trackers(config.log.project, manifest.flat(config))
     return job
+
+
+def draw_class_pictures(
+    config: Config, base: Base, orders: list[class_pictures.Order], precision: str, accelerator: Any, console: Console
+) -> None:
+    """Draw the class pictures that are missing, once all other data is known to be in order."""
+    noise_schedule(config, base)
+    optim.refuse(config.optimizer, config.train, accelerator.device)
+    others = complete(config, orders)
+    if others.data:
+        with accelerator.main_process_first():
+            prepare.take_stock(others, base, precision)
+    class_pictures.draw(config, base, orders, precision, accelerator, console)
+
+
+def complete(config: Config, orders: list[class_pictures.Order]) -> Config:
+    """The config without the data sets that lack class pictures."""
+    lacking = {order.index for order in orders}
+    kept = [data for index, data in enumerate(config.data) if index not in lacking]
+    return config.model_copy(update={"data": tuple(kept)})
 
 
 def fill(config: Config, base: Base, stock: Stock, accelerator: Any, console: Console) -> None:
@@ -139,10 +167,23 @@ def noise_schedule(config: Config, base: Base) -> tuple[schedule.Schedule, str]:
     if made.zero_terminal_snr and prediction == "epsilon":
         what = "zero terminal SNR with prediction 'epsilon': at its end the input says nothing of the picture"
         raise UserError(what, "objective.prediction", 'set objective.prediction = "v_prediction"')
+    if any(data.prior_prediction for data in config.data):
+        _refuse_other_base(config, scheduler, prediction)
     if config.timesteps.bias == "range" and config.timesteps.end > len(made):
         what = f"timesteps.end = {config.timesteps.end} is after the last of the base's {len(made)} timesteps"
         raise UserError(what, "timesteps.end", f"give at most {len(made)}")
     return made, prediction
+
+
+def _refuse_other_base(config: Config, scheduler: dict[str, Any], prediction: str) -> None:
+    """The base's prediction is a target only for a model that is asked the same."""
+    own = scheduler.get("prediction_type", "epsilon")
+    if prediction != own:
+        what = f"prior_prediction with objective.prediction = '{prediction}', and the base predicts '{own}'"
+        raise UserError(what, "objective.prediction", f'set objective.prediction = "{own}", or use class pictures')
+    if config.objective.zero_terminal_snr and not scheduler.get("rescale_betas_zero_snr"):
+        what = "prior_prediction with objective.zero_terminal_snr: the base knows other noise at each timestep"
+        raise UserError(what, "objective.zero_terminal_snr", "remove it, or use class pictures")
 
 
 def _refuse_with_edm(config: Config, prediction: str) -> None:
@@ -246,9 +287,23 @@ def _model(
     goal = objective.Objective(noise, prediction, config.objective)
     # Under autocast the inputs stay fp32 and each layer casts; bf16 weights want bf16 inputs.
     inputs = torch.float32 if precision == "fp32" else weights
-    run = Run(config, accelerator, prepared, optimizer, groups, goal, scale, inputs, begin.steps)
+    prior = None
+    if any(data.prior_prediction for data in config.data):
+        prior = priors.beside(sdxl, lambda: _frozen_copy(config, base, accelerator, precision, stock, frozen))
+    run = Run(config, accelerator, prepared, optimizer, groups, goal, scale, inputs, begin.steps, prior)
     broken = torch.zeros((), dtype=torch.bool, device=accelerator.device)
     return run, State(at.step if at else 0, averages, broken)
+
+
+def _frozen_copy(
+    config: Config, base: Base, accelerator: Any, precision: str, stock: Stock, frozen: text.TextEncoders | None
+) -> model.SDXL:
+    """The base as it was, to be asked for its predictions, kept as narrow as train.frozen says."""
+    weights = DTYPES[config.train.weights]
+    copy = model.load(config.model, base, None, weights, False, stock.text_learns, config.text, frozen)
+    narrow.pack(copy, precision if config.train.frozen == "auto" else config.train.frozen, DTYPES[precision])
+    model.use_attention(copy, config.model.attention, accelerator.device)
+    return copy.to(accelerator.device)
 
 
 def refuse_trackers(config: Config) -> None:

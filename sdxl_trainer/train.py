@@ -30,8 +30,9 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
             latents = run.scale.sample(batch.mean, batch.std, batch.posterior_noise)
             noisy = run.objective.schedule.add_noise(latents, batch.seen_noise, batch.timesteps)
             level = run.objective.schedule.level(batch.timesteps)
+            kept = run.prior(batch, noisy.to(run.dtype), level, accelerator.autocast) if run.prior else None
             prediction = run.model(noisy.to(run.dtype), level, batch.time_ids, **batch.text)
-            loss = run.objective.loss(prediction, latents, batch.noise, batch.timesteps, batch.mask)  # [B]
+            loss = run.objective.loss(prediction, latents, batch.noise, batch.timesteps, batch.mask, kept)  # [B]
             loss = (loss * batch.weight).sum() / images
             # Processes average their gradients; the loss is already divided by the images of all of them.
             accelerator.backward(loss * accelerator.num_processes)

@@ -22,6 +22,7 @@ from tests.bad_inputs import (
     model_rows,
     more_rows,
     place,
+    prior_rows,
     run_rows,
     start_rows,
 )
@@ -37,6 +38,7 @@ TABLE = [
     *more_rows.ROWS,
     *adapter_rows.ROWS,
     *start_rows.ROWS,
+    *prior_rows.ROWS,
 ]
 
 

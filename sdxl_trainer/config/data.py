@@ -15,6 +15,7 @@ class Data(Section):
     image_column: str = option("image", "column holding the picture")
     caption_column: str = option("text", "column holding a caption or a list of captions")
     caption: Text = option(None, "one caption for all pictures that have none")
+    caption_only: bool = option(False, "caption for all pictures, whatever captions they have")
     max_samples: Positive | None = option(None, "use only this many pictures, drawn with the run's seed")
     resolution: Side = option(1024, "side of the square crop in pixels; with buckets the root of the area")
     more_resolutions: tuple[Side, ...] = option((), "every picture is trained at each of these too")
@@ -72,5 +73,18 @@ class Data(Section):
         None, "share of the samples relative to other data sets, in place of repeats", gt=0
     )
     regularisation: bool = option(False, "as many samples an epoch as all other data sets together, in turn")
+    prior_prediction: bool = option(
+        False, "learn to keep what the base predicts for these pictures and captions, in place of the pictures"
+    )
+    generate: int = option(0, "class pictures: the base draws until the folder holds this many; 0: none", ge=0)
+    generate_prompts: tuple[str, ...] = option(
+        (), "prompts drawn in turn, each written beside its picture as caption; default: caption"
+    )
+    generate_steps: Positive = option(50, "denoising steps of drawn pictures")
+    generate_guidance: float = option(5.0, "classifier-free guidance scale of drawn pictures", ge=0)
+    generate_batch: Positive = option(4, "drawn pictures per forward pass")
+    generate_precision: Literal["auto", "fp32", "fp16", "bf16"] = option(
+        "auto", "type in which the UNet draws; auto: train.precision"
+    )
     kohya_folders: bool = option(False, "folders named 10_words: 10 repeats, and words where there is no caption")
     held_out: Fraction = option(0.0, "share of the pictures kept out of training, chosen by their bytes alone")

@@ -37,6 +37,7 @@ def _sets(config: Config, stock: Stock, order: Plan) -> Rows:
         pictures = len({stock.pictures[i].record.name for i in stream.pictures})
         held = len({p.record.name for p in stock.held_out if p.data is data})
         parts = [f"{pictures} pictures", f"{stream.count} samples per epoch"]
+        parts += ["the base's prediction as target"] if data.prior_prediction else []
         parts += [f"loss weight {data.weight:g}"] if data.weight != 1 else []
         parts += [f"{held} held out ({held / (held + pictures):.1%})"] if data.held_out else []
         found.append((data.path, ", ".join(parts)))

@@ -40,6 +40,7 @@ class Batch:
     weight: Tensor  # [B] fp32: factor on the loss
     mask: Tensor  # [B, 1, h, w] fp32: factor on the squared error of each latent cell
     perturbation: Tensor | None = None  # [B, 4, h, w] fp32: noise that the model sees and is not to find
+    prior: Tensor | None = None  # [P] int64: which samples are to stay what the base predicts; None: none
 
     @property
     def seen_noise(self) -> Tensor:
@@ -109,7 +110,9 @@ def batch(
     weights = [samples.picture(s).data.weight * samples.clock.weight(drawn[s]) for s, _ in chosen]
     counts = [weight if counted else 0.0 for weight, (_, counted) in zip(weights, chosen, strict=True)]
     names = tuple(samples.picture(sample).name for sample, _ in chosen)
-    return Batch(names=names, weight=torch.tensor(counts), text=text, **columns)
+    kept = [row for row, (sample, _) in enumerate(chosen) if samples.picture(sample).data.prior_prediction]
+    prior = torch.tensor(kept) if kept else None
+    return Batch(names=names, weight=torch.tensor(counts), text=text, prior=prior, **columns)
 
 
 def _row(samples: Samples, epoch: int, sample: int, timestep: int) -> tuple[dict[str, Tensor], Text]:

@@ -20,6 +20,12 @@ INERT: list[tuple[str, Callable[[Data], bool], str]] = [
     ("bucket_sizes", lambda d: d.buckets != "sizes", 'buckets = "sizes"'),
     ("resolution", lambda d: d.buckets == "sizes", 'buckets = "area"'),
     ("more_resolutions", lambda d: d.buckets == "sizes", 'buckets = "area"'),
+    ("caption_only", lambda d: d.caption is None, "caption"),
+    ("caption_column_2", lambda d: d.caption_only, "caption_only = false"),
+    *(
+        (f"generate_{name}", lambda d: not d.generate, "generate")
+        for name in ("prompts", "steps", "guidance", "batch", "precision")
+    ),
     ("no_upscale", lambda d: d.buckets == "none", 'buckets = "area"'),
 ]
 
@@ -36,9 +42,27 @@ def refuse(sets: Sequence[Data], where: str) -> None:
                 raise UserError(what, where, f"remove it, or set {needed}")
         _refuse_buckets(data, f"data.{index}", where)
         _refuse_masks(data, f"data.{index}", where)
+        _refuse_drawing(data, f"data.{index}", where)
         if data.held_out == 1:
             raise UserError(f"data.{index}.held_out = 1 leaves nothing to train on", where, "give a share such as 0.05")
     _refuse_sampling(sets, where)
+
+
+def _refuse_drawing(data: Data, key: str, where: str) -> None:
+    if not data.generate:
+        return
+    if not any(prompt.strip() for prompt in data.generate_prompts or (data.caption or "",)):
+        what = f"{key}.generate = {data.generate} without a prompt for the class pictures"
+        raise UserError(what, where, 'give the class as caption = "a photo of a dog", or generate_prompts')
+    if data.generate_prompts and data.caption_only:
+        what = f"{key}.caption_only = true: the captions of generate_prompts would not be read"
+        raise UserError(what, where, "remove caption_only, or generate_prompts: then caption is drawn")
+    if "://" in data.path:
+        what = f"{key}.generate = {data.generate}: pictures cannot be drawn into '{data.path}'"
+        raise UserError(what, where, "give a folder on this machine as path")
+    if data.kohya_folders or data.mask == "file":
+        option = "kohya_folders" if data.kohya_folders else "mask"
+        raise UserError(f"{key}.{option} does not go with pictures that are drawn", where, f"remove {option}")
 
 
 def _refuse_buckets(data: Data, key: str, where: str) -> None:
@@ -69,6 +93,9 @@ def _refuse_sampling(sets: Sequence[Data], where: str) -> None:
     if not trained:
         what = "every data set is one of regularisation: there is nothing to learn"
         raise UserError(what, where, "set regularisation = false for the pictures to be learned")
+    if all(data.prior_prediction or data.regularisation for data in sets):
+        what = "every data set keeps what the base predicts: there is nothing to learn"
+        raise UserError(what, where, "set prior_prediction = false for the pictures to be learned")
     for index, data in enumerate(sets):
         given = [name for name in ("repeats", "sampling_weight") if getattr(data, name) != _default(name)]
         if data.regularisation and given:

@@ -15,6 +15,7 @@ class Stream:
     pictures: tuple[int, ...]
     repeats: tuple[int, ...]
     count: int
+    paired: bool = False  # spread evenly among the samples of the other streams, so that each batch has its share
 
     @property
     def length(self) -> int:
@@ -65,14 +66,17 @@ def make(seed: int, batch_size: int, group_of: Sequence[Hashable], streams: Sequ
 
 def _epoch(plan: Plan, epoch: int) -> list[tuple[int, ...]]:
     groups: dict[Hashable, list[int]] = {group: [] for group in plan.group_of}
-    for number in range(len(plan.streams)):
+    paired: set[int] = set()
+    for number, stream in enumerate(plan.streams):
         for sample in _chosen(plan, number, epoch):
             groups[plan.group(sample)].append(sample)
+            if stream.paired:
+                paired.add(sample)
     batches: list[tuple[int, ...]] = []
     left: list[list[int]] = []
     for number, group in enumerate(groups.values()):
         order = keyed.generator(plan.seed, "order", epoch, number + 1).permutation(len(group))
-        shuffled = [group[i] for i in order]
+        shuffled = _interleaved([group[i] for i in order], paired)
         full = len(group) // plan.batch_size * plan.batch_size
         batches += _cut(shuffled[:full], plan.batch_size)
         left.append(shuffled[full:])
@@ -80,6 +84,13 @@ def _epoch(plan: Plan, epoch: int) -> list[tuple[int, ...]]:
     batches += _cut([sample for i in order for sample in left[i]], plan.batch_size)
     order = keyed.generator(plan.seed, "order", epoch, 0).permutation(len(batches))
     return [batches[i] for i in order]
+
+
+def _interleaved(samples: list[int], paired: set[int]) -> list[int]:
+    """Those that are paired spread evenly among the others; both in the order that they have."""
+    kinds = [[s for s in samples if s not in paired], [s for s in samples if s in paired]]
+    places = [((2 * i + 1) / len(kind), number, s) for number, kind in enumerate(kinds) for i, s in enumerate(kind)]
+    return [sample for _, _, sample in sorted(places)]
 
 
 def _chosen(plan: Plan, number: int, epoch: int) -> Iterator[int]:

@@ -77,6 +77,7 @@ def take_stock(config: Config, base: Base, text_precision: str, notes: Notes | N
     choices = captions.choices(config.data, _records(config, pictures))
     unseen = captions.plain(config.data, _records(config, [*(held_out if measured else []), *part]))
     trained = [prompt for choice in choices for prompt in choice.prompts()]
+    _refuse_new_words(config, pictures, choices)
     tokens.refuse_unread(config.token, [words for prompt in trained for words in prompt.texts])
     wanted = [config.validation.negative or "", *config.validation.prompts]
     drawn = [*(written(config.text, prompt) for prompt in wanted), *(p for choice in unseen for p in choice.prompts())]
@@ -118,6 +119,17 @@ def _refuse_empty(config: Config, pictures: Sequence[Picture]) -> None:
             raise UserError(what, f"data.{index}.path = '{data.path}'", "hold out less, or add pictures")
 
 
+def _refuse_new_words(config: Config, pictures: Sequence[Picture], choices: Sequence[Choice]) -> None:
+    """The base cannot say what a caption with words means that it does not know."""
+    for picture, choice in zip(pictures, choices, strict=True):
+        words = [text for prompt in choice.prompts() for text in prompt.texts] if picture.data.prior_prediction else []
+        for token in config.token:
+            if any(token.name in text for text in words):
+                what = f"the caption of {picture.name} holds the new word '{token.name}', which the base does not know"
+                where = f"data.{config.data.index(picture.data)}.prior_prediction"
+                raise UserError(what, where, "give these pictures captions of the class: caption, caption_only = true")
+
+
 def order(config: Config, stock: Stock) -> plan.Plan:
     """Which pictures each step trains on."""
     targets = [picture.geometries[0].target for picture in stock.pictures]
@@ -140,6 +152,7 @@ def order(config: Config, stock: Stock) -> plan.Plan:
             tuple(m),
             tuple(stock.pictures[i].record.repeats for i in m),
             counts.get(number) or max(1, round(learned * entries[number] / others)),
+            config.data[number].regularisation,
         )
         for number, m in enumerate(members)
     ]

@@ -15,6 +15,8 @@ RESULTS = {
     "qlora": "pytorch_lora_weights.safetensors",
     "textual_inversion": "learned_embeds.safetensors",
     "pivotal": "embeddings/thing.safetensors",
+    "dreambooth": "pytorch_lora_weights.safetensors",
+    "dreambooth_prior_prediction": "pytorch_lora_weights.safetensors",
 }
 
 
@@ -36,6 +38,11 @@ def test_example_trains(name: str, base: Path, pictures: Path, tmp_path: Path) -
         small |= {"validation.steps": 1, "validation.images": 1}
     if name in {"textual_inversion", "pivotal"}:
         small["token.0.init"] = "red"  # the words of the example are more tokens in the small vocabulary
+    if "dreambooth" in name:
+        small |= {"data.1.path": str(folder), "data.1.resolution": 64}
+    if name == "dreambooth":
+        small |= {"data.1.path": str(tmp_path / "class"), "data.1.generate": 2, "data.1.generate_steps": 1}
+        small |= {"validation.steps": 1, "validation.images": 1}
     text = (EXAMPLES / f"{name}.toml").read_text()
     path = tmp_path / "example.toml"
     path.write_text("\n".join(line for line in text.splitlines() if not line.startswith("vae =")))

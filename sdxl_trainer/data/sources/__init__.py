@@ -6,6 +6,7 @@ A new kind of source is one module with a function that gives records, and one l
 import logging
 import re
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ def records(
     left out.
     """
     found = _records(data, split or data.split, where, datasets_dir, index_dir, notes)
+    if data.caption_only and data.caption is not None:
+        found = [replace(record, captions=(data.caption.strip(),), seconds=()) for record in found]
     if data.max_samples is None:
         return found
     if data.max_samples > len(found):
@@ -47,6 +50,11 @@ def records(
     if notes is not None:
         notes.skipped[where]["not drawn (max_samples)"] += len(found) - data.max_samples
     return [found[index] for index in subset(len(found), data.max_samples, seed)]
+
+
+def pictures(folder: Path, place: str, mask_suffix: str) -> list[str]:
+    """Names of the pictures in a folder and below; none where there is no folder yet."""
+    return list(scan(folder, place, mask_suffix).pictures) if folder.is_dir() else []
 
 
 def subset(count: int, wanted: int, seed: int) -> list[int]:

@@ -1,0 +1,48 @@
+"""Prior prediction: samples whose target is what the frozen base says of them, so that a class stays as it was.
+
+The base is the model with its adapters switched off, or a frozen copy where the model itself learns.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdxl_trainer import adapters
+from sdxl_trainer.data.loader import Batch
+from sdxl_trainer.model import SDXL
+
+# Text that samples refer to by number; everything else has a row for each sample.
+_SHARED = {"tokens", "weights"}
+_DROPOUT = {"keys", "lengths"}
+
+
+@dataclass(frozen=True)
+class Prior:
+    """The base: `sdxl` without its `adapters`."""
+
+    sdxl: SDXL
+    adapters: tuple[Any, ...]
+
+    @torch.no_grad()
+    def __call__(
+        self, batch: Batch, noisy: Tensor, level: Tensor, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[Tensor, Tensor] | None:
+        """The samples [P] of a micro-batch that are to stay as they are, and the base's prediction [P, 4, h, w] for
+        them, from the x_t [B, 4, h, w] and noise levels [B] that the learning model sees; None where there are none."""
+        rows = batch.prior
+        if rows is None:
+            return None
+        text = {name: t if name in _SHARED else t[rows] for name, t in batch.text.items() if name not in _DROPOUT}
+        with adapters.switched_off(self.adapters), autocast():
+            return rows, self.sdxl(noisy[rows], level[rows], batch.time_ids[rows], **text)
+
+
+def beside(sdxl: SDXL, copy: Callable[[], SDXL]) -> Prior:
+    """The base of a model that learns: itself if only adapters do, else a frozen `copy`."""
+    if sdxl.added:
+        return Prior(sdxl, tuple(adapters.layers(sdxl)))
+    return Prior(copy().eval().requires_grad_(False), ())
