@@ -38,6 +38,7 @@ def prepared(options: Any) -> Job:
     job = setup.prepare_job(options, CONTINUE)
     assert job is not None
     job.metrics.close()
+    job.validation.close()
     return job
 
 
