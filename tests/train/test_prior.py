@@ -4,8 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from sdxl_trainer import files, setup
 from sdxl_trainer.configfile import dumps
 from sdxl_trainer.data import loader
 from sdxl_trainer.errors import UserError
-from sdxl_trainer.log import Metrics, read_metrics
+from sdxl_trainer.log import read_metrics
 from sdxl_trainer.run import CONTINUE, Job, Stop
 from sdxl_trainer.train import _loop, train
 
@@ -33,21 +32,21 @@ def losses(output: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
 
 
-def prepared(options: Any) -> Job:
-    """The job of a config; nothing is written to its metrics unless `_loop` runs."""
-    job = setup.prepare_job(options, CONTINUE)
-    assert job is not None
-    job.metrics.close()
-    job.validation.close()
-    return job
+@pytest.fixture
+def prepared() -> Iterator[Callable[[Any], Job]]:
+    """Makes the job of a config, ready for its loop."""
+    opened: list[Job] = []
 
+    def make(options: Any) -> Job:
+        job = setup.prepare_job(options, CONTINUE)
+        assert job is not None
+        opened.append(job)
+        return job
 
-def ran(job: Job) -> Job:
-    """The job after its loop."""
-    opened = replace(job, metrics=Metrics(job.output / "metrics.jsonl", job.state.step, True))
-    _loop(opened, Stop())
-    opened.metrics.close()
-    return opened
+    yield make
+    for job in opened:
+        job.metrics.close()
+        job.validation.close()
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
@@ -85,7 +84,9 @@ def test_the_nth_class_picture_is_the_same_however_it_comes_about(config: Callab
         drawn("own", generate=4)
 
 
-def test_prompts_in_turn_are_the_captions(config: Callable[..., Any], tmp_path: Path) -> None:
+def test_prompts_in_turn_are_the_captions(
+    config: Callable[..., Any], prepared: Callable[[Any], Job], tmp_path: Path
+) -> None:
     data = CLASS | {"path": str(tmp_path / "class"), "generate_prompts": ["a circle", "a green circle"]}
     del data["caption"]
     job = prepared(config(data=[SUBJECT, data], adapter={"rank": 2}))
@@ -115,7 +116,9 @@ def test_killed_while_drawing(config: Callable[..., Any], tmp_path: Path) -> Non
     assert not list((tmp_path / "parted").glob(".*"))
 
 
-def test_class_pictures_are_trained_with_their_own_sizes_and_share(config: Callable[..., Any], tmp_path: Path) -> None:
+def test_class_pictures_are_trained_with_their_own_sizes_and_share(
+    config: Callable[..., Any], prepared: Callable[[Any], Job], tmp_path: Path
+) -> None:
     """Every step of four has two of each, and the class's sizes are those of the pictures that were drawn."""
     data = [SUBJECT | {"repeats": 2.0}, CLASS | {"path": str(tmp_path / "class"), "weight": 0.5}]
     job = prepared(config(data=data, adapter={"rank": 2}, train={"batch_size": 4}))
@@ -141,14 +144,16 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_resume_is_bitwise_and_only_what_learns_moves(config: Callable[..., Any], tmp_path: Path, name: str) -> None:
+def test_resume_is_bitwise_and_only_what_learns_moves(
+    config: Callable[..., Any], prepared: Callable[[Any], Job], tmp_path: Path, name: str
+) -> None:
     second = KEPT if name.startswith("prior") else CLASS | {"path": str(tmp_path / "class")}
     options = {**METHODS[name], "data": [{**SUBJECT, "flip": True, "caption_dropout": 0.2}, {**second, "weight": 0.7}]}
     whole = tmp_path / "whole"
     job = prepared(config(**options, output_dir=str(whole)))
     before = {n: p.detach().clone() for n, p in job.run.sdxl.named_parameters()}
     kept = {} if job.run.prior is None else {n: p.clone() for n, p in job.run.prior.sdxl.state_dict().items()}
-    ran(job)
+    _loop(job, Stop())
     moved = {n for n, p in job.run.sdxl.named_parameters() if not torch.equal(p, before[n])}
     learns = {n for group in job.run.groups for n in group.names}
     assert moved
@@ -165,7 +170,9 @@ def test_resume_is_bitwise_and_only_what_learns_moves(config: Callable[..., Any]
 
 
 @pytest.mark.parametrize("method", [{"adapter": LORA}, {}], ids=["LoRA", "full"])
-def test_prior_prediction_keeps_what_the_base_says(config: Callable[..., Any], method: dict, tmp_path: Path) -> None:
+def test_prior_prediction_keeps_what_the_base_says(
+    config: Callable[..., Any], prepared: Callable[[Any], Job], method: dict, tmp_path: Path
+) -> None:
     """At first there is nothing to keep from changing; after steps the target is still the base's, and not that of
     the model that learns; micro-batches change nothing."""
     data = [SUBJECT, KEPT]
@@ -185,7 +192,7 @@ def test_prior_prediction_keeps_what_the_base_says(config: Callable[..., Any], m
             live = job.run.sdxl.eval()(noisy, level, batch.time_ids, **batch.text)[rows]
         torch.testing.assert_close(live, base, rtol=1e-4, atol=1e-5)
         job.run.sdxl.train()
-        ran(job)
+        _loop(job, Stop())
         after = job.run.prior(*asked)[1]  # type: ignore[index]
         assert torch.equal(after, base)
         with torch.no_grad():
