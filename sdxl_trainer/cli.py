@@ -209,6 +209,18 @@ def report(run: Annotated[Path, typer.Argument(help="a run's output folder")]) -
 
 
 @app.command()
+def ui(
+    folder: Annotated[Path, typer.Argument(help="where configs and runs are kept")] = Path(),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port of this machine; 0: any that is free")] = 7860,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="open the page in the browser")] = True,
+) -> None:
+    """The studio: a page on this machine that does the whole job."""
+    from sdxl_trainer import studio
+
+    studio.serve(folder, port, show)
+
+
+@app.command()
 def schema(
     table: Annotated[bool, typer.Option("--table", help="as a table for people instead")] = False,
 ) -> None:

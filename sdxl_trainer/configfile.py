@@ -206,15 +206,23 @@ def _override(tree: dict[str, Any], text: str) -> None:
         value = tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
         value = raw.strip()
+    put(tree, key.strip(), value)
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Give `section.key` or `section.0.key` a value; None takes it away, so that it has its default."""
     node: Any = tree
-    *parents, last = key.strip().split(".")
+    *parents, last = key.split(".")
     for part in parents:
-        node = _child(node, part, text)
+        node = _child(node, part, key)
     if isinstance(node, list):
         raise UserError(
             f"'{key}' names a list", "command line", "name an entry by its number, e.g. data.0.resolution=512"
         )
-    node[last] = value
+    if value is None:
+        node.pop(last, None)
+    else:
+        node[last] = value
 
 
 def _child(node: Any, part: str, text: str) -> Any:

@@ -72,7 +72,8 @@ LAYERS = [
     ["export"],
     ["setup", "finish", "held_out"],
     ["train", "check", "inspect_cache", "from_folder"],
-    ["demo", "cli", "compat"],
+    ["demo", "studio"],
+    ["cli", "compat"],
 ]
 # Heavy libraries and the only modules that may import them.
 DOORS = {
@@ -82,6 +83,8 @@ DOORS = {
     "bitsandbytes": {"optim", "narrow"},
     "wandb": set(),
     "typer": {"cli"},
+    "starlette": {"studio"},
+    "uvicorn": {"studio"},
     "argparse": {"compat"},
 }
 

@@ -1,0 +1,338 @@
+"""What the page can ask for. Each is a plain function from (studio, what was sent) to what is answered; what takes
+long becomes a command in the queue. The tables at the end say which address does what."""
+
+import shutil
+import uuid
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from sdxl_trainer.data.sources.tree import CAPTIONS, METADATA, PICTURES
+from sdxl_trainer.errors import UserError
+from sdxl_trainer.studio import album as albums
+from sdxl_trainer.studio import jobs, live, settings, starts, trial, views, wording
+from sdxl_trainer.studio.workspace import checked_name, inside
+
+if TYPE_CHECKING:
+    from sdxl_trainer.studio.app import Studio
+
+Sent = Mapping[str, Any]
+PAGE = 60  # pictures of a folder that are shown at a time
+UNPACKED = 20 << 30  # bytes that an archive may unpack to
+OUTPUT = ".html", ".png", ".safetensors"  # what of a run may be fetched
+
+
+def begin(studio: "Studio", sent: Sent) -> Any:
+    """What the page needs once: options, ways to start, and what there is."""
+    return {
+        "folder": str(studio.workspace.folder),
+        "fields": settings.fields(),
+        "first": settings.FIRST,
+        "presets": starts.presets(),
+        "chosen": [str(path) for path in studio.workspace.chosen()],
+        "runs": studio.workspace.names(),
+    }
+
+
+def watched(studio: "Studio", sent: Sent) -> Any:
+    return live.snapshot(studio.workspace, studio.jobs)
+
+
+# Pictures and captions
+
+
+def browse(studio: "Studio", sent: Sent) -> Any:
+    return studio.workspace.below(sent.get("path"))
+
+
+def choose(studio: "Studio", sent: Sent) -> Any:
+    return {"folder": str(studio.workspace.choose(sent.get("path")))}
+
+
+def pictures(studio: "Studio", sent: Sent) -> Any:
+    """A page of a folder's pictures, those that a text is in or that lack a caption, and the tags of all."""
+    album = _album(studio, sent)
+    wanted = str(sent.get("find") or "").casefold()
+    found = [
+        entry
+        for entry in album.entries.values()
+        if (not wanted or wanted in entry.caption.casefold() or wanted in entry.name.casefold())
+        and not (sent.get("missing") and entry.caption)
+    ]
+    start = _whole(sent.get("from"), 0)
+    shown = [
+        {"name": e.name, "caption": e.caption[: albums.LONGEST], "source": e.source, "readable": e.readable}
+        for e in found[start : start + PAGE]
+    ]
+    tags = wording.frequent(entry.caption for entry in album.entries.values())
+    return {"pictures": shown, "found": len(found), "all": len(album.entries), "tags": tags}
+
+
+def verdict(studio: "Studio", sent: Sent) -> Any:
+    return views.verdict(_album(studio, sent), views.options(_tree(studio, sent)))
+
+
+def crops(studio: "Studio", sent: Sent) -> Any:
+    album = _album(studio, sent)
+    found = views.crops(album, album.entry(sent.get("name")).name, views.options(_tree(studio, sent)))
+    return found | {"beside": not album.tree.metadata}
+
+
+def caption(studio: "Studio", sent: Sent) -> Any:
+    """Save captions: {"captions": {name: new}, "before": {name: old}}."""
+    given, before = sent.get("captions"), sent.get("before")
+    if not isinstance(given, dict) or not isinstance(before, dict):
+        raise UserError("no captions are given", "captions", "send them by the names of their pictures")
+    with studio.lock:
+        albums.write_captions(_album(studio, sent), given, before)
+    return {"saved": len(given)}
+
+
+def change(studio: "Studio", sent: Sent) -> Any:
+    """What a change to all captions would make of them; with "apply" it is saved. Gives what is needed to undo it."""
+    with studio.lock:
+        album = _album(studio, sent)
+        old = {name: entry.caption for name, entry in album.entries.items() if entry.readable}
+        new = wording.changed(old, sent.get("kind"), sent)
+        if sent.get("apply"):
+            albums.write_captions(album, new, {})
+    return {"changed": len(new), "new": new, "old": {name: old[name] for name in new}}
+
+
+def focus(studio: "Studio", sent: Sent) -> Any:
+    with studio.lock:
+        albums.write_focus(_album(studio, sent), str(sent.get("name")), sent.get("focus"))
+    return {}
+
+
+def thumbnail(studio: "Studio", sent: Sent) -> Any:
+    side = views.SIDES[sent.get("large") == "1"]
+    return views.thumbnail(_album_file(studio, sent), side), "image/webp"
+
+
+def upload_place(studio: "Studio", sent: Sent) -> tuple[Path, Path]:
+    """Where an uploaded file goes, and the temporary file beside it. UserError for names that are not for data."""
+    folder = studio.workspace.folder / "pictures" / checked_name(sent.get("folder"))
+    name = PurePosixPath(str(sent.get("name") or "").replace("\\", "/")).name
+    if not (_for_data(name) or name.lower().endswith(".zip")) or len(name.encode("utf-8", "replace")) > 200:
+        raise UserError(f"'{name[:80]}' is no picture, caption or archive", "upload", "leave it out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return _free(folder / name), folder / f".{uuid.uuid4().hex}.tmp"
+
+
+def upload_done(studio: "Studio", target: Path, partial: Path) -> dict[str, Any]:
+    """Put an uploaded file in its place, or unpack it there; says how many files came and which were left out."""
+    if target.suffix.lower() != ".zip":
+        partial.replace(target)
+        return {"added": 1, "left_out": []}
+    with zipfile.ZipFile(partial) as archive:
+        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        if sum(entry.file_size for entry in entries) > UNPACKED:
+            raise UserError("the archive unpacks to more than 20 GB", target.name, "copy the folder here instead")
+        parts = {entry.filename: PurePosixPath(entry.filename.replace("\\", "/")).parts for entry in entries}
+        wanted = {
+            name: _free(target.parent.joinpath(*at))
+            for name, at in parts.items()
+            if all(map(_plain, at)) and _for_data("".join(at[-1:]))
+        }
+        for name, place in wanted.items():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(name) as source, place.open("wb") as file:
+                shutil.copyfileobj(source, file)
+    return {"added": len(wanted), "left_out": [name for name in parts if name not in wanted]}
+
+
+def _for_data(name: str) -> bool:
+    suffix = PurePosixPath(name).suffix.lower()
+    return _plain(name) and (suffix in PICTURES or suffix in CAPTIONS or name.lower() in METADATA)
+
+
+def _plain(part: str) -> bool:
+    """Whether a part of a path is the name of something that is looked at: not hidden, not .. nor the root."""
+    return not part.startswith((".", "__", "/")) and "\0" not in part and ":" not in part
+
+
+def _free(path: Path) -> Path:
+    if path.exists():
+        raise UserError(f"there is a file '{path.name}' already", path.parent.name, "choose another folder")
+    return path
+
+
+# Settings
+
+
+def config(studio: "Studio", sent: Sent) -> Any:
+    return settings.state(studio.workspace, checked_name(sent.get("name")))
+
+
+def start(studio: "Studio", sent: Sent) -> Any:
+    """A new config: from a preset for a folder, or from another run."""
+    if sent.get("copy"):
+        name = settings.copy(studio.workspace, sent["copy"], sent.get("name"))
+    else:
+        name = checked_name(sent.get("name"))
+        tree, notes, _ = starts.begun(studio.workspace, sent, name)
+        settings.create(studio.workspace, name, tree, notes)
+    return settings.state(studio.workspace, name)
+
+
+def preview(studio: "Studio", sent: Sent) -> Any:
+    """The values that a preset would set."""
+    tree, notes, command = starts.begun(studio.workspace, sent, checked_name(sent.get("name")))
+    return {"values": settings.changes({}, tree), "notes": notes, "command": command}
+
+
+def write_config(studio: "Studio", sent: Sent) -> Any:
+    """Save a config's text, or give one of its options a value."""
+    name = checked_name(sent.get("name"))
+    with studio.lock:
+        if "toml" in sent:
+            settings.write(studio.workspace, name, str(sent["toml"]))
+        else:
+            settings.set_value(studio.workspace, name, str(sent.get("key")), sent.get("value"))
+    return settings.state(studio.workspace, name)
+
+
+# Commands
+
+
+def check(studio: "Studio", sent: Sent) -> Any:
+    path = studio.workspace.config(sent.get("name"))
+    settings.read(path)
+    return _queued(studio, "check", path.stem, ["check", studio.workspace.shown(path), "--json"])
+
+
+def train(studio: "Studio", sent: Sent) -> Any:
+    path = studio.workspace.config(sent.get("name"))
+    problem = settings.state(studio.workspace, path.stem)["problem"]
+    if problem:
+        raise UserError(**problem)
+    return _queued(studio, "train", path.stem, ["train", studio.workspace.shown(path)])
+
+
+def stop(studio: "Studio", sent: Sent) -> Any:
+    return jobs.as_json(studio.jobs.stop(sent.get("job"), bool(sent.get("at_once"))))
+
+
+def move(studio: "Studio", sent: Sent) -> Any:
+    studio.jobs.move(sent.get("job"), -1 if sent.get("up") else 1)
+    return {}
+
+
+def output(studio: "Studio", sent: Sent) -> Any:
+    job = studio.jobs.get(sent.get("job"))
+    text = studio.jobs.output(job)
+    return {**jobs.as_json(job), "output": text, "problem": live.problem(text) if job.state == "failed" else None}
+
+
+def sample(studio: "Studio", sent: Sent) -> Any:
+    arguments, out = trial.sample(studio.workspace, sent)
+    return {**_queued(studio, "sample", str(sent.get("run")), arguments), "try": out.name}
+
+
+def export(studio: "Studio", sent: Sent) -> Any:
+    arguments = trial.export(studio.workspace, sent.get("run"), sent.get("kind"))
+    return _queued(studio, "export", str(sent.get("run")), arguments)
+
+
+# Runs
+
+
+def run(studio: "Studio", sent: Sent) -> Any:
+    return live.page(studio.workspace, sent.get("name"))
+
+
+def compare(studio: "Studio", sent: Sent) -> Any:
+    """Two runs side by side: their numbers, curves and pictures, and what differs in their configs."""
+    names = [checked_name(sent.get(key)) for key in ("one", "two")]
+    trees = [live.config_of(studio.workspace, name) for name in names]
+    return {
+        "runs": [live.page(studio.workspace, name) for name in names],
+        "differences": settings.changes(*trees),
+    }
+
+
+def tried(studio: "Studio", sent: Sent) -> Any:
+    """What the pictures of a trial are, from the notes beside them."""
+    folder = studio.workspace.state / "tries" / checked_name(sent.get("try"))
+    return {"pictures": live.notes(folder)}
+
+
+def run_file(studio: "Studio", sent: Sent) -> Any:
+    path = inside(studio.workspace.run(sent.get("run")), sent.get("file"))
+    if path.suffix not in OUTPUT:
+        raise UserError("this file is not shown", path.name, "open the run's folder")
+    return path
+
+
+def tried_file(studio: "Studio", sent: Sent) -> Any:
+    path = inside(studio.workspace.state / "tries" / checked_name(sent.get("try")), sent.get("file"))
+    if path.suffix != ".png":
+        raise UserError("this file is not shown", path.name, "choose a picture")
+    return path
+
+
+def bundle(studio: "Studio", sent: Sent) -> Any:
+    return trial.bundle(studio.workspace, sent.get("run"))
+
+
+def _queued(studio: "Studio", kind: str, name: str, arguments: list[str]) -> dict[str, Any]:
+    return jobs.as_json(studio.jobs.add(kind, name, arguments))
+
+
+def _album(studio: "Studio", sent: Sent) -> albums.Album:
+    return albums.open_album(studio.workspace.opened(sent.get("folder")))
+
+
+def _album_file(studio: "Studio", sent: Sent) -> Path:
+    """A picture of a chosen folder, without reading the whole folder for each of its thumbnails."""
+    path = inside(studio.workspace.opened(sent.get("folder")), sent.get("name"))
+    if path.suffix.lower() not in PICTURES:
+        raise UserError("this is no picture", path.name, "choose one that is listed")
+    return path
+
+
+def _tree(studio: "Studio", sent: Sent) -> dict[str, Any] | None:
+    """The config whose sizes are meant, if one is named."""
+    return settings.state(studio.workspace, checked_name(sent["run"]))["values"] if sent.get("run") else None
+
+
+def _whole(value: object, default: int) -> int:
+    text = str(value if value is not None else default)
+    return int(text) if text.isdigit() and len(text) < 10 else default
+
+
+Action = Callable[["Studio", Sent], Any]
+ACTIONS: dict[tuple[str, str], Action] = {
+    ("GET", "/api/begin"): begin,
+    ("GET", "/api/watched"): watched,
+    ("GET", "/api/browse"): browse,
+    ("POST", "/api/choose"): choose,
+    ("GET", "/api/pictures"): pictures,
+    ("GET", "/api/verdict"): verdict,
+    ("GET", "/api/crops"): crops,
+    ("POST", "/api/caption"): caption,
+    ("POST", "/api/change"): change,
+    ("POST", "/api/focus"): focus,
+    ("GET", "/api/config"): config,
+    ("POST", "/api/preview"): preview,
+    ("POST", "/api/start"): start,
+    ("POST", "/api/config"): write_config,
+    ("POST", "/api/check"): check,
+    ("POST", "/api/train"): train,
+    ("POST", "/api/stop"): stop,
+    ("POST", "/api/move"): move,
+    ("GET", "/api/output"): output,
+    ("POST", "/api/sample"): sample,
+    ("POST", "/api/export"): export,
+    ("GET", "/api/run"): run,
+    ("GET", "/api/compare"): compare,
+    ("GET", "/api/tried"): tried,
+}
+FILES: dict[str, Action] = {
+    "/api/thumbnail": thumbnail,
+    "/api/run-file": run_file,
+    "/api/tried-file": tried_file,
+    "/api/bundle": bundle,
+}

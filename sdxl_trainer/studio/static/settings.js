@@ -1,0 +1,188 @@
+// Settings: three questions make a config; its form, its text and its difference from how it began; what it will cost.
+import { button, choice, chip, command, ended, get, h, labelled, number, post, problem, Refused, runs, say, section, show, studio, table, trying } from "./core.js";
+
+const asNew = "(new)";
+let making = false;
+
+export const settings = async (page, go) => {
+  page.append(h("h1", {}, "Settings"));
+  const chooser = runs("Settings of", () => ((making = false), go()));
+  if (chooser) page.append(h("div", { class: "line" }, chooser, button("Start something new", () => ((making = true), go()))));
+  if (making || !chooser) return page.append(beginning(go));
+  await form(page, go);
+};
+
+const beginning = (go) => {
+  const { presets, chosen, runs: others } = studio.begun;
+  const folder = choice(chosen.map((path) => [path]), studio.folder || chosen[0]);
+  const what = choice(presets.map((preset) => [preset.name, `${preset.what} (${number(preset.pictures[0])} to ${number(preset.pictures[1])} pictures)`]), presets.find((preset) => preset.name.startsWith("lora-character"))?.name);
+  const model = h("input", { type: "text", value: "stabilityai/stable-diffusion-xl-base-1.0", spellcheck: "false", autocomplete: "off" });
+  const micro = h("input", { type: "checkbox" });
+  const trigger = h("input", { type: "text", autocomplete: "off" });
+  const name = h("input", { type: "text", value: "first", autocomplete: "off", spellcheck: "false" });
+  const copied = choice([["", "no: from the preset"], ...studio.now.runs.map((run) => [run.name])], "");
+  const shown = h("div", { "aria-live": "polite" });
+  const sent = () => ({ folder: folder.value, preset: what.value, model: model.value, micro: micro.checked, trigger: trigger.value, name: name.value, copy: copied.value });
+  const preview = trying(async () => {
+    const found = copied.value ? null : await post("preview", sent());
+    shown.replaceChildren(...(found ? [table("Values that it sets", ["option", "value", "because"], found.values.map(({ key, is }) => [key, JSON.stringify(is), found.notes[key] ?? ""])), command(found.command, "The same as a command: writes this config and trains it")] : []));
+  });
+  for (const field of [folder, what, model, micro, trigger, copied, name]) field.addEventListener("change", preview);
+  const make = async () => {
+    const made = await post("start", sent());
+    studio.run = made.name;
+    making = false;
+    studio.now = await get("watched");
+    await go();
+  };
+  if (!chosen.length) return section("Something new", h("p", {}, "Choose a folder of pictures first: ", h("a", { href: "#pictures" }, "Pictures"), "."));
+  preview();
+  return section(
+    "Something new",
+    h("form", { class: "form", onsubmit: (event) => (event.preventDefault(), trying(make)()) },
+      labelled("What is to be learned?", what),
+      labelled("From which pictures?", folder),
+      labelled("Words that call it up", trigger, "for example sks dog: captions that lack them get them first, pictures without a caption get one. Empty: the captions as they are"),
+      labelled("On which model?", model, "a name on the hub, a folder, or one .safetensors file"),
+      h("label", { class: "check" }, micro, "micro-SDXL, which comes with the package: to try the studio without a graphics card"),
+      labelled("With the settings of another run?", copied),
+      labelled("Name of the run", name),
+      h("button", { class: "main" }, "Make the config")),
+    h("details", { open: true }, h("summary", {}, "Values that it sets"), shown),
+  );
+};
+
+const form = async (page, go) => {
+  const name = studio.run;
+  const place = h("div", {});
+  page.append(place);
+  const draw = (state) => place.replaceChildren(...parts(state, save, go));
+  const save = async (change) => {
+    const state = await post("config", { name, ...change });
+    const at = document.activeElement?.id;
+    const open = [...place.querySelectorAll("details[open]")].map((part) => part.dataset.part);
+    draw(state);
+    for (const part of place.querySelectorAll("details")) part.open = open.includes(part.dataset.part);
+    if (at) document.getElementById(at)?.focus();
+    say(state.problem ? "saved, with a problem" : "saved", Boolean(state.problem));
+  };
+  try {
+    draw(await get("config", { name }));
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    place.append(problem(error));
+  }
+};
+
+const parts = (state, save, go) => {
+  const { fields, first } = studio.begun;
+  const all = fields.flatMap((field) => entries(field, state.tree).map((key) => ({ ...field, key })));
+  const changed = new Set(state.changes.map((change) => change.key));
+  const cell = (field) => input(field, state.tree, changed.has(field.key), save);
+  const names = [...new Set(fields.map((field) => field.section))];
+  const area = h("textarea", { rows: "24", spellcheck: "false", class: "code", "aria-label": "Config as TOML" });
+  area.value = state.toml;
+  return [
+    state.problem ? problem(state.problem) : null,
+    section("The usual ones", h("div", { class: "form" }, first.map((key) => all.find((field) => field.key === key)).filter(Boolean).map(cell)), state.effective ? h("p", { class: "muted" }, `Effective learning rate ${state.effective}: adapters of other ranks compare by it.`) : null),
+    section("All options", names.map((part) => h("details", { "data-part": part }, h("summary", {}, part ? `[${part}]` : "top of the file"), h("div", { class: "form" }, all.filter((field) => field.section === part).map(cell))))),
+    section("The file",
+      state.changes.length ? h("details", { "data-part": "changes" }, h("summary", {}, `${state.changes.length} values differ from how it began`), table("Differences", ["option", "was", "is"], state.changes.map(({ key, was, is }) => [key, JSON.stringify(was) ?? "default", JSON.stringify(is) ?? "default"]))) : h("p", { class: "muted" }, "As it began."),
+      h("details", { "data-part": "text" }, h("summary", {}, "As text"), area, h("p", { class: "line" }, button("Save the text", () => save({ toml: area.value }), { class: "main" })))),
+    before(state, go),
+  ].filter(Boolean);
+};
+
+/** The keys under which an option stands: one for each entry of a list of sections. */
+const entries = ({ section: part, name, list }, tree) => {
+  if (!part) return [name];
+  return list ? (Array.isArray(tree[part]) ? tree[part].map((_, index) => `${part}.${index}.${name}`) : []) : [`${part}.${name}`];
+};
+const valueAt = (tree, key) => key.split(".").reduce((node, step) => node?.[step], tree);
+
+const input = (field, tree, changed, save) => {
+  const value = valueAt(tree, field.key);
+  const id = `option-${field.key.replaceAll(".", "-")}`;
+  const written = (text) => {
+    if (text === "") return null;
+    if (field.kind === "integer" || field.kind === "number") return Number.isNaN(Number(text)) ? text : Number(text);
+    if (field.kind === "array") return text.split("\n").filter(Boolean).map((line) => (field.items === "string" ? line : Number(line)));
+    if (field.kind === "json") return JSON.parse(text);
+    return text;
+  };
+  const store = trying(async (text) => {
+    let next;
+    try {
+      next = written(text);
+    } catch {
+      throw new Refused({ what: `${field.key} is not JSON`, where: field.key, fix: 'write for example {"a": 1}' });
+    }
+    await save({ key: field.key, value: next });
+  });
+  const rest = field.default === null || field.default === undefined ? "" : typeof field.default === "object" ? JSON.stringify(field.default) : String(field.default);
+  let made;
+  if (field.kind === "boolean" || (field.choices && field.kind === "string")) {
+    const options = field.kind === "boolean" ? ["true", "false"] : field.choices;
+    const shown = value === undefined ? "" : String(value);
+    made = choice([["", `default${rest ? `: ${rest}` : ""}`], ...options.map((option) => [option])], shown, { id, onchange: (event) => store(event.target.value) });
+    if (field.kind === "boolean") made.onchange = null;
+  } else if (field.kind === "array" || field.kind === "json") {
+    made = h("textarea", { id, rows: "2", placeholder: rest, onchange: (event) => store(event.target.value) });
+    made.value = value === undefined ? "" : field.kind === "json" ? JSON.stringify(value) : value.join("\n");
+  } else {
+    const numeric = field.kind === "integer" || field.kind === "number";
+    made = h("input", { id, type: "text", inputmode: numeric ? "decimal" : null, placeholder: rest, autocomplete: "off", spellcheck: "false", onchange: (event) => store(event.target.value) });
+    made.value = value ?? "";
+  }
+  if (field.kind === "boolean") {
+    made = choice([["", `default${rest ? `: ${rest}` : ""}`], ["true"], ["false"]], value === undefined ? "" : String(value), { id, onchange: trying((event) => save({ key: field.key, value: event.target.value === "" ? null : event.target.value === "true" })) });
+  }
+  const limits = Object.entries(field.limits).map(([limit, bound]) => `${{ minimum: "≥", exclusiveMinimum: ">", maximum: "≤", exclusiveMaximum: "<", multipleOf: "multiple of" }[limit]} ${number(bound)}`);
+  const hint = [field.description, ...limits, field.kind === "array" ? "one a line" : ""].filter(Boolean).join("; ");
+  const made_ = labelled(field.key, made, hint);
+  if (changed) made_.classList.add("changed"), made_.querySelector("label").append(h("span", { class: "dot", title: "differs from how it began" }, " ●"));
+  return made_;
+};
+
+/** Before anything is spent: what the check says, and the start. */
+const before = (state, go) => {
+  const result = h("div", { "aria-live": "polite" });
+  const check = async () => {
+    const job = await post("check", { name: state.name });
+    result.replaceChildren(h("p", { class: "muted" }, "Looking: this loads the tokenizers and opens each picture once…"));
+    try {
+      await ended(job);
+      const { output } = await get("output", { job: job.id });
+      result.replaceChildren(...checked(output));
+    } catch (error) {
+      if (!(error instanceof Refused)) throw error;
+      result.replaceChildren(problem(error));
+    }
+  };
+  const start = async () => {
+    await post("train", { name: state.name });
+    studio.run = state.name;
+    location.hash = "#training";
+  };
+  return section(
+    "Before it starts",
+    h("p", { class: "line" }, button("Check", check, { disabled: Boolean(state.problem) }), button("Start", start, { class: "main", disabled: Boolean(state.problem) }), state.problem ? h("span", { class: "muted" }, "Mend the problem above first.") : null),
+    result,
+    h("p", { class: "muted" }, "The same in a terminal:"),
+    state.commands.map((text) => command(text)),
+  );
+};
+
+/** The report of `sdxl check --json`, which may follow other lines. */
+const checked = (output) => {
+  let report;
+  try {
+    report = JSON.parse(output.slice(output.search(/^\{/m)));
+  } catch {
+    return [h("pre", { class: "log" }, output)];
+  }
+  const made = Object.entries(report.tables ?? {}).map(([title, rows]) => h("details", { open: true }, h("summary", {}, title), table(title, ["", ""], Object.entries(rows).map(([name, value]) => [name, String(value)]))));
+  const findings = report.captions?.findings ?? [];
+  if (findings.length) made.push(h("details", { open: true }, h("summary", {}, "findings"), table("Findings", ["captions that", "how many", "what to do", "for example"], findings.map((each) => [each.what, number(each.count), each.fix, (each.examples ?? []).slice(0, 2).map((example) => example.join(": ")).join("; ")]))));
+  return [h("p", {}, chip("done"), " A run would refuse nothing of this."), ...(report.notes ?? []).map((note) => h("p", {}, note)), ...made];
+};

@@ -1,0 +1,150 @@
+// Training: what runs, its numbers, curves and pictures as they come; stop, continue, and what waits.
+import { button, chip, command, get, h, lasting, number, post, problem, Refused, runs, say, section, show, studio, trying, url, watch } from "./core.js";
+
+const EVERY = 2000; // milliseconds between looks at curves and pictures
+const bytes = (count) => (count > 1e9 ? `${number(count / 1e9)} GB` : `${number(Math.round(count / 1e6))} MB`);
+
+export const training = async (page, go) => {
+  page.append(h("h1", {}, "Training"));
+  const chooser = runs("Run", go);
+  if (!chooser) return page.append(h("p", {}, "Nothing has been started yet. ", h("a", { href: "#settings" }, "Make a config"), " first."));
+  const name = studio.run;
+  const [status, notes, figures, curves, drawn, use, timings, queue, results] = Array.from({ length: 9 }, () => h("div", {}));
+  const log = h("pre", { class: "log", tabindex: "0", role: "region", "aria-label": "Output of the command" });
+  const logged = h("details", {}, h("summary", {}, "Output of the command"), log);
+  page.append(h("div", { class: "line" }, chooser), status, notes, figures, section("Pictures", drawn), section("Curves", h("div", { class: "charts" }, curves)), section("Result", results, use), section("Where the time went", timings), section("Queue", queue), logged);
+  curves.className = "charts";
+  curves.parentElement.className = "";
+  let stamps = "", looked = 0, waiting = null, seen = {};
+
+  const look = async () => {
+    looked = Date.now();
+    const found = await get("run", { name });
+    const parts = { notes, figures, curves, pictures: drawn, use, timings };
+    for (const [part, place] of Object.entries(parts)) {
+      const html = found.html[part] ?? "";
+      // What somebody is reading with the pointer or the keyboard is not replaced under them.
+      if (seen[part] === html || (seen[part] && (place.matches(":hover") || place.contains(document.activeElement)))) continue;
+      seen[part] = html;
+      show(place, html);
+    }
+    for (const place of [drawn, curves, timings, results]) place.closest("section").hidden = false;
+    drawn.closest("section").hidden = !drawn.innerHTML;
+    curves.closest("section").hidden = !curves.innerHTML;
+    timings.closest("section").hidden = !timings.innerHTML;
+    results.replaceChildren(...outcome(name, found));
+  };
+  const soon = () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(trying(look), Math.max(0, EVERY - (Date.now() - looked)));
+  };
+  const output = trying(async (job) => {
+    if (!job || !logged.open) return;
+    const { output: text } = await get("output", { job });
+    const atEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
+    log.textContent = text;
+    if (atEnd) log.scrollTop = log.scrollHeight;
+  });
+  let last = "";
+  watch((now) => {
+    const run = now.runs.find((other) => other.name === name);
+    if (!run) return;
+    const job = now.jobs.find((other) => other.id === run.job);
+    const drawing = JSON.stringify([run, job && { ...job, memory: 0 }]);
+    if (drawing !== last || !status.children.length) {
+      last = drawing;
+      const focused = document.activeElement?.dataset?.does;
+      status.replaceChildren(...state(run, job));
+      if (focused) status.querySelector(`[data-does="${focused}"]`)?.focus();
+    }
+    queue.replaceChildren(...line(now.jobs));
+    if (String(run.stamps) !== stamps) {
+      stamps = String(run.stamps);
+      soon();
+    }
+    output(run.job);
+  });
+  logged.addEventListener("toggle", () => output(studio.now.runs.find((run) => run.name === name)?.job));
+};
+
+const state = (run, job) => {
+  const goes = job?.state === "running" || job?.state === "queued";
+  const done = run.step ?? 0;
+  const total = run.steps;
+  const phase = job?.state === "running" ? job.what ?? "starting" : null;
+  const [at, of] = phase && phase !== "steps" ? [job.done, job.total] : [done, total];
+  const facts = [
+    phase && phase !== "steps" ? `${phase} ${number(job.done)} of ${number(job.total)}` : null,
+    run.step ? `step ${number(done)}${total ? ` of ${number(total)}` : ""}` : null,
+    run.loss !== null ? `loss ${number(run.loss)}` : null,
+    run.speed ? `${number(run.speed)} pictures/s` : null,
+    run.left !== undefined ? `${lasting(run.left)} left` : null,
+    job?.memory ? `${bytes(job.memory)} of memory` : null,
+  ].filter(Boolean);
+  const stop = (atOnce) => async () => {
+    if (atOnce && !confirm("End it at once? The steps since the last checkpoint are lost.")) return;
+    await post("stop", { job: job.id, at_once: atOnce });
+    say(atOnce ? "ended" : "it saves a checkpoint and stops");
+  };
+  const start = async () => {
+    await post("train", { name: run.name });
+    say("it is in the queue");
+  };
+  return [
+    h("p", { class: "state" }, chip(run.state), " ", facts.join(" · ")),
+    of ? h("progress", { max: String(of), value: Math.min(at ?? 0, of), "aria-label": phase ?? "steps" }) : null,
+    job?.state === "running" && job.says ? h("p", { class: "muted says" }, job.says) : null,
+    job?.problem ? problem(job.problem) : null,
+    h(
+      "p",
+      { class: "line" },
+      goes
+        ? [button(job.state === "queued" ? "Leave the queue" : "Save and stop", stop(false), { class: "main", "data-does": "stop" }), job.state === "running" ? button("End at once", stop(true), { "data-does": "end" }) : null]
+        : button(run.step ? "Continue" : "Start", start, { class: "main", "data-does": "start" }),
+      h("a", { href: "#settings" }, "Settings"),
+      h("a", { href: "#try" }, "Try prompts"),
+    ),
+    job ? command(job.command) : null,
+  ].filter(Boolean);
+};
+
+const outcome = (name, found) => {
+  const make = (kind) => async () => {
+    const job = await post("export", { run: name, kind });
+    say(`in the queue: ${job.command}`);
+  };
+  const adapter = found.files.some((file) => file.name === "pytorch_lora_weights.safetensors");
+  return [
+    found.checkpoints.length ? h("p", {}, `Checkpoints at steps ${found.checkpoints.map(number).join(", ")}.`) : null,
+    h(
+      "p",
+      { class: "line" },
+      adapter ? button("One file for ComfyUI, A1111, Forge", make("kohya")) : null,
+      found.model ? button("One file for ComfyUI, A1111, Forge", make("single")) : null,
+      found.report ? h("a", { href: url("run-file", { run: name, file: "report.html" }), target: "_blank", rel: "noopener" }, "Report") : null,
+      found.report ? h("a", { href: url("bundle", { run: name }), download: true }, "Everything to share, as a .zip") : null,
+    ),
+    found.files.length ? h("ul", {}, found.files.map((file) => h("li", {}, h("a", { href: url("run-file", { run: name, file: file.name }), download: true }, file.name), ` ${bytes(file.bytes)}`))) : null,
+  ].filter(Boolean);
+};
+
+const line = (jobs) => {
+  const shown = jobs.filter((job) => job.state === "running" || job.state === "queued").reverse();
+  if (!shown.length) return [h("p", { class: "muted" }, "Nothing runs and nothing waits. Trainings wait for one another and start by themselves.")];
+  return [
+    h(
+      "ol",
+      { class: "queue" },
+      shown.map((job) =>
+        h(
+          "li",
+          {},
+          chip(job.state),
+          ` ${job.kind} ${job.name} `,
+          job.state === "queued" ? [button("↑", () => post("move", { job: job.id, up: true }), { "aria-label": `${job.name} earlier` }), button("↓", () => post("move", { job: job.id }), { "aria-label": `${job.name} later` })] : null,
+          button("Stop", () => post("stop", { job: job.id }), { "aria-label": `Stop ${job.kind} ${job.name}` }),
+        ),
+      ),
+    ),
+  ];
+};

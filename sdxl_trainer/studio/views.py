@@ -1,0 +1,123 @@
+"""Pictures for the page: thumbnails, and where the training crops of a picture lie."""
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sdxl_trainer.config import Data
+from sdxl_trainer.data import geometry, images
+from sdxl_trainer.data.sources import folder as folders
+from sdxl_trainer.errors import UserError
+from sdxl_trainer.studio.album import Album
+
+SIDES = (256, 1024)  # longer sides of thumbnails
+COUNTED = 3000  # pictures that are opened for the verdict
+
+
+def thumbnail(path: Path, side: int) -> bytes:
+    """A picture as training sees it before its crop (upright, opaque, sRGB), small, as WebP."""
+    status = path.stat()
+    return _thumbnail(str(path), status.st_mtime_ns, status.st_size, side)
+
+
+@lru_cache(maxsize=600)
+def _thumbnail(path: str, changed: int, size: int, side: int) -> bytes:
+    image = images.decode(Path(path).read_bytes(), Path(path).name)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=82, method=2)
+    return file.getvalue()
+
+
+def looked_at(path: Path) -> tuple[int, int, int]:
+    """Height, width, and the number made of the bytes that random crops depend on."""
+    status = path.stat()
+    return _looked_at(str(path), status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=20_000)
+def _looked_at(path: str, changed: int, size: int) -> tuple[int, int, int]:
+    content = Path(path).read_bytes()
+    height, width = images.probe(content, Path(path).name)
+    return height, width, int(hashlib.sha256(content).hexdigest()[:16], 16)
+
+
+def crops(album: Album, name: str, data: Data) -> dict[str, Any]:
+    """The crops that a picture is trained in, as shares of its width and height, and the size that each becomes."""
+    height, width, number = looked_at(album.file(name))
+    focus = album.entry(name).focus if data.focus == "column" else None
+    made: list[dict[str, Any]] = []
+    for resolution in (data.resolution, *data.more_resolutions):
+        for each in geometry.variants(data, (height, width), number, name, resolution, focus):
+            if not each.flip:
+                (rows, columns), (top, left), (tall, wide) = each.resized, each.crop, each.target
+                box = [left / columns, top / rows, wide / columns, tall / rows]
+                made.append({"box": box, "size": [wide, tall]})
+    kept = max(crop["box"][2] * crop["box"][3] for crop in made)
+    return {"size": [width, height], "crops": made, "lost": 1 - kept, "focus": album.entry(name).focus}
+
+
+def options(values: Mapping[str, Any] | None) -> Data:
+    """The first data set of a whole config; without one, what most have. It says sizes and crops alone."""
+    if values is None:
+        return Data(path=".", buckets="area", focus="column")
+    return Data.model_validate_json(json.dumps(values["data"][0]))
+
+
+def verdict(album: Album, data: Data) -> dict[str, Any]:
+    """Whether one may train on a folder: what training would refuse, and how many pictures go to which size."""
+    names = list(album.entries)
+    sizes: Counter[tuple[int, int]] = Counter()
+    problems: list[dict[str, str]] = []
+    lost: dict[str, float] = {}
+    small: list[str] = []
+    try:
+        folders.records(Data(path=str(album.root)), album.tree, "train", str(album.root))
+    except UserError as error:
+        problems.append(_problem(error))
+    with ThreadPoolExecutor(4) as pool:
+        for name, found in zip(names, pool.map(lambda n: _crop(album, n, data), names[:COUNTED]), strict=False):
+            if isinstance(found, UserError):
+                problems.append(_problem(found))
+                continue
+            sizes[tuple(found["crops"][0]["size"])] += 1
+            lost[name] = found["lost"]
+            wide, tall = found["crops"][0]["size"]
+            if found["size"][0] * found["size"][1] < 0.7 * wide * tall:
+                small.append(name)
+    captions = [entry.caption for entry in album.entries.values()]
+    return {
+        "pictures": len(names),
+        "captions": sum(map(bool, captions)),
+        "problems": problems[:50],
+        "sizes": [{"width": w, "height": h, "pictures": count} for (w, h), count in sizes.most_common()],
+        "cut": [{"name": n, "lost": lost[n]} for n in sorted(lost, key=lambda n: -lost[n])[:12] if lost[n] > 0.15],
+        "small": small[:50],
+        "same": _same(captions),
+        "looked_at": min(len(names), COUNTED),
+    }
+
+
+def _same(captions: Iterable[str]) -> list[dict[str, Any]]:
+    """Captions that several pictures have word for word."""
+    counts = Counter(text for text in captions if text)
+    return [{"caption": text[:120], "pictures": count} for text, count in counts.most_common(5) if count > 1]
+
+
+def _problem(error: UserError) -> dict[str, str]:
+    return {"what": error.what, "where": error.where, "fix": error.fix}
+
+
+def _crop(album: Album, name: str, data: Data) -> dict[str, Any] | UserError:
+    try:
+        return crops(album, name, data)
+    except UserError as error:
+        return error
