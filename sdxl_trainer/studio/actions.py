@@ -294,8 +294,11 @@ def _album_file(studio: "Studio", sent: Sent) -> Path:
 
 
 def _tree(studio: "Studio", sent: Sent) -> dict[str, Any] | None:
-    """The config whose sizes are meant, if one is named."""
-    return settings.state(studio.workspace, checked_name(sent["run"]))["values"] if sent.get("run") else None
+    """The options of the run that is named, if it is one on this folder: its sizes are meant."""
+    path = studio.workspace.config(sent["run"]) if sent.get("run") else None
+    values = settings.state(studio.workspace, path.stem)["values"] if path and path.is_file() else None
+    own = values and (studio.workspace.folder / Path(values["data"][0]["path"]).expanduser()).resolve()
+    return values if own == studio.workspace.opened(sent.get("folder")) else None
 
 
 def _whole(value: object, default: int) -> int:

@@ -102,6 +102,7 @@ def verdict(album: Album, data: Data) -> dict[str, Any]:
         "cut": [{"name": n, "lost": lost[n]} for n in sorted(lost, key=lambda n: -lost[n])[:12] if lost[n] > 0.15],
         "small": small[:50],
         "same": _same(captions),
+        "for": f"{data.resolution} x {data.resolution} or as many pixels",
         "looked_at": min(len(names), COUNTED),
     }
 

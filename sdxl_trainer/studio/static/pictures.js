@@ -77,7 +77,7 @@ const dropping = (go) => {
 const folderView = async (page, folder) => {
   const verdict = h("div", { "aria-live": "polite" }, h("p", { class: "muted" }, "Looking at the pictures…"));
   page.append(section("Can it be trained on?", verdict));
-  const look = trying(async () => verdict.replaceChildren(judged(await get("verdict", { folder }))));
+  const look = trying(async () => verdict.replaceChildren(judged(await get("verdict", { folder, run: studio.run }))));
   const grid = h("ul", { class: "grid", "aria-label": "Pictures with their captions" });
   view = { folder, grid, look, find: "", missing: false, from: 0, count: h("p", { class: "muted", "aria-live": "polite" }), tags: h("details", {}), more: button("Show more", () => load(false)) };
   page.append(section("Captions", h("p", { class: "muted" }, "Enter saves and goes on, Escape takes back what is not saved, arrow keys move between pictures, Ctrl-Z takes back what is saved."), tools(), view.tags, view.count, grid, view.more));
@@ -100,10 +100,10 @@ const judged = (found) => {
     { class: "verdict" },
     h("p", {}, h("span", { class: `chip ${bad || missing ? "open" : "good"}` }, words), ` ${number(found.pictures)} pictures, ${number(found.captions)} captions`),
     found.problems.map(problem),
-    found.small.length ? h("p", {}, `${found.small.length} pictures are smaller than what they are trained at: ${found.small.slice(0, 5).join(", ")}`) : null,
+    found.small.length ? h("p", {}, `${found.small.length} pictures are much smaller than what they are trained at, ${found.for}: ${found.small.slice(0, 5).join(", ")}`) : null,
     found.cut.length ? h("p", {}, "Cut off most: ", found.cut.slice(0, 6).map((cut) => button(`${cut.name} (${Math.round(100 * cut.lost)} %)`, () => crop(cut.name), { class: "link" }))) : null,
     found.same.length ? h("p", {}, `${found.same[0].pictures} pictures have the same caption: “${found.same[0].caption}”`) : null,
-    found.sizes.length ? h("details", {}, h("summary", {}, `${found.sizes.length} sizes at which they are trained`), table("Sizes", ["size", "pictures", ""], found.sizes.map((size) => [`${size.width} × ${size.height}`, number(size.pictures), bar(size.pictures)]))) : null,
+    found.sizes.length ? h("details", {}, h("summary", {}, found.sizes.length === 1 ? "One size at which they are trained" : `${found.sizes.length} sizes at which they are trained`), table("Sizes", ["size", "pictures", ""], found.sizes.map((size) => [`${size.width} × ${size.height}`, number(size.pictures), bar(size.pictures)]))) : null,
     found.looked_at < found.pictures ? h("p", { class: "muted" }, `The first ${number(found.looked_at)} were looked at; sdxl check looks at all.`) : null,
   );
 };
@@ -235,7 +235,7 @@ const crop = async (name) => {
   const dialog = h("dialog", { "aria-label": `Crop of ${name}` }, h("h2", {}, name), words, place, h("p", { class: "line" }, button("Plain crop", () => move(null)), button("Close", () => dialog.close(), { class: "main" })));
   let now;
   const draw = async () => {
-    now = await get("crops", { folder: view.folder, name });
+    now = await get("crops", { folder: view.folder, name, run: studio.run });
     const [wide, tall] = now.size;
     const sizes = [...new Set(now.crops.map((each) => each.size.join(" × ")))].join(", ");
     words.textContent = `${wide} × ${tall} pixels, trained at ${sizes}; ${Math.round(100 * now.lost)} % is cut off. Click to name the point that the crop keeps.${now.beside ? " Points are kept in a metadata.jsonl, which then holds the captions too." : ""}`;
