@@ -200,7 +200,14 @@ def write_config(studio: "Studio", sent: Sent) -> Any:
 def check(studio: "Studio", sent: Sent) -> Any:
     path = studio.workspace.config(sent.get("name"))
     settings.read(path)
-    return _queued(studio, "check", path.stem, ["check", studio.workspace.shown(path), "--json"])
+    return _queued(studio, "check", path.stem, ["check", studio.workspace.shown(path), "--report"])
+
+
+def checked(studio: "Studio", sent: Sent) -> Any:
+    """What `sdxl check --report` has written, to be shown in the page; nothing if it got nowhere."""
+    path = studio.workspace.run(sent.get("name")) / "check.html"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return {"html": text.partition("<main>")[2].partition("</main>")[0], "written": live.stamp(path) / 1e9}
 
 
 def train(studio: "Studio", sent: Sent) -> Any:
@@ -323,6 +330,7 @@ ACTIONS: dict[tuple[str, str], Action] = {
     ("POST", "/api/start"): start,
     ("POST", "/api/config"): write_config,
     ("POST", "/api/check"): check,
+    ("GET", "/api/checked"): checked,
     ("POST", "/api/train"): train,
     ("POST", "/api/stop"): stop,
     ("POST", "/api/move"): move,

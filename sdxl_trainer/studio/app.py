@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from sdxl_trainer import report
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.report import frame
 from sdxl_trainer.studio import actions
 from sdxl_trainer.studio.guard import Guard, TooLarge
 from sdxl_trainer.studio.jobs import Jobs
@@ -27,7 +27,7 @@ from sdxl_trainer.studio.workspace import Workspace
 STATIC = Path(__file__).parent / "static"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 # The report's own style and script: its parts look alike here.
-SHARED = {"page.css": report.ASSETS / "page.css", "page.js": report.ASSETS / "page.js"}
+SHARED = {"page.css": frame.ASSETS / "page.css", "page.js": frame.ASSETS / "page.js"}
 SHOWN = {".png", ".html"}  # what the browser shows; all else is offered to be kept
 # A page from a run's folder may run its script, but it is nobody here: no cookie, no requests.
 ALONE = (

@@ -1,5 +1,5 @@
 // Settings: three questions make a config; its form, its text and its difference from how it began; what it will cost.
-import { button, choice, chip, command, ended, get, h, labelled, number, post, problem, Refused, runs, say, section, show, studio, table, trying } from "./core.js";
+import { button, choice, command, ended, get, h, labelled, number, post, problem, Refused, runs, say, section, show, studio, table, trying } from "./core.js";
 
 const asNew = "(new)";
 let making = false;
@@ -149,15 +149,19 @@ const before = (state, go) => {
   const result = h("div", { "aria-live": "polite" });
   const check = async () => {
     const job = await post("check", { name: state.name });
-    result.replaceChildren(h("p", { class: "muted" }, "Looking: this loads the tokenizers and opens each picture once…"));
+    const began = Date.now() / 1000;
+    result.replaceChildren(h("p", { class: "muted" }, "Looking: it opens each picture and reads each caption as the model will…"));
+    let refused = null;
     try {
       await ended(job);
-      const { output } = await get("output", { job: job.id });
-      result.replaceChildren(...checked(output));
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
-      result.replaceChildren(problem(error));
+      refused = error;
     }
+    const { html, written } = await get("checked", { name: state.name });
+    const report = h("div", { class: "inner" });
+    if (written > began - 5) show(report, html);
+    result.replaceChildren(...[refused && problem(refused), report].filter(Boolean));
   };
   const start = async () => {
     await post("train", { name: state.name });
@@ -171,18 +175,4 @@ const before = (state, go) => {
     h("p", { class: "muted" }, "The same in a terminal:"),
     state.commands.map((text) => command(text)),
   );
-};
-
-/** The report of `sdxl check --json`, which may follow other lines. */
-const checked = (output) => {
-  let report;
-  try {
-    report = JSON.parse(output.slice(output.search(/^\{/m)));
-  } catch {
-    return [h("pre", { class: "log" }, output)];
-  }
-  const made = Object.entries(report.tables ?? {}).map(([title, rows]) => h("details", { open: true }, h("summary", {}, title), table(title, ["", ""], Object.entries(rows).map(([name, value]) => [name, String(value)]))));
-  const findings = report.captions?.findings ?? [];
-  if (findings.length) made.push(h("details", { open: true }, h("summary", {}, "findings"), table("Findings", ["captions that", "how many", "what to do", "for example"], findings.map((each) => [each.what, number(each.count), each.fix, (each.examples ?? []).slice(0, 2).map((example) => example.join(": ")).join("; ")]))));
-  return [h("p", {}, chip("done"), " A run would refuse nothing of this."), ...(report.notes ?? []).map((note) => h("p", {}, note)), ...made];
 };
