@@ -10,8 +10,8 @@ checkpoint-N/  unet/  unet_ema/          as diffusers folders, in the type in wh
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sdxl_trainer import adapter_files, files, optim, tokens
 from sdxl_trainer.ema import Ema
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import folder as pipelines
+from sdxl_trainer.formats import stream
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.optim import state as optim_state
 from sdxl_trainer.parameters import Group
@@ -30,6 +31,10 @@ from sdxl_trainer.parameters import Group
 PREFIX = "checkpoint-"
 _NEEDED = {"state.json", "optimizer.safetensors"}
 _WEIGHTS = {"unet/config.json", "added.safetensors"}  # one of them
+
+
+class Damaged(UserError):
+    """A checkpoint is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -47,66 +52,97 @@ def found(output: Path) -> list[Checkpoint]:
     return sorted((Checkpoint(p, int(n)) for p, n in numbers.items() if n.isdigit()), key=lambda c: c.step)
 
 
-def verify(checkpoint: Checkpoint) -> Checkpoint:
-    """Compare every file with the manifest; UserError names the first that differs."""
+def verify(checkpoint: Checkpoint, from_disk: bool = False) -> Checkpoint:
+    """Compare every file with the manifest; Damaged names the first that differs. `from_disk`: read what the disk
+    holds, not what the system still has in memory from writing it."""
     where, fix = checkpoint.path, "delete this folder: the same command continues from the checkpoint before it"
     try:
         manifest = dict(json.loads((where / "manifest.json").read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError("the checkpoint has no readable manifest.json", str(where), fix) from None
+        raise Damaged("the checkpoint has no readable manifest.json", str(where), fix) from None
     lacking = _NEEDED if _WEIGHTS & manifest.keys() else _NEEDED | {"unet/config.json"}
     for name in lacking - manifest.keys():
-        raise UserError(f"the checkpoint's manifest.json does not name {name}", str(where), fix)
+        raise Damaged(f"the checkpoint's manifest.json does not name {name}", str(where), fix)
     for name, digest in manifest.items():
         path = where / name
         if not path.is_file():
-            raise UserError(f"the checkpoint lacks {name}", str(where), fix)
+            raise Damaged(f"the checkpoint lacks {name}", str(where), fix)
         try:
+            if from_disk:
+                files.forget(path)
             found_digest = files.sha256(path)
         except OSError as error:
             raise UserError(f"{name} cannot be read: {error.strerror}", str(where), "make it readable") from None
         if found_digest != digest:
-            raise UserError(f"{name} is damaged: its bytes are not those that were written", str(where), fix)
+            raise Damaged(f"{name} is damaged: its bytes are not those that were written", str(where), fix)
     return checkpoint
 
 
-def save(
-    output: Path,
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds: texts and tensors by the path of their file. Until they are `kept` the tensors are the
+    run's own, which the next step changes."""
+
+    step: int
+    texts: dict[str, str]
+    tensors: dict[str, dict[str, Tensor]]
+    adapted: SDXL | None = None  # whose adapter is also written as other programs load it
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for own in self.tensors.values() for t in own.values())
+
+    def kept(self, keep: Callable[[str, Tensor], Tensor]) -> "Contents":
+        """The same with tensors that nothing changes; `keep` copies each, whose name in the checkpoint it is given."""
+        copied = {file: {n: keep(f"{file}|{n}", t) for n, t in own.items()} for file, own in self.tensors.items()}
+        return replace(self, tensors=copied)
+
+
+def contents(
     step: int,
     sdxl: SDXL,
     ema: Ema | None,
     optimizer: torch.optim.Optimizer,
     groups: list[Group],
     state: dict[str, Any],
-) -> Checkpoint:
-    """Write checkpoint-<step>, replacing one of that name."""
+) -> Contents:
+    """All that the run after `step` steps consists of."""
+    texts, tensors = dict[str, str](), dict[str, dict[str, Tensor]]()
+    with optim.evaluating(optimizer):
+        if sdxl.added:
+            tensors["added.safetensors"] = added(sdxl, None)
+            if ema is not None:
+                tensors["added_ema.safetensors"] = added(sdxl, ema)
+        for name, part in sdxl.parts().items() if not sdxl.added else ():
+            for own, averages in {name: None, **({f"{name}_ema": ema} if ema else {})}.items():
+                texts[f"{own}/config.json"] = config_text(name, part, averages)
+                tensors[f"{own}/{pipelines.WEIGHTS[name]}"] = weights(name, part, averages)
+        if optim.evaluates(optimizer):  # which ends with the block
+            tensors = {file: {n: t.clone() for n, t in own.items()} for file, own in tensors.items()}
+    tensors["optimizer.safetensors"] = optim_state.tensors(optimizer, groups)
+    numbers = optim_state.scalars(optimizer, groups)
+    texts["state.json"] = json.dumps({**state, "step": step, "optimizer": numbers}, indent=1)
+    return Contents(step, texts, tensors, sdxl if sdxl.added else None)
+
+
+def save(output: Path, contents: Contents) -> Checkpoint:
+    """Write checkpoint-<step>, replacing one of that name, and verify it."""
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        with optim.evaluating(optimizer):
-            if sdxl.added:
-                _save_added(folder, sdxl, ema)
-            for name, part in sdxl.parts().items() if not sdxl.added else ():
-                save_part(name, part, folder / name)
-                if ema is not None:
-                    save_averaged(name, part, ema, folder / f"{name}_ema")
-        files.save_tensors(folder / "optimizer.safetensors", optim_state.tensors(optimizer, groups))
-        numbers = optim_state.scalars(optimizer, groups)
-        files.write_json(folder / "state.json", {**state, "step": step, "optimizer": numbers})
+        for file, own in contents.tensors.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            stream.write(folder / file, own, {"format": "pt"})
+        for file, text in contents.texts.items():
+            files.write_text(folder / file, text + "\n")
+        if contents.adapted is not None:
+            last = "added_ema.safetensors" if "added_ema.safetensors" in contents.tensors else "added.safetensors"
+            save_added(folder, contents.adapted, contents.tensors[last], {})
         files.write_json(folder / "manifest.json", {"files": files.tree_hashes(folder)})
 
-    path = output / f"{PREFIX}{step}"
+    path = output / f"{PREFIX}{contents.step}"
     files.write_atomically(path, write)
-    return Checkpoint(path, step)
-
-
-def _save_added(folder: Path, sdxl: SDXL, ema: Ema | None) -> None:
-    """What was injected, to continue from and to draw with."""
-    values = added(sdxl, None)
-    files.save_tensors(folder / "added.safetensors", values)
-    if ema is not None:
-        files.save_tensors(folder / "added_ema.safetensors", added(sdxl, ema))
-    save_added(folder, sdxl, added(sdxl, ema), {})
+    return verify(Checkpoint(path, contents.step), from_disk=True)
 
 
 def save_added(folder: Path, sdxl: SDXL, values: dict[str, Tensor], facts: dict[str, str], suffix: str = "") -> None:
@@ -134,36 +170,31 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return {name: opened.get_tensor(name) for name in opened.keys()}
 
 
-def save_averaged(name: str, part: Any, ema: Ema, folder: Path, noted: bool = True) -> None:
-    """A part with its averaged weights in fp32; `noted`: the UNet with what diffusers' EMAModel reads from its config,
-    of which a model that is loaded for drawing would complain."""
-    averages = {n.removeprefix(f"{name}."): t for n, t in ema.state().items() if n.startswith(f"{name}.")}
-    with torch.device("meta"):
-        averaged = type(part).from_config(part.config) if name == "unet" else type(part)(part.config)
-    averaged.load_state_dict({**part.state_dict(), **averages}, assign=True)
-    if name == "unet" and noted:
-        averaged.register_to_config(
-            decay=ema.decay,
-            min_decay=0.0,
-            optimization_step=ema.updates,
-            update_after_step=0,
-            use_ema_warmup=False,
-            inv_gamma=1.0,
-            power=2 / 3,
-        )
-    save_part(name, averaged, folder)
+def weights(name: str, part: Any, ema: Ema | None = None) -> dict[str, Tensor]:
+    """A part's tensors under the names of published files, averaged ones (fp32) in place of those that learn."""
+    averages = ema.state() if ema else {}
+    own = {key: averages.get(f"{name}.{key}", tensor) for key, tensor in part.state_dict().items()}
+    return pipelines.published_names(name, own)
 
 
-def save_part(name: str, part: Any, folder: Path) -> None:
-    """A part as a folder of a pipeline. Text encoders get the names of published files, which all versions read."""
-    if name == "unet":
-        part.save_pretrained(folder)
-        mode = (folder / "config.json").stat().st_mode
-        for path in folder.glob("*.safetensors"):
-            path.chmod(mode)  # safetensors makes files that only their owner can read
-        return
-    part.config.save_pretrained(folder)
-    pipelines.write_tensors(folder / pipelines.WEIGHTS[name], pipelines.published_names(name, part.state_dict()))
+def config_text(name: str, part: Any, noted: Ema | None = None) -> str:
+    """A part's config.json; with averages of the UNet also what diffusers' EMAModel reads from there, of which a model
+    that is loaded for drawing would complain."""
+    if name != "unet":
+        return part.config.to_json_string().strip()
+    config = json.loads(part.to_json_string())
+    config["_class_name"] = config["_class_name"].removeprefix("FSDP")  # what fully_shard calls the sharded module
+    if noted is not None:
+        config |= {"decay": noted.decay, "min_decay": 0.0, "optimization_step": noted.updates}
+        config |= {"update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
+    return json.dumps(config, indent=2, sort_keys=True)
+
+
+def save_part(folder: Path, name: str, config: str, tensors: Mapping[str, Tensor]) -> None:
+    """A part as a folder of a pipeline, not atomically."""
+    folder.mkdir()
+    files.write_text(folder / "config.json", config + "\n")
+    stream.write(folder / pipelines.WEIGHTS[name], tensors, {"format": "pt"})
 
 
 def load_training_state(
@@ -214,15 +245,20 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def prune(output: Path, limit: int, kept: int | None = None) -> None:
-    """Delete the oldest checkpoints until `limit` are left, but not that of the step `kept`."""
-    for old in found(output)[:-limit]:
-        if old.step != kept:
+def prune(output: Path, limit: int, last: int, kept: Collection[Path] = ()) -> None:
+    """Delete the oldest checkpoints until `limit` up to step `last` are left, but none of those to be `kept`."""
+    for old in [c for c in found(output) if c.step <= last][:-limit]:
+        if old.path not in kept:
             files.remove(old.path)
 
 
 def sweep(output: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for pattern in (f".{PREFIX}*.tmp", f".{PREFIX}*.old"):
-        for path in output.glob(pattern):
+    """Remove what a killed process left half-written, and put back what it had only set aside."""
+    for path in output.glob(f".{PREFIX}*.tmp"):
+        files.remove(path)
+    for path in output.glob(f".{PREFIX}*.old"):
+        place = path.with_name(path.name[1:].partition(".")[0])
+        if place.exists():
             files.remove(path)
+        else:
+            path.rename(place)

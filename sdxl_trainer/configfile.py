@@ -83,6 +83,7 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
     ),
     ("validation.negative", lambda c: not c.validation.prompts, "validation.prompts is empty"),
     ("text.max_chunks", lambda c: c.text.long_captions == "cut", "text.long_captions is 'cut'"),
+    ("train.checkpoint_mirror", lambda c: c.train.checkpoint_every == 0, "train.checkpoint_every is 0"),
     ("train.checkpoints_limit", lambda c: c.train.checkpoint_every == 0, "train.checkpoint_every is 0"),
 ]
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ from sdxl_trainer.errors import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+T = TypeVar("T")
 _LAUNCHER_NAMES = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 
 
@@ -51,6 +52,29 @@ def precision(wanted: str, say: Callable[[str], None]) -> str:
 
 def _cpu_has_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def leads() -> bool:
+    """Whether this is the first of a run's processes, by what launchers set; known before they have met."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def decided(accelerator: "Accelerator", decide: Callable[[], T]) -> T:
+    """What the main process finds, given to all; what is wrong with it ends all, and is told once."""
+    if accelerator.num_processes == 1:
+        return decide()
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = decide()
+        except UserError as error:
+            found[1] = error
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1] if accelerator.is_main_process else SystemExit(2)
+    return found[0]
 
 
 def make(config: Config, computing: str) -> "Accelerator":

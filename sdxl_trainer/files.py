@@ -113,6 +113,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def forget(path: Path) -> None:
+    """Let the system drop its copy of a synced file, so that it is read from the disk next."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def tree_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by relative path."""
     return {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -89,11 +89,10 @@ def save_pipeline(output: Path, base: Base, sdxl: SDXL, ema: Ema | None, schedul
     for name in set(_COPIED) - sdxl.parts().keys():
         files.write_atomically(output / name, partial(_copy_part, base.part(name), variant=base.variant))
     for name, part in sdxl.parts().items():
-        if ema is None:
-            files.write_atomically(output / name, partial(checkpoint.save_part, name, part))
-        else:
-            files.write_atomically(output / f"{name}_raw", partial(checkpoint.save_part, name, part))
-            files.write_atomically(output / name, partial(checkpoint.save_averaged, name, part, ema, noted=False))
+        for own, averages in {name: None}.items() if ema is None else {f"{name}_raw": None, name: ema}.items():
+            config, tensors = checkpoint.config_text(name, part), checkpoint.weights(name, part, averages)
+            write = partial(checkpoint.save_part, name=name, config=config, tensors=tensors)
+            files.write_atomically(output / own, write)
     (output / "scheduler").mkdir(exist_ok=True)
     files.write_json(output / "scheduler" / "scheduler_config.json", scheduler)
     files.write_json(output / "model_index.json", index)

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sdxl_trainer import checkpoint
-from sdxl_trainer.checkpoint import Checkpoint
+from sdxl_trainer import checkpoint, files, mirror
+from sdxl_trainer.checkpoint import Checkpoint, Damaged
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import cache
 from sdxl_trainer.data.captions import Choice
@@ -53,6 +53,7 @@ def starting_point(
     config: Config, start: Start, output: Path, stock: Stock, order: Plan, say: Callable[[str], None]
 ) -> Begin:
     """Choose the checkpoint, verify it, and refuse to continue another run's."""
+    checkpoint.sweep(output)
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
     pictures = [_identity(p, choice) for p, choice in zip(stock.pictures, stock.choices, strict=True)]
     data_hash = cache.key(pictures, stock.keys.vae, stock.keys.text)
@@ -62,13 +63,14 @@ def starting_point(
         raise UserError("--fresh: this folder already holds a run", str(output), fix)
     if start.mode == "restart" or start.mode == "new":
         return Begin(None, steps, False, data_hash)
-    chosen = _named(output, start, say) if start.mode == "checkpoint" else _newest(output)
+    if not checkpoint.found(output) and not (last and last.get("finished")) and config.train.checkpoint_mirror:
+        mirror.newest(config.train.checkpoint_mirror, output, say)
     if start.mode == "continue" and last and last.get("finished") and last["steps"] >= steps:
         _refuse_another(last["config"], last["data_hash"], config, data_hash, str(output))
-        return Begin(chosen, steps, True, data_hash)
+        return Begin(None, steps, True, data_hash)
+    chosen = _named(output, start, say) if start.mode == "checkpoint" else _newest(output, say)
     if chosen is None:
         return Begin(None, steps, False, data_hash)
-    checkpoint.verify(chosen)
     state = chosen.state()
     if start.mode == "continue":
         _refuse_another(state["config"], state["data"], config, data_hash, str(chosen.path))
@@ -128,16 +130,31 @@ def _last_run(output: Path) -> dict[str, Any] | None:
     return last
 
 
-def _newest(output: Path) -> Checkpoint | None:
-    found = checkpoint.found(output)
-    return found[-1] if found else None
+def _newest(output: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole. Damaged ones after it are set aside, under a name that tells so."""
+    damaged: list[tuple[Checkpoint, Damaged]] = []
+    for candidate in reversed(checkpoint.found(output)):
+        try:
+            checkpoint.verify(candidate)
+        except Damaged as found:
+            damaged.append((candidate, found))
+            continue
+        for bad, error in damaged:
+            aside = bad.path.with_name(f"{bad.path.name}.damaged")
+            files.remove(aside)
+            bad.path.rename(aside)
+            say(f"{bad.path} is not used ({error.what}); it is {aside.name} now")
+        return candidate
+    if damaged:
+        raise damaged[0][1]
+    return None
 
 
 def _named(output: Path, start: Start, say: Callable[[str], None]) -> Checkpoint | None:
     """A checkpoint by `latest`, by its name in the output folder, or by its path."""
     assert start.checkpoint is not None
     if start.checkpoint == "latest":
-        newest = _newest(output)
+        newest = _newest(output, say)
         if newest is None:
             say(f"there is no checkpoint in {output}: a new run begins")
         return newest
@@ -149,7 +166,7 @@ def _named(output: Path, start: Start, say: Callable[[str], None]) -> Checkpoint
                 raise UserError(
                     f"'{path.name}' is not a checkpoint's name", str(path), "name a folder checkpoint-<step>"
                 )
-            return Checkpoint(path, int(number))
+            return checkpoint.verify(Checkpoint(path, int(number)))
     names = [c.path.name for c in checkpoint.found(output)]
     there = f"there are: {shortened(names)}" if names else "there is none yet"
     raise UserError(f"there is no checkpoint '{start.checkpoint}'", str(output), f"name one that exists; {there}")

@@ -22,6 +22,7 @@ from sdxl_trainer.model import SDXL, LatentScale
 from sdxl_trainer.objective import Objective
 from sdxl_trainer.parameters import Group
 from sdxl_trainer.prior import Prior
+from sdxl_trainer.saver import Saver
 from sdxl_trainer.validate import Validator
 
 if TYPE_CHECKING:
@@ -127,10 +128,16 @@ class Job:
     scheduler: dict[str, Any]
     metrics: Metrics
     validation: Metrics  # the measures of the validation loss
+    saver: Saver
     console: Console
     watch: Watch
     output: Path
     data_hash: str
+
+    def sync(self) -> None:
+        """Put the metrics so far on the disk: they have to be there before the checkpoint that follows on them."""
+        self.metrics.sync()
+        self.validation.sync()
 
 
 @dataclass

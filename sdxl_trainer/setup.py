@@ -39,6 +39,7 @@ from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.log import Console, Metrics
 from sdxl_trainer.run import Job, Run, Start, State, Watch
+from sdxl_trainer.saver import Saver
 from sdxl_trainer.validate import Validator
 
 
@@ -65,9 +66,9 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     with watch.phase("reading the data"), accelerator.main_process_first():
         stock = prepare.take_stock(config, base, precision)
     order = prepare.order(config, stock)
-    if accelerator.is_main_process:
-        checkpoint.sweep(output)
-    begin = resume.starting_point(config, start, output, stock, order, console.say)
+    begin = distributed.decided(
+        accelerator, lambda: resume.starting_point(config, start, output, stock, order, console.say)
+    )
     if begin.done:
         console.say(f"already done: {begin.steps} steps, in {output}")
         return None
@@ -232,6 +233,7 @@ def _assemble(
         order=order,
         validator=Validator(config, accelerator, base, samples, scheduler, run.dtype, console.say),
         scheduler=scheduler,
+        saver=Saver(config, output, console.say, accelerator.is_main_process),
         metrics=Metrics(output / "metrics.jsonl", state.step, accelerator.is_main_process),
         validation=Metrics(measures, state.step or -1, accelerator.is_main_process),
         console=console,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import checkpoint, finish, held_out, optim, parameters, setup
+from sdxl_trainer import checkpoint, distributed, finish, held_out, lock, optim, parameters, setup
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch
@@ -70,7 +70,7 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
 
     Raises UserError for what the user can fix and Interrupted after a signal, when everything is saved.
     """
-    with stopping() as stop:
+    with stopping() as stop, lock.held(Path(config.output_dir).expanduser(), distributed.leads()):
         job = setup.prepare_job(config, start)
         if job is None:
             return Path(config.output_dir).expanduser()
@@ -79,8 +79,11 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
             _loop(job, stop)
         finally:
             job.console.end()
-            job.metrics.close()
-            job.validation.close()
+            try:
+                job.saver.close()
+            finally:
+                job.metrics.close()
+                job.validation.close()
         stop.gently = False
         if stop.signal:
             raise Interrupted(stop.signal)
@@ -125,6 +128,7 @@ def _loop(job: Job, stop: Stop) -> None:
         saving = saving or held_out.new_best(job)
         if saving or done or state.step % read_every == 0:
             _read(job)
+            job.saver.check()
         if saving:
             _save(job)
         if stopping or done:
@@ -181,18 +185,12 @@ def _diverged(job: Job, unread: Unread) -> UserError:
 def _save(job: Job) -> None:
     run, state = job.run, job.state
     with job.watch.phase("checkpoints"):
-        if run.accelerator.is_main_process:
-            job.metrics.sync()
-            job.validation.sync()
-            record = {
-                "ema_updates": state.ema.updates if state.ema else 0,
-                "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
-                "config": run.config.model_dump(mode="json"),
-                "data": job.data_hash,
-            }
-            optimizer = run.optimizer.optimizer
-            checkpoint.save(job.output, state.step, run.sdxl, state.ema, optimizer, run.groups, record)
-            if run.config.train.checkpoints_limit:
-                kept = state.best if run.config.validation.keep_best else None
-                checkpoint.prune(job.output, run.config.train.checkpoints_limit, kept)
-        run.accelerator.wait_for_everyone()
+        record = {
+            "ema_updates": state.ema.updates if state.ema else 0,
+            "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
+            "config": run.config.model_dump(mode="json"),
+            "data": job.data_hash,
+        }
+        optimizer = run.optimizer.optimizer
+        contents = checkpoint.contents(state.step, run.sdxl, state.ema, optimizer, run.groups, record)
+        job.saver.save(contents, job.sync, state.best if run.config.validation.keep_best else None)

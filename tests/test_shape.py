@@ -21,7 +21,7 @@ SOURCES = sorted(
 
 # Lower layers first: a module imports only from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "files", "keyed", "config", "chunking"],
+    ["errors", "files", "lock", "keyed", "config", "chunking"],
     [
         "schedule",
         "noise",
@@ -65,8 +65,8 @@ LAYERS = [
     ["pace"],
     ["overview"],
     ["distributed", "sample", "checkpoint", "prior"],
-    ["class_pictures"],
-    ["validate", "publish"],
+    ["class_pictures", "mirror"],
+    ["validate", "publish", "saver"],
     ["run"],
     ["manifest", "resume"],
     ["export"],

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationInfo, field_validator
 
-from sdxl_trainer.config.section import Fraction, Positive, Section, option
+from sdxl_trainer.config.section import Fraction, PathText, Positive, Section, option
 from sdxl_trainer.errors import closest
 
 
@@ -25,6 +25,9 @@ class Train(Section):
     tf32: bool = option(False, "TensorFloat-32 for fp32 matrix products (NVIDIA Ampere and later)")
     checkpoint_every: int = option(500, "steps between checkpoints; 0: none", ge=0)
     checkpoints_limit: Positive | None = option(None, "how many checkpoints to keep; default: all")
+    checkpoint_mirror: PathText | None = option(
+        None, "folder or fsspec address (s3://bucket/run) to which each checkpoint is copied once it is verified"
+    )
     validate_every: Positive | None = option(None, "steps between validation pictures")
     workers: int = option(1, "threads that read cached rows ahead", ge=0, le=16)
 

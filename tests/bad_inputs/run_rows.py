@@ -9,6 +9,7 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
+from sdxl_trainer.formats import stream
 from tests.bad_inputs.place import Bad, Place
 
 SHARD_FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
@@ -46,6 +47,15 @@ def full(place: Place, wanted: str) -> None:
         return save(tensors, path, *arguments, **options)
 
     place.patch.setattr(safetensors.torch, "serialize_file", refusing)
+    write = stream.write
+
+    def refusing_too(path: Path, *arguments: Any, **options: Any) -> str:
+        if wanted in str(path):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, *arguments, **options)
+
+    place.patch.setattr(stream, "write", refusing_too)
 
 
 def full_for_metrics(place: Place) -> None:

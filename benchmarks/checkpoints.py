@@ -1,0 +1,125 @@
+"""How long does a save hold the training up?
+
+The training loop takes steps as usual and saves every few of them. A step's time is from its beginning to the next
+one's, so it holds everything between: the copy of the run, waiting for the writer, what the writer takes from the
+same cores. Of each save the longest of the steps around it (the one it follows and the two after) is set against the
+median of all steps; as a control the same is done with groups of steps that no save was near. A machine that other
+programs use has long steps without any save: only the difference to the control is the save's.
+
+    python benchmarks/checkpoints.py [--size tiny] [--resolution 256] [--batch 4] [--saves 30] [--every 12]
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import toyworld
+from sdxl_trainer import blueprint, setup, train
+from sdxl_trainer.configfile import validated
+from sdxl_trainer.run import CONTINUE, Job, Stop
+
+RESULT = Path(__file__).parent / "results" / "checkpoints.json"
+AROUND = 3  # steps around a save
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="tiny", choices=sorted(blueprint.SIZES))
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--saves", type=int, default=30)
+    parser.add_argument("--every", type=int, default=12)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = {"command": command(options), **measure(Path(folder), options)}
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"step {result['median_seconds']:.3f} s; longest step around a save {result['around_a_save']:.2f} of it "
+        f"(away from saves {result['away']:.2f}); checkpoint {result['checkpoint_bytes'] / 1e6:.0f} MB, "
+        f"written in the foreground {result['foreground_seconds'] / result['median_seconds']:.2f} steps"
+    )
+
+
+def command(options: argparse.Namespace) -> str:
+    given = " ".join(f"--{name} {value}" for name, value in vars(options).items())
+    return f"python benchmarks/checkpoints.py {given}"
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    job = prepare(folder, options)
+    began: list[float] = []
+    step = train.train_step
+
+    def timed(*arguments: Any) -> Any:
+        began.append(time.perf_counter())
+        return step(*arguments)
+
+    train.train_step = timed  # type: ignore[assignment]
+    train._loop(job, Stop())
+    job.saver.close()
+    job.metrics.close()
+    seconds = [after - before for before, after in zip(began, began[1:], strict=False)][options.every :]
+    median = statistics.median(seconds)
+    saves = range(options.every - 1, len(seconds) - AROUND, options.every)  # steps that end with a save
+    away = [at + options.every // 2 for at in saves if at + options.every // 2 + AROUND < len(seconds)]
+    around = [max(seconds[at : at + AROUND]) / median for at in saves]
+    control = [max(seconds[at : at + AROUND]) / median for at in away]
+    [path] = (folder / "run").glob("checkpoint-*")
+    return {
+        "median_seconds": median,
+        "around_a_save": statistics.median(around),
+        "around_a_save_quartiles": statistics.quantiles(around, n=4)[::2],
+        "away": statistics.median(control),
+        "away_quartiles": statistics.quantiles(control, n=4)[::2],
+        "saves": len(around),
+        "checkpoint_bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
+        "foreground_seconds": foreground(job),
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "sdxl-trainer")},
+    }
+
+
+def foreground(job: Job) -> float:
+    """Seconds of a save that the training waits for: the median of five."""
+    taken = []
+    for _ in range(5):
+        before = time.perf_counter()
+        train._save(job)
+        job.saver.wait()
+        taken.append(time.perf_counter() - before)
+    return statistics.median(taken)
+
+
+def prepare(folder: Path, options: argparse.Namespace) -> Job:
+    data = toyworld.write_folder(folder / "pictures", 64, seed=0)
+    captions = [json.loads(line)["text"] for line in (data / "metadata.jsonl").read_text("utf-8").splitlines()]
+    base = blueprint.build(folder / "base", options.size, captions=captions)
+    tree = {
+        "output_dir": str(folder / "run"),
+        "model": {"path": str(base)},
+        "data": [{"path": str(data), "resolution": options.resolution, "max_upscale": 16.0}],
+        "ema": {"enabled": True},
+        "train": {
+            "steps": options.every * (options.saves + 2),
+            "batch_size": options.batch,
+            "checkpoint_every": options.every,
+            "checkpoints_limit": 1,
+        },
+    }
+    job = setup.prepare_job(validated(tree, "benchmark"), CONTINUE)
+    assert job is not None
+    return job
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Checkpoints beside the training: what a step needs is a copy in memory, the rest happens while the next steps run.
+
+One is written at a time; it is read back and verified before an older one may go, and only then copied to a mirror.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from sdxl_trainer import checkpoint, mirror
+from sdxl_trainer.checkpoint import Checkpoint, Contents
+from sdxl_trainer.config import Config
+from sdxl_trainer.errors import UserError
+
+# Seconds after which a thread that computes hands over to one that waits. Python's own 5 ms are paid by every kernel
+# that the training starts while a checkpoint is put together.
+SWITCH_SECONDS = 1e-4
+# Share of the free memory that a copy of the run may take; larger ones are written while the training waits.
+MEMORY_SHARE = 0.5
+
+
+class Saver:
+    """Writes the checkpoints of one run; other processes than the main one only take part in `save`."""
+
+    def __init__(self, config: Config, output: Path, say: Callable[[str], None], main: bool = True) -> None:
+        self._output, self._say, self._main = output, say, main
+        self._limit, self._mirror = config.train.checkpoints_limit, config.train.checkpoint_mirror
+        self._buffers: dict[str, Tensor] = {}
+        self._writer, self._uploader = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "mirror")
+        self._writing: Future[Checkpoint] | None = None
+        self._uploads: dict[Path, Future[None]] = {}
+        self._told_memory = False
+
+    def save(self, contents: Contents, before: Callable[[], None] = lambda: None, best: int | None = None) -> None:
+        """Take a copy of the contents and begin to write it. Waits until the checkpoint before is whole. `before` is
+        done first of all, beside the training too. The checkpoint of the step `best` is kept. UserError if the disk
+        has no room, or if the last one failed."""
+        self.wait()
+        if not self._main:
+            contents.kept(self._joined)
+            return
+        self._refuse_full_disk(contents.bytes)
+        if self._has_memory(contents.bytes):
+            contents = contents.kept(self._kept)
+            self._writing = self._writer.submit(self._write, contents, before, best)
+        else:
+            self._done(self._write(contents, before, best))
+
+    def check(self) -> None:
+        """Raise what went wrong with the checkpoint that is being written, as soon as it did."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is whole and verified; raises what went wrong."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self._done(writing.result())
+
+    def close(self) -> None:
+        """Wait for the last checkpoint and its mirror copy."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            for path in list(self._uploads):
+                self._told(path, wait=True)
+            self._uploader.shutdown()
+
+    def _write(self, contents: Contents, before: Callable[[], None], best: int | None) -> Checkpoint:
+        with _fair():
+            before()
+            made = checkpoint.save(self._output, contents)
+            if self._limit:
+                kept = [path for path, upload in self._uploads.items() if not upload.done()]
+                kept += [self._output / f"{checkpoint.PREFIX}{best}"] if best is not None else []
+                checkpoint.prune(self._output, self._limit, made.step, kept)
+            return made
+
+    def _done(self, made: Checkpoint) -> None:
+        """Send a verified checkpoint to the mirror; an older one that still waits is not needed any more."""
+        if self._mirror is None:
+            return
+        for path, upload in list(self._uploads.items()):
+            upload.cancel()
+            if upload.done():
+                self._told(path)
+        self._uploads[made.path] = self._uploader.submit(mirror.upload, made.path, self._mirror, self._limit)
+
+    def _told(self, path: Path, wait: bool = False) -> None:
+        """Say how an upload went. That one failed stops nothing: the checkpoint itself is on the disk."""
+        upload = self._uploads.pop(path)
+        try:
+            error = upload.exception() if wait or upload.done() else None
+        except CancelledError:
+            error = UserError("the next checkpoint was there before its turn", "", "")
+        if error is not None:
+            what = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self._say(f"{path.name} is not in {self._mirror}: {what}")
+
+    def _refuse_full_disk(self, needed: int) -> None:
+        free = shutil.disk_usage(self._output).free
+        if free < needed:
+            what = f"a checkpoint takes {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free"
+            fix = "free some space (older checkpoints stay until a newer one is verified); the same command continues"
+            raise UserError(what, str(self._output), fix)
+
+    def _has_memory(self, needed: int) -> bool:
+        """Whether a copy of the run fits into memory; buffers of an earlier copy are there already."""
+        if self._buffers or needed < MEMORY_SHARE * psutil.virtual_memory().available:
+            return True
+        if not self._told_memory:
+            self._say(f"a copy of the run takes {needed / 1e9:.1f} GB of memory: checkpoints are written without one")
+            self._told_memory = True
+        return False
+
+    def _kept(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy in host memory, which the next checkpoint uses again: fresh memory costs more than the copy."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            pinned = tensor.device.type == "cuda"
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            self._buffers[name] = buffer
+        return buffer.copy_(tensor)
+
+    def _joined(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+@contextmanager
+def _fair() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
