@@ -10,6 +10,7 @@ programs use has long steps without any save: only the difference to the control
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -67,7 +68,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     train._loop(job, Stop())
     job.saver.close()
     job.metrics.close()
-    seconds = [after - before for before, after in zip(began, began[1:], strict=False)][options.every :]
+    seconds = [after - before for before, after in itertools.pairwise(began)][options.every :]
     median = statistics.median(seconds)
     saves = range(options.every - 1, len(seconds) - AROUND, options.every)  # steps that end with a save
     away = [at + options.every // 2 for at in saves if at + options.every // 2 + AROUND < len(seconds)]
