@@ -16,9 +16,11 @@ import toyworld
 from sdxl_trainer import text
 from sdxl_trainer.blueprint import TextSize
 from sdxl_trainer.configfile import load as load_config
+from sdxl_trainer.demo import BASE
 from sdxl_trainer.formats import folder
 from sdxl_trainer.train import train
 from tests.recipes.loading import RECIPES, recipe
+from toyworld import score
 
 SMALL = {
     "text_encoder": TextSize(16, layers=2, heads=1, intermediate=16, projection=16),
@@ -168,6 +170,14 @@ def test_edits_ask_for_another_colour_and_look_outside_of_the_mask(trained: Path
         assert before.colour != after.colour != scene.background
         assert (before.shape, before.place) == (after.shape, after.place)
         assert np.asarray(edit.mask(scene)).mean() < 64
+
+
+def test_the_reader_is_measured_on_drawings_and_on_what_the_vae_makes_of_them() -> None:
+    found = recipe("world").measured(BASE, 8)
+    assert found["pictures_per_cpu_second"] > 0
+    for kind in ("drawn", "through_the_vae"):
+        assert found[kind]["background"]["rate"] == 1.0
+        assert found[kind]["shape"]["chance"] == score.CHANCE["shape"]
 
 
 def test_curves_are_means_over_rows_that_have_both_values() -> None:
