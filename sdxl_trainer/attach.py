@@ -115,7 +115,8 @@ def load(pipeline: Any, path: Path, name: str) -> None:
     refuse_foreign(header.read(path, AGAIN), path)
     try:
         state, _, _ = pipeline.lora_state_dict(path, unet_config=pipeline.unet.config, return_lora_metadata=True)
-        refuse_unfit({part: getattr(pipeline, part) for part in PARTS}, renamed(state), path)
+        parts = {part: module for part in PARTS if (module := getattr(pipeline, part)) is not None}
+        refuse_unfit(parts, renamed(state), path)
         with quiet():
             pipeline.load_lora_weights(path, adapter_name=name)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:

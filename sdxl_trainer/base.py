@@ -49,6 +49,25 @@ class Base:
             raise UserError("this file is not valid JSON of a config", str(path), "copy the model again")
         return found
 
+    @property
+    def refines(self) -> bool:
+        """Whether it is SDXL's refiner: one text encoder, and an aesthetic score in place of the target size."""
+        return self.config("model_index").get("text_encoder", True) in (None, [None, None])
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether its UNet takes a mask and the masked picture beside the noisy latents."""
+        return self.config("unet").get("in_channels", 4) == 9
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the folders that make up the model."""
+        return tuple(p for p in PARTS if not (self.refines and p in {"text_encoder", "tokenizer"}))
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return tuple(p for p in self.parts if p.startswith("text_encoder"))
+
     def zeros_for_empty(self) -> bool:
         """Whether the pipeline's unconditional embeddings are zeros, and not those of the empty caption."""
         return bool(self.config("model_index").get("force_zeros_for_empty_prompt", True))
@@ -74,7 +93,7 @@ def resolve(options: Model, cache: Path) -> Base:
     vae = _vae_folder(options) if options.vae else folder / "vae"
     base = Base(folder, vae, options.variant)
     random = options.init == "random"
-    for part in PARTS:
+    for part in base.parts:
         if part != "unet" or not random:
             _check_part(base, part)
     if random:
@@ -195,8 +214,8 @@ def _check_shards(index: Path) -> None:
 def _check_fit(base: Base) -> None:
     """Do the parts' configs belong together, and to SDXL base?"""
     unet, vae = base.config("unet"), base.config("vae")
-    where, fix = str(base.part("unet")), "use an SDXL base model, not its refiner, an inpainting model or SD 1 or 2"
-    if unet.get("in_channels", 4) != 4 or unet.get("addition_embed_type") != "text_time":
+    where, fix = str(base.part("unet")), "use SDXL base, its refiner or an inpainting model of it, not SD 1 or 2"
+    if unet.get("in_channels", 4) not in {4, 9} or unet.get("addition_embed_type") != "text_time":
         kind = f"{unet.get('in_channels', 4)} input channels, {unet.get('addition_embed_type')} conditioning"
         raise UserError(f"this UNet is not that of SDXL ({kind})", where, fix)
     names = {"cross_attention_dim": "text", "projection_class_embeddings_input_dim": "conditioning"}
@@ -213,10 +232,11 @@ def _check_fit(base: Base) -> None:
 
 def _given(base: Base, unet: dict[str, Any]) -> dict[str, int]:
     """Widths of what the text encoders give the UNet, by the names of its config; none if their configs are silent."""
-    first, second = base.config("text_encoder"), base.config("text_encoder_2")
+    encoders = [base.config(part) for part in base.encoders]
+    numbers = 5 if base.refines else 6
     try:
-        conditioning = second["projection_dim"] + 6 * unet["addition_time_embed_dim"]
-        context = first["hidden_size"] + second["hidden_size"]
+        conditioning = encoders[-1]["projection_dim"] + numbers * unet["addition_time_embed_dim"]
+        context = sum(config["hidden_size"] for config in encoders)
     except (KeyError, TypeError):
         return {}
     return {"cross_attention_dim": context, "projection_class_embeddings_input_dim": conditioning}

@@ -4,11 +4,12 @@ The configurations are those of SDXL base 1.0 with the sizes replaced: a small p
 the same conditioning and the same files as the real one, and differs from it in numbers alone.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -132,6 +133,7 @@ def build(
     captions: Iterable[str] | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    kind: Literal["base", "inpainting", "refiner"] = "base",
 ) -> Path:
     """Write a complete pipeline with random weights to the folder `target`, and return it.
 
@@ -141,16 +143,22 @@ def build(
     target = Path(target)
     (target / folder.INDEX).unlink(missing_ok=True)
     components = configs(_size(size))
+    components["unet"] |= _kind_changes(kind, _size(size))
+    missing = {"text_encoder", "tokenizer"} if kind == "refiner" else set()
+    for name in missing & components.keys():
+        del components[name]
     if captions is None:
         merges = vocabulary.clip_merges()
     else:
         merges = vocabulary.learn_merges(captions, MERGES_LIMIT)
         last = len(vocabulary.token_ids(merges)) - 1
-        for name in ("text_encoder", "text_encoder_2"):
+        for name in components.keys() & {"text_encoder", "text_encoder_2"}:
             components[name] |= {"vocab_size": last + 1, "bos_token_id": last - 1, "eos_token_id": last}
-    for name in ("text_encoder", "text_encoder_2"):
+    for name in components.keys() & {"text_encoder", "text_encoder_2"}:
         components[name]["torch_dtype"] = str(dtype).removeprefix("torch.")  # what loaders take
     for name in folder.TOKENIZERS:
+        if name in missing:
+            continue
         vocabulary.write(target / name, merges, folder.SHIPPED / name)
     for index, (name, config) in enumerate(components.items()):
         with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
@@ -160,8 +168,33 @@ def build(
         files.write_json(target / name / folder.CONFIGS[name], config)
         del weights
     files.write_json(target / "scheduler" / folder.CONFIGS["scheduler"], folder.read_config("scheduler"))
-    files.write_bytes(target / folder.INDEX, (folder.SHIPPED / folder.INDEX).read_bytes())
+    index = json.loads((folder.SHIPPED / folder.INDEX).read_text(encoding="utf-8"))
+    files.write_json(target / folder.INDEX, index | _INDEX_CHANGES[kind])
     return target
+
+
+# What the pipeline of a refiner or inpainting model says of itself.
+_INDEX_CHANGES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "inpainting": {"_class_name": "StableDiffusionXLInpaintPipeline"},
+    "refiner": {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline",
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
+        "force_zeros_for_empty_prompt": False,
+        "requires_aesthetics_score": True,
+    },
+}
+
+
+def _kind_changes(kind: str, size: Size) -> dict[str, Any]:
+    """What of the UNet's configuration another kind of model changes."""
+    if kind == "inpainting":
+        return {"in_channels": 9}
+    if kind == "refiner":
+        conditioning = size.text_2.projection + 5 * size.unet.time_dim
+        return {"cross_attention_dim": size.text_2.hidden, "projection_class_embeddings_input_dim": conditioning}
+    return {}
 
 
 def _size(size: str | Size) -> Size:

@@ -1,5 +1,6 @@
 """The command `sdxl`. Nothing heavy is imported before it is needed; the only place that catches UserError."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdxl_trainer.errors import Interrupted, UserError
+from sdxl_trainer.sampling.request import SETTINGS
 
 if TYPE_CHECKING:
     from sdxl_trainer.config import Config
@@ -126,34 +128,50 @@ def presets(
     print(known.shown(name) if name else known.listing(), end="")
 
 
-@app.command()
-def sample(
-    model: Annotated[str, typer.Argument(help="diffusers folder, hub id or .safetensors file")],
-    prompt: Annotated[list[str], typer.Option(help="what to draw; may be given several times")],
-    lora: Annotated[
-        list[str] | None, typer.Option(help="adapter FILE or FILE:weight; may be given several times")
-    ] = None,
-    embedding: Annotated[list[str] | None, typer.Option(help="file of new words; may be given several times")] = None,
-    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("samples"),
-    negative: Annotated[str | None, typer.Option(help="what not to draw")] = None,
-    seed: Annotated[int, typer.Option(help="seed of the first picture of each prompt")] = 0,
-    images: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="denoising steps")] = 25,
-    guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance scale")] = 5.0,
-    height: Annotated[int | None, typer.Option(min=8, help="pixels; default: the model's own")] = None,
-    width: Annotated[int | None, typer.Option(min=8, help="pixels; default: the model's own")] = None,
-    emphasis: Annotated[str, typer.Option(help="read (word:1.2) as off, a1111, a1111_no_norm or comfyui")] = "off",
-    long_prompts: Annotated[str, typer.Option(help="chunks of a1111, comfyui or kohya, or cut")] = "a1111",
-    clip_skip: Annotated[int, typer.Option(min=1, help="layer of the text encoders, from the end")] = 2,
-) -> None:
-    """Pictures from a base or trained model."""
+def sample(model: str | None, prompt: list[str] | None, lora: list[str] | None, **given: Any) -> None:
+    """Pictures from a base or trained model: from text, from a picture, under a mask, with a refiner, in grids."""
     from sdxl_trainer import sample as samples
+    from sdxl_trainer.sampling import order, request
 
-    reading = samples.reading(emphasis, long_prompts, clip_skip)
-    settings = {"negative": negative, "steps": steps, "guidance": guidance, "height": height, "width": width}
-    added = lora or (), embedding or ()
-    for path in samples.from_disk(model, prompt, out, images, seed, settings, *added, reading):
+    here = {name: given.pop(name) for name in ("prompts", "like", "images", "x", "y", "out", "batch", "offload")}
+    told = {
+        name: request.value(name, raw, "command line")
+        for name, raw in given.items()
+        if name in request.SETTINGS and raw is not None
+    }
+    told |= {name + "s": tuple(raw) for name, raw in (("lora", lora), ("embedding", given["embedding"])) if raw}
+    made = order.made(model, told, prompt or (), here["prompts"], here["like"], here["images"], (here["x"], here["y"]))
+    for path in samples.run(made, here["out"], here["batch"], here["offload"]):
         print(path)
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its options: every setting of a picture is one."""
+    option, several = typer.Option, list[str] | None
+    rows: list[tuple[str, Any, Any, Any]] = [
+        ("model", str | None, typer.Argument(help="diffusers folder, hub id or .safetensors file"), None),
+        ("prompt", several, option(help="what to draw; may be given several times"), None),
+        ("prompts", Path | None, option(help="file of prompts: .txt, .jsonl or .toml"), None),
+        ("like", Path | None, option(help="draw as this picture was drawn, where nothing else is said"), None),
+        ("lora", several, option(help="adapter FILE or FILE:weight; may be given several times"), None),
+        ("embedding", several, option(help="file of new words; may be given several times"), None),
+        ("out", Path, option(help="folder for the pictures"), Path("samples")),
+        ("images", int, option(min=1, help="pictures per prompt"), 1),
+        ("batch", int, option(min=1, help="pictures drawn at once"), 1),
+        ("x", str | None, option(help="grid: setting=value,value,... (or model, lora, prompt, replace)"), None),
+        ("y", str | None, option(help="grid from top to bottom"), None),
+        ("offload", str | None, option(help="save GPU memory: model, or sequential (slow)"), None),
+    ]
+    for name, setting in SETTINGS.items():
+        rows.append((name, str | None, option(help=setting.words, rich_help_panel=setting.group), None))
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    made = [inspect.Parameter(n, kind, default=d, annotation=Annotated[t, o]) for n, t, o, d in rows]
+    command.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in made}
+    return command
+
+
+app.command()(_with_settings(sample))
 
 
 @app.command()

@@ -28,9 +28,9 @@ class SDXL(nn.Module):
     def __init__(
         self,
         unet: nn.Module,
-        encoders: tuple[nn.Module, nn.Module] | None = None,
+        encoders: tuple[nn.Module | None, nn.Module] | None = None,
         reading: TextOptions = TEXT,
-        frozen: tuple[nn.Module, nn.Module] | None = None,
+        frozen: tuple[nn.Module | None, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.unet = unet
@@ -84,7 +84,10 @@ class SDXL(nn.Module):
         alone = torch.autocast(tokens.device.type, enabled=False) if self.frozen else nullcontext()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen is None), alone:
             states, pooled = text.weighted(encoders, tokens, weights, self.reading)
-        rows = [text.join(s[chunks], self.reading.long_captions) * kept[:, i, None, None] for i, s in enumerate(states)]
+        rows = [
+            text.join(s[chunks], self.reading.long_captions) * kept[:, i, None, None]
+            for (i, _), s in zip(text.present(encoders), states, strict=True)
+        ]
         return torch.cat(rows, dim=-1), pooled[chunks[:, 0]] * kept[:, 1, None]
 
     def parts(self) -> dict[str, Any]:
@@ -159,7 +162,7 @@ def load(
     encoders = text.load_encoders(base, folder, dtype) if text_learns else None
     if checkpointing:
         unet.enable_gradient_checkpointing()
-        for encoder in encoders or ():
+        for _, encoder in text.present(encoders or (None, None)):
             # The old name warns in newer versions of transformers.
             new = getattr(encoder, "activation_checkpointing_enable", None)
             (new or encoder.gradient_checkpointing_enable)()

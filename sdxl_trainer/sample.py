@@ -1,44 +1,26 @@
 """Pictures from a model: during training from the live modules, and from any model on disk."""
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from math import lcm
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from sdxl_trainer import chunking, files, text
-from sdxl_trainer.chunking import Prompt
+from sdxl_trainer import files
 from sdxl_trainer.config import TextOptions
-from sdxl_trainer.errors import UserError, closest
-from sdxl_trainer.formats import pretrained
-from sdxl_trainer.model import TEXT, latent_scale
-from sdxl_trainer.schedule import is_edm
+from sdxl_trainer.log import Console
+from sdxl_trainer.sampling import draw as drawing
+from sdxl_trainer.sampling import grid, metadata, models
+from sdxl_trainer.sampling import order as orders
+from sdxl_trainer.sampling.draw import Embedded, conditions, decoded, draw, latents, live_pipeline
+from sdxl_trainer.sampling.order import Order
+from sdxl_trainer.sampling.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
-# Embeddings [n * 77, 2048] and pooled output [1280] of a prompt.
-Embedded = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture to draw. Its first noise is drawn on the CPU from `seed`, so that any device draws it alike."""
-
-    prompt: str
-    seed: int
-    negative: str | None = None
-    steps: int = 25
-    guidance: float = 5.0
-    height: int = 1024
-    width: int = 1024
+__all__ = ["Embedded", "Request", "conditions", "decoded", "draw", "latents", "live_pipeline"]
 
 
 def scheduler_config(base: dict[str, Any], prediction: str, zero_terminal_snr: bool) -> dict[str, Any]:
@@ -50,105 +32,6 @@ def scheduler_config(base: dict[str, Any], prediction: str, zero_terminal_snr: b
     return config
 
 
-def live_pipeline(unet: Any, vae: Any, scheduler: dict[str, Any]) -> Any:
-    """A pipeline around modules that are in memory; prompts come as embeddings."""
-    from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
-
-    pipeline: Any = StableDiffusionXLPipeline(
-        vae,
-        None,
-        None,
-        None,
-        None,
-        unet,
-        (EDMEulerScheduler if is_edm(scheduler) else EulerDiscreteScheduler).from_config(scheduler),
-        add_watermarker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@torch.no_grad()
-def draw(
-    pipeline: Any, request: Request, autocast: AbstractContextManager[Any] | None = None, **conditions: Tensor
-) -> "Image":
-    """One picture; `conditions` are what `conditions` gives. The VAE decodes in its own type outside of `autocast`:
-    SDXL's original one overflows in fp16."""
-    with autocast or nullcontext():
-        drawn = latents(pipeline, [request], conditions)
-    return decoded(pipeline, drawn)
-
-
-def latents(pipeline: Any, requests: Sequence[Request], conditions: dict[str, Tensor]) -> Tensor:
-    """Latents [n, 4, h, w] of n pictures that differ in their seeds alone, in the UNet's scale."""
-    first = requests[0]
-    return pipeline(
-        output_type="latent",
-        **{name: tensor.repeat_interleave(len(requests), 0) for name, tensor in conditions.items()},
-        num_inference_steps=first.steps,
-        guidance_scale=first.guidance,
-        height=first.height,
-        width=first.width,
-        generator=[torch.Generator("cpu").manual_seed(request.seed) for request in requests],
-    ).images
-
-
-@torch.no_grad()
-def decoded(pipeline: Any, latents: Tensor) -> "Image":
-    """The picture of latents [1, 4, h, w]."""
-    vae = pipeline.vae
-    pixels = vae.decode(latent_scale(vae.config).to(vae.device).undo(latents.float()).to(vae.dtype))[0]
-    return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
-
-
-def conditions(prompt: Embedded, negative: Embedded, zeros: bool) -> dict[str, Tensor]:
-    """What the pipeline takes: both of one length, by repetition, which changes nothing. With `zeros` the negative
-    prompt's are zeros."""
-    length = lcm(len(prompt[0]), len(negative[0]))
-    embeds, other = (states.repeat(length // len(states), 1)[None] for states, _ in (prompt, negative))
-    pooled, other_pooled = prompt[1][None], negative[1][None]
-    return {
-        "prompt_embeds": embeds,
-        "pooled_prompt_embeds": pooled,
-        "negative_prompt_embeds": torch.zeros_like(other) if zeros else other,
-        "negative_pooled_prompt_embeds": torch.zeros_like(other_pooled) if zeros else other_pooled,
-    }
-
-
-def _embedded(pipeline: Any, texts: Sequence[str], reading: TextOptions) -> dict[str, Embedded]:
-    """Texts through a pipeline's text encoders; what is cut off is told."""
-    tokenizers, encoders = ([getattr(pipeline, n) for n in names] for names in (text.TOKENIZERS, text.PARTS))
-    encoding = text.TextEncoders((tokenizers[0], tokenizers[1]), (encoders[0], encoders[1]))
-    # A word of several vectors is as many tokens.
-    whole = [Prompt(pipeline.maybe_convert_prompt(t, tokenizers[0]), emphasis=reading.emphasis != "off") for t in texts]
-    read = text.tokenize(encoding.tokenizers, whole, reading)
-    for cut in text.cuts(encoding.tokenizers, whole, read):
-        print(f"'{cut.prompt.text[:40]}' loses its last {cut.tokens} tokens: {cut.text[:80]}", file=sys.stderr)
-    return dict(zip(texts, text.encode_tokens(encoding, read, reading), strict=True))
-
-
-def reading(emphasis: str, long_prompts: str, clip_skip: int) -> TextOptions:
-    """How prompts given on the command line are read. UserError names what is not known."""
-    for flag, value, known in (
-        ("--emphasis", emphasis, chunking.EMPHASIS),
-        ("--long-prompts", long_prompts, chunking.CUTS),
-    ):
-        if value not in known:
-            raise UserError(f"{flag} {value} is not known", "command line", closest(value, known))
-    chosen = {"emphasis": emphasis, "long_captions": long_prompts, "clip_skip": clip_skip}
-    # kohya's chunks are always as many as may be; for the others all that there can be is no cost.
-    return TextOptions.model_validate(chosen | ({} if long_prompts == "kohya" else {"max_chunks": 12}))
-
-
-def refuse_editing(prompts: Sequence[str], reading: TextOptions) -> None:
-    """Refuse prompts that would change while a picture is drawn: A1111 does that, nothing here does."""
-    for prompt in prompts if reading.emphasis.startswith("a1111") else ():
-        found = chunking.editing(prompt)
-        if found:
-            what = f"'{found}' changes the prompt while the picture is drawn: that is not done here"
-            raise UserError(what, f"prompt '{prompt[:40]}'", "write one prompt for each; a literal bracket is \\[")
-
-
 def from_disk(
     model: str,
     prompts: Sequence[str],
@@ -158,52 +41,105 @@ def from_disk(
     settings: dict[str, Any],
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
-    reading: TextOptions = TEXT,
+    reading: TextOptions | None = None,
 ) -> Iterator[Path]:
     """Draw pictures with a model on disk or on the hub and save them with their settings in samples.jsonl."""
-    from diffusers import StableDiffusionXLPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+    given = {key: value for key, value in settings.items() if value is not None}
+    given |= {"seed": seed, "loras": tuple(loras), "embeddings": tuple(embeddings)}
+    given |= read_as(reading) if reading else {}
+    return run(orders.made(model, given, prompts, images=images), out)
 
-    from sdxl_trainer import attach, distributed, tokens
-    from sdxl_trainer.base import resolve, weights_file
-    from sdxl_trainer.config import Model
-    from sdxl_trainer.data.encode import DTYPES
 
-    refuse_editing([*prompts, settings["negative"] or ""], reading)
-    base = resolve(Model(path=model), Path.home() / ".cache" / "sdxl-trainer")
-    device, dtype = distributed.device_type(), DTYPES[distributed.precision("auto", print)]
-    side = base.config("unet").get("sample_size", 128) * 8
-    settings = {**settings, "height": settings["height"] or side, "width": settings["width"] or side}
-    for name in ("height", "width"):
-        below = settings[name] // 8 * 8
-        if settings[name] != below:
-            what = f"--{name} {settings[name]} is not a multiple of 8"
-            raise UserError(what, "command line", f"give {below} or {below + 8}")
+def read_as(reading: TextOptions) -> dict[str, Any]:
+    """How prompts are read, as settings of a request."""
+    told = {"emphasis": reading.emphasis, "long_prompts": reading.long_captions, "clip_skip": reading.clip_skip}
+    return told
+
+
+def run(order: Order, out: Path, batch: int = 1, offload: str | None = None) -> Iterator[Path]:
+    """Draw an order, save its pictures with what they were made of, and its grids; gives the paths as they come."""
     with files.explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    with pretrained.explained(base.folder):
-        pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
-            base.folder,
-            variant=weights_file(base, "unet"),
-            dtype={"vae": torch.float32, "default": dtype},
-            use_safetensors=True,
-            add_watermarker=False,
-        ).to(device)
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        pretrained.refuse_broken(getattr(pipeline, name), base.part(name))
-    attach.attach(pipeline, loras)
-    tokens.attach(pipeline, embeddings)
-    text.refuse_clip_skip(base, reading)
-    embedded = _embedded(pipeline, [*prompts, settings["negative"] or ""], reading)
-    zeros = settings["negative"] is None and base.zeros_for_empty()
-    for name, request in requests(prompts, images, seed, **settings):
-        both = embedded[request.prompt], embedded[request.negative or ""]
-        save(draw(pipeline, request, None, **conditions(*both, zeros)), out / name)
-        record(out, [note(request, name, 0, " + ".join([model, *loras, *embeddings]))])
+    known: dict[str, str] = {}
+    for name, request, image in drawn(order.pictures, batch, offload):
+        save(image, out / name, request, known)
+        weights = " + ".join([request.model, *request.loras, *request.embeddings])
+        record(out, [note(request, name, 0, weights)])
         yield out / name
+    for name, cells in order.grids():
+        save(grid.sheet([[_opened(out / cell) for cell in row] for row in cells], order.x, order.y), out / name)
+        yield out / name
+
+
+def _opened(path: Path) -> "Image":
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def drawn(
+    named: Sequence[tuple[str, Request]], batch: int = 1, offload: str | None = None
+) -> Iterator[tuple[str, Request, "Image"]]:
+    """Draw pictures, those of one model together, with a progress bar; gives them as they come."""
+    kept: dict[str, models.Loaded] = {}
+    console, done = Console(), 0
+    total = sum(drawing.steps_taken(request) for _, request in named)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if done < total:  # samplers of second order take more steps than they are asked for
+            console.progress(done, total, "denoising")
+
+    # A model is loaded once, wherever it stands in a grid.
+    order = {model: i for i, model in enumerate(dict.fromkeys(request.model for _, request in named))}
+    try:
+        for alike in _batches(sorted(named, key=lambda item: order[item[1].model]), batch):
+            requests = [request for _, request in alike]
+            loaded = _dressed(kept, requests[0], offload)
+            refiner = _loaded(kept, requests[0].refiner, offload) if requests[0].refiner else None
+            both = [_model(one, requests) if one else None for one in (loaded, refiner)]
+            assert both[0] is not None
+            pictures = drawing.paint(both[0], requests, both[1], step)
+            yield from ((name, request, image) for (name, request), image in zip(alike, pictures, strict=True))
+    finally:
+        console.end()
+
+
+def _batches(named: Sequence[tuple[str, Request]], size: int) -> Iterator[list[tuple[str, Request]]]:
+    """Pictures that may be drawn together: all but their prompts and seeds is alike."""
+
+    def alike(item: tuple[str, Request]) -> Request:
+        return replace(item[1], prompt="", prompt_2=None, negative=None, negative_2=None, seed=0)
+
+    for _, group in groupby(named, alike):
+        members = list(group)
+        yield from (members[i : i + size] for i in range(0, len(members), size))
+
+
+def _dressed(kept: dict[str, models.Loaded], request: Request, offload: str | None) -> models.Loaded:
+    """The request's model with its adapters and words; any other model but refiners is let go."""
+    for name in [name for name, one in kept.items() if name != request.model and not one.base.refines]:
+        del kept[name]
+    loaded = _loaded(kept, request.model, offload)
+    if not models.dress(loaded, request.loras, request.embeddings):
+        del kept[request.model], loaded
+        loaded = _loaded(kept, request.model, offload)
+        models.dress(loaded, request.loras, request.embeddings)
+    return loaded
+
+
+def _loaded(kept: dict[str, models.Loaded], name: str | None, offload: str | None) -> models.Loaded:
+    assert name is not None
+    if name not in kept:
+        kept[name] = models.load(name, offload)
+    return kept[name]
+
+
+def _model(loaded: models.Loaded, requests: Sequence[Request]) -> drawing.Model:
+    rows = [models.conditions(loaded, request) for request in requests]
+    return drawing.Model(loaded.pipeline, loaded.scheduler, drawing.together(rows))
 
 
 def requests(prompts: Sequence[str], images: int, seed: int, **settings: Any) -> Iterator[tuple[str, Request]]:
@@ -213,8 +149,12 @@ def requests(prompts: Sequence[str], images: int, seed: int, **settings: Any) ->
             yield f"{number}-{image}.png", Request(prompt, seed + image, **settings)
 
 
-def save(image: "Image", path: Path) -> None:
-    files.write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
+def save(image: "Image", path: Path, request: Request | None = None, known: dict[str, str] | None = None) -> None:
+    """Write a PNG, with what it was made of where that is given; `known` keeps hashes of files between pictures."""
+    told: dict[str, Any] = {}
+    if request is not None:
+        told["pnginfo"] = metadata.info(request, metadata.hashes(request, {} if known is None else known))
+    files.write_atomically(path, lambda temporary: image.save(temporary, format="PNG", **told))
 
 
 def record(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -228,4 +168,4 @@ def record(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def note(request: Request, file: str, step: int, weights: str) -> dict[str, Any]:
     """A line of samples.jsonl."""
-    return {"step": step, "file": file, "weights": weights, **asdict(request)}
+    return {"step": step, "file": file, "weights": weights, **request.told()}

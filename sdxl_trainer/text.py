@@ -21,18 +21,21 @@ TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 @dataclass(frozen=True)
 class TextEncoders:
-    """CLIP-L and OpenCLIP bigG with their tokenizers, in this order."""
+    """CLIP-L and OpenCLIP bigG with their tokenizers, in this order. For the refiner, which has no first encoder, the
+    second tokenizer stands twice."""
 
     tokenizers: tuple[Any, Any]
-    encoders: tuple[torch.nn.Module, torch.nn.Module]
+    encoders: tuple[torch.nn.Module | None, torch.nn.Module]
 
 
 def empty_encoders(base: Base) -> tuple[Any, Any]:
     """Both encoders with whatever weights their classes begin with (none on the meta device)."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    first, second = (CLIPTextConfig.from_dict(base.config(part)) for part in PARTS)
-    return CLIPTextModel(first), CLIPTextModelWithProjection(second)
+    made = []
+    for part, kind in zip(PARTS, (CLIPTextModel, CLIPTextModelWithProjection), strict=True):
+        made.append(kind(CLIPTextConfig.from_dict(base.config(part))) if part in base.encoders else None)
+    return made[0], made[1]
 
 
 def tokenizers(base: Base) -> tuple[Any, Any]:
@@ -40,15 +43,17 @@ def tokenizers(base: Base) -> tuple[Any, Any]:
     from transformers import CLIPTokenizer
 
     found = []
-    for part in TOKENIZERS:
+    for part in TOKENIZERS if not base.refines else TOKENIZERS[1:]:
         with pretrained.explained(base.part(part)):
             found.append(CLIPTokenizer.from_pretrained(base.part(part)))
-    return found[0], found[1]
+    return found[0], found[-1]
 
 
 def load(base: Base, dtype: torch.dtype, device: torch.device) -> TextEncoders:
     """Both encoders with their tokenizers, frozen, in evaluation mode."""
-    first, second = (encoder.to(device).eval().requires_grad_(False) for encoder in load_encoders(base, None, dtype))
+    first, second = load_encoders(base, None, dtype)
+    for _, encoder in present((first, second)):
+        encoder.to(device).eval().requires_grad_(False)
     return TextEncoders(tokenizers(base), (first, second))
 
 
@@ -58,8 +63,11 @@ def load_encoders(base: Base, folder: Path | None, dtype: torch.dtype) -> tuple[
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    encoders = []
+    encoders: list[Any] = []
     for part, model in zip(PARTS, (CLIPTextModel, CLIPTextModelWithProjection), strict=True):
+        if part not in base.encoders:
+            encoders.append(None)
+            continue
         path, variant = (folder / part, None) if folder else (base.part(part), weights_file(base, part))
         encoders.append(pretrained.load(model, path, variant, dtype=dtype, ignore_mismatched_sizes=True))
     return encoders[0], encoders[1]
@@ -147,8 +155,13 @@ def embed(encoders: tuple[Any, Any], ids: Tensor, clip_skip: int = 2) -> tuple[l
     end-of-text state of the second (Podell et al. 2023, section 2.1). `clip_skip` counts layers from the end, as the
     user interfaces do: 2 is the one before the last. It has nothing to do with the pooled output.
     """
-    outputs = [encoder(ids[:, i], output_hidden_states=True) for i, encoder in enumerate(encoders)]
-    return [output.hidden_states[-clip_skip] for output in outputs], outputs[1][0]
+    outputs = [encoder(ids[:, i], output_hidden_states=True) for i, encoder in present(encoders)]
+    return [output.hidden_states[-clip_skip] for output in outputs], outputs[-1][0]
+
+
+def present(encoders: tuple[Any, Any]) -> list[tuple[int, Any]]:
+    """The encoders that there are, with their numbers: SDXL's refiner has only the second."""
+    return [(number, encoder) for number, encoder in enumerate(encoders) if encoder is not None]
 
 
 def weigh(states: Tensor, weights: Tensor, emphasis: str, empty: Tensor) -> Tensor:
@@ -182,7 +195,8 @@ def weighted(
     states, pooled = embed(encoders, ids, options.clip_skip)
     if weights is None:
         return states, pooled
-    return [weigh(s, weights[:, i], options.emphasis, s[:1]) for i, s in enumerate(states)], pooled
+    numbered = zip(present(encoders), states, strict=True)
+    return [weigh(s, weights[:, i], options.emphasis, s[:1]) for (i, _), s in numbered], pooled
 
 
 @torch.no_grad()
@@ -193,7 +207,7 @@ def encode(text: TextEncoders, prompts: Sequence[Prompt], options: TextOptions) 
 
 @torch.no_grad()
 def encode_tokens(text: TextEncoders, tokens: Sequence[Tokens], options: TextOptions) -> list[tuple[Tensor, Tensor]]:
-    device = next(text.encoders[0].parameters()).device
+    device = next(text.encoders[1].parameters()).device
     empty = tokenize(text.tokenizers, [Prompt("")], options)[0].ids[:1]
     heavy = any(found.weights is not None for found in tokens)
     ids = torch.cat([empty, *(found.ids for found in tokens)] if heavy else [found.ids for found in tokens])
@@ -215,7 +229,7 @@ def factors(tokens: Tokens) -> Tensor:
 
 def refuse_clip_skip(base: Base, options: TextOptions) -> None:
     """Refuse a layer that the encoders do not have."""
-    layers = min(base.config(part)["num_hidden_layers"] for part in PARTS)
+    layers = min(base.config(part)["num_hidden_layers"] for part in base.encoders)
     if options.clip_skip > layers:
         what = f"text.clip_skip = {options.clip_skip}, and a text encoder has {layers} layers"
         raise UserError(what, "text.clip_skip", f"give 1 to {layers}; SDXL was trained with 2")
@@ -231,7 +245,7 @@ def parameter_names(base: Base) -> list[str]:
         "layer_norm2",
     ]
     names = []
-    for part in PARTS:
+    for part in base.encoders:
         layers = [f"encoder.layers.{i}.{m}" for i in range(base.config(part)["num_hidden_layers"]) for m in layer]
         modules = [f"{m}.{kind}" for m in [*layers, "final_layer_norm"] for kind in ("weight", "bias")]
         modules += ["embeddings.token_embedding.weight", "embeddings.position_embedding.weight"]

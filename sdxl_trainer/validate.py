@@ -52,11 +52,12 @@ class Validator:
         folder = Path(self.config.output_dir).expanduser() / "samples"
         pipeline, training = self._pipeline(sdxl.unet), sdxl.training
         sdxl.eval()
+        known: dict[str, str] = {}
         named = list(sample.requests(options.prompts, options.images, self._seed(), **self._settings()))
         for name, request in named[accelerator.process_index :: accelerator.num_processes]:
             with torch.no_grad():
                 image = sample.draw(pipeline, request, accelerator.autocast(), **self._conditions(request, sdxl))
-            sample.save(image, folder / f"step-{step:06}" / name)
+            sample.save(image, folder / f"step-{step:06}" / name, request, known)
         sdxl.train(training)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -87,7 +88,17 @@ class Validator:
             "guidance": options.guidance,
             "height": options.height or height,
             "width": options.width or width,
+            **sample.read_as(self.config.text),
+            **self._result(),
         }
+
+    def _result(self) -> dict[str, Any]:
+        """What the pictures will have been drawn with when the run is done, for those who want more of them."""
+        output = str(Path(self.config.output_dir).expanduser())
+        if not (self.config.adapter or self.config.token):
+            return {"model": output}
+        added = {"loras": (output,)} if self.config.adapter else {}
+        return {"model": self.config.model.path, **added, **({"embeddings": (output,)} if self.config.token else {})}
 
     def _conditions(self, request: sample.Request, sdxl: SDXL) -> dict[str, Tensor]:
         reading = self.config.text

@@ -64,7 +64,7 @@ LAYERS = [
     ],
     ["pace"],
     ["overview"],
-    ["distributed", "sample", "checkpoint", "prior"],
+    ["distributed", "sample", "sampling", "checkpoint", "prior"],
     ["class_pictures", "mirror"],
     ["validate", "publish", "saver"],
     ["run"],
