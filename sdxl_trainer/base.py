@@ -222,7 +222,8 @@ def _check_fit(base: Base) -> None:
     for option, wanted in _given(base, unet).items():
         name, given = names[option], unet.get(option)
         if isinstance(given, int) and given != wanted:
-            what = f"this UNet is not that of SDXL base: it takes {name} of width {given}, and is given {wanted}"
+            kind = "SDXL's refiner" if base.refines else "SDXL base"
+            what = f"this UNet is not that of {kind}: it takes {name} of width {given}, and is given {wanted}"
             raise UserError(what, where, fix)
     kind, channels = vae.get("_class_name", "AutoencoderKL"), vae.get("latent_channels", 4)
     if kind != "AutoencoderKL" or channels != 4:

@@ -123,6 +123,9 @@ def fill(config: Config, base: Base, stock: Stock, accelerator: Any, console: Co
 
 def _refuse_early(config: Config, base: Base, stock: Stock, device: torch.device) -> None:
     """What could only fail after the encoding, which may take hours, is looked at before it."""
+    if base.refines or base.inpaints:
+        what = f"{'a refiner' if base.refines else 'an inpainting model'} is not trained here"
+        raise UserError(what, str(base.part("unet")), "use an SDXL base model")
     noise_schedule(config, base)
     optim.refuse(config.optimizer, config.train, device)
     if stock.missing_latents() or stock.missing_texts():

@@ -236,7 +236,7 @@ ROWS = [
         make=lambda p: (p.edit("base/unet/config.json", down_block_types=["Nonsense"] * 3), p.set("output_dir", "new")),
     ),
     Bad("Stable Diffusion 1.5", "StableDiffusionPipeline", "SDXL", make=stable_diffusion_1),
-    Bad("SDXL refiner", "StableDiffusionXLImg2ImgPipeline|refiner", "base", make=refiner),
+    Bad("SDXL refiner with the base's UNet", "not that of SDXL's refiner", "base", "unet", make=refiner),
     Bad(
         "UNet of SD 1.5",
         "not that of SDXL",
@@ -254,9 +254,9 @@ ROWS = [
         ),
     ),
     Bad(
-        "inpainting UNet",
-        "9 input channels",
-        "SDXL base",
+        "UNet of 9 channels that is none",
+        "is not trained here|conv_in|channels",
+        "SDXL base|copy",
         "unet",
         make=lambda p: p.edit("base/unet/config.json", in_channels=9),
     ),
