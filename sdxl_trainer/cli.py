@@ -135,7 +135,7 @@ def sample(model: str | None, prompt: list[str] | None, lora: list[str] | None, 
 
     here = {name: given.pop(name) for name in ("prompts", "like", "images", "x", "y", "out", "batch", "offload")}
     told = {
-        name: request.value(name, raw, "command line")
+        name: request.value(name, raw, request.COMMAND)
         for name, raw in given.items()
         if name in request.SETTINGS and raw is not None
     }

@@ -161,6 +161,7 @@ ALIASES = {
     "crops_coords_top_left": "crop",
     "negative_crops_coords_top_left": "negative_crop",
 }
+COMMAND = "sdxl sample"
 # Keys that are no single value: a list of files.
 LISTS = {"loras": "lora", "lora": "lora", "embeddings": "embedding", "embedding": "embedding"}
 
@@ -174,6 +175,9 @@ def value(name: str, raw: Any, where: str) -> Any:
     try:
         return setting.read(text)
     except ValueError:
+        if where == COMMAND:
+            what = f"'{raw}' for '--{name.replace('_', '-')}' is not {setting.wanted}"
+            raise UserError(what, where, f"give {setting.wanted}; see: sdxl sample --help") from None
         raise UserError(f"{name} = '{raw}' is not {setting.wanted}", where, f"give {setting.wanted}") from None
 
 

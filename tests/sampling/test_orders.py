@@ -191,4 +191,4 @@ def test_the_command(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "there is no prompt" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", [*argv, "--guidance", "lots"])
     assert cli.guarded(cli.command) == 2
-    assert "guidance = 'lots' is not a number from 0" in capsys.readouterr().err
+    assert "'lots' for '--guidance' is not a number from 0" in capsys.readouterr().err
