@@ -77,6 +77,13 @@ def decided(accelerator: "Accelerator", decide: Callable[[], T]) -> T:
     return found[0]
 
 
+def gathered(rows: list[Any]) -> list[Any]:
+    """The rows of all processes, in the order of these."""
+    from accelerate.utils import gather_object
+
+    return gather_object(rows)
+
+
 def make(config: Config, computing: str) -> "Accelerator":
     """accelerate's handle on devices and processes. Micro-batches are our own, so it accumulates nothing."""
     from accelerate import Accelerator

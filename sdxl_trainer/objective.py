@@ -66,6 +66,11 @@ def p2(snr: Tensor, options: Options) -> Tensor:
     return snr / (1.0 + snr) ** options.p2_gamma
 
 
+def edm_style(snr: Tensor, options: Options) -> Tensor:
+    """1 / sigma^2 at the noise level sigma over a signal of 1, which is SNR (the reference's EDM-style training)."""
+    return snr
+
+
 # Weight on the squared x_0 error as a function of SNR; the first three make it the plain error of that prediction.
 WEIGHTS: dict[str, Callable[[Tensor, Options], Tensor]] = {
     "sample": lambda snr, options: torch.ones_like(snr),
@@ -75,6 +80,7 @@ WEIGHTS: dict[str, Callable[[Tensor, Options], Tensor]] = {
     "soft_min_snr": soft_min_snr,
     "debiased": debiased,
     "p2": p2,
+    "edm": edm_style,
 }
 
 # Loss of errors [B, C, h, w] with deltas [B, 1, 1, 1]; all are the square where the error is small.
@@ -111,6 +117,8 @@ class Objective:
         the reference's script has it."""
         if self.options.weighting == "prediction":
             return None
+        if self.options.weighting == "edm" and self.schedule.levels is not None:
+            return "sample"
         by_default = None if self.schedule.levels is None else "sample"
         return self.options.weighting or ("min_snr" if self.options.snr_gamma else by_default)
 

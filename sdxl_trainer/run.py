@@ -71,6 +71,7 @@ class Unread:
     loss: Tensor
     norm: Tensor
     names: list[str]
+    each: Tensor  # [n] losses of this process's n samples, by name
 
 
 @dataclass
@@ -81,6 +82,7 @@ class State:
     step: int
     ema: Ema | None
     broken: Tensor
+    each: list[Tensor] = field(default_factory=list)  # losses [B] of the micro-batches of the step
     unread: list[Unread] = field(default_factory=list)
     measures: list[tuple[int, float]] = field(default_factory=list)  # validation losses by step
 

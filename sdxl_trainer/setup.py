@@ -192,7 +192,7 @@ def _refuse_other_base(config: Config, scheduler: dict[str, Any], prediction: st
 
 def _refuse_with_edm(config: Config, prediction: str) -> None:
     weighting = config.objective.weighting or ("min_snr" if config.objective.snr_gamma else "sample")
-    if weighting not in {"prediction", "sample"}:
+    if weighting not in {"prediction", "sample", "edm"}:
         what = f"the weighting {weighting} with a base of EDM, for whose noise levels it is not defined"
         raise UserError(what, "objective.weighting", 'choose "sample" or "prediction" (Karras et al. 2022)')
     if prediction == "sample":

@@ -23,6 +23,7 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
     Gives this process's part of the mean loss, the gradient norm, and the learning rate; no sync with the device.
     """
     accelerator, total = run.accelerator, torch.zeros((), device=run.accelerator.device)
+    state.each.clear()
     for number, batch in enumerate(batches):
         batch = batch.to(accelerator.device, run.dtype)
         last = number == len(batches) - 1
@@ -33,6 +34,7 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
             kept = run.prior(batch, noisy.to(run.dtype), level, accelerator.autocast) if run.prior else None
             prediction = run.model(noisy.to(run.dtype), level, batch.time_ids, **batch.text)
             loss = run.objective.loss(prediction, latents, batch.noise, batch.timesteps, batch.mask, kept)  # [B]
+            state.each.append(loss.detach())
             loss = (loss * batch.weight).sum() / images
             # Processes average their gradients; the loss is already divided by the images of all of them.
             accelerator.backward(loss * accelerator.num_processes)
@@ -118,10 +120,13 @@ def _loop(job: Job, stop: Stop) -> None:
     job.watch.lap()
     for epoch, images, micro_batches in batches:
         loss, norm, rate = train_step(run, state, micro_batches, images)
-        names = [name for batch in micro_batches for name in batch.names]
+        # A sample that fills up a process's share has no weight, and no name.
+        weights = [weight for batch in micro_batches for weight in batch.weight.tolist()]
+        whole = [name for batch in micro_batches for name in batch.names]
+        names = [name if weight else "" for name, weight in zip(whole, weights, strict=True)]
         row = {"step": state.step, "epoch": epoch, "learning_rate": rate, "images": images}
         row |= held_out.measured(job)
-        state.unread.append(Unread(row, loss, norm, names))
+        state.unread.append(Unread(row, loss, norm, names, torch.cat(state.each)))
         done = state.step == run.steps or held_out.enough(job)
         stopping = _agreed(accelerator, stop) if state.step % read_every == 0 or done else False
         saving = stopping or (config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0)
@@ -159,12 +164,17 @@ def _read(job: Job) -> None:
             job.metrics.write(rows)
             raise _diverged(job, unread)
         row = {**unread.row, "loss": loss, "grad_norm": norm if math.isfinite(norm) else None}
+        if job.run.config.log.pictures:
+            own = [[name, found] for name, found in zip(unread.names, unread.each.tolist(), strict=True) if name]
+            row["pictures"] = distributed.gathered(own)
         rows.append(row | {"samples_per_second": unread.row["images"] / seconds})
     state.unread.clear()
     if accelerator.is_main_process:
         job.metrics.write(rows)
         for row in rows if accelerator.trackers else []:
-            accelerator.log({k: v for k, v in row.items() if k not in {"step", "images"}}, step=row["step"])
+            told = {k: v for k, v in row.items() if k not in {"step", "images", "pictures"}}
+            told |= {f"loss_for_{Path(name).name}": found for name, found in row.get("pictures", [])}
+            accelerator.log(told, step=row["step"])
     last = rows[-1]
     rate = f"{last['samples_per_second']:.3g} images/s"
     job.console.progress(
@@ -179,7 +189,9 @@ def _diverged(job: Job, unread: Unread) -> UserError:
         return UserError(what, job.run.config.model.path, "use an undamaged base or an earlier checkpoint")
     what = f"the loss or gradient of step {unread.row['step']} is not finite; the weights were not touched"
     fix = "look at these pictures and captions; a lower train.learning_rate or precision fp32 may help"
-    return UserError(what, shortened(unread.names), fix)
+    losses = zip(unread.names, unread.each.tolist(), strict=True)
+    broken = [name for name, loss in losses if name and not math.isfinite(loss)]
+    return UserError(what, shortened(broken or [name for name in unread.names if name]), fix)
 
 
 def _save(job: Job) -> None:

@@ -6,11 +6,19 @@ from typing import Any
 
 from sdxl_trainer.config import Config
 
+FULL, LORA, DREAMBOOTH = ALL = (
+    "train_text_to_image_sdxl",
+    "train_text_to_image_lora_sdxl",
+    "train_dreambooth_lora_sdxl",
+)
+
 
 @dataclass(frozen=True)
 class Case:
-    """One command: the config it became, its flags, which of them were given, and the number of processes."""
+    """One command: its script, the config it became, its flags, which of them were given, and the number of
+    processes."""
 
+    script: str
     config: Config
     flags: dict[str, Any]
     given: frozenset[str]
@@ -19,11 +27,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Difference:
-    """A defect of the reference by its name in docs/compat.md, when it would matter, and what happens here."""
+    """A defect of the reference by its name in docs/compat.md, when it would matter, what happens here, and the scripts
+    that have it."""
 
     name: str
     applies: Callable[[Case], bool]
     line: str
+    scripts: tuple[str, ...] = ALL
 
 
 def _has_prompts(case: Case) -> bool:
@@ -33,6 +43,19 @@ def _has_prompts(case: Case) -> bool:
 def _drawn_anew(case: Case) -> bool:
     data = case.config.data[0]
     return data.crop == "random" or data.flip or data.caption_dropout > 0
+
+
+def _sixteen_bits(case: Case) -> bool:
+    return case.config.train.precision != "fp32"
+
+
+def _has_class(case: Case) -> bool:
+    return bool(case.flags["with_prior_preservation"])
+
+
+def _switches(case: Case) -> bool:
+    """Whether a flag that takes yes or no is given as no."""
+    return any(case.flags[name] is False for name in case.given if name.startswith("prodigy_"))
 
 
 def _accumulates(case: Case) -> bool:
@@ -54,6 +77,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         "D1",
         lambda case: case.config.data[0].crop == "random",
         "each picture is trained with the coordinates of the crop that was encoded; the script pairs it with others",
+        (FULL,),
     ),
     Difference(
         "D4",
@@ -61,19 +85,34 @@ DIFFERENCES: tuple[Difference, ...] = (
         "every picture has noise and a timestep of its own; in the script all processes share theirs",
     ),
     Difference(
+        "D5",
+        _sixteen_bits,
+        "noise is added in fp32; the script rounds it to 16 bits, which leaves none at the first timesteps",
+        (LORA, DREAMBOOTH),
+    ),
+    Difference(
+        "D6",
+        lambda case: case.config.train.precision == "bf16",
+        "the LoRA is kept and trained in fp32; the script keeps it in bf16",
+        (LORA, DREAMBOOTH),
+    ),
+    Difference(
         "D7",
         lambda case: case.config.data[0].caption_dropout > 0,
         "a left-out caption becomes what the model's own pipeline takes for no prompt; the script encodes ''",
+        (FULL,),
     ),
     Difference(
         "D8",
         _drawn_anew,
         "random crops, flips, captions and left-out captions change from epoch to epoch; the script draws them once",
+        (FULL, DREAMBOOTH),
     ),
     Difference(
         "D9",
         _accumulates,
         "warm-up and decay of the learning rate count optimizer steps; the script counts accumulation and processes in",
+        (FULL, LORA),
     ),
     Difference(
         "D10",
@@ -84,15 +123,29 @@ DIFFERENCES: tuple[Difference, ...] = (
         "D13",
         lambda case: case.config.objective.prediction == "sample",
         "prediction type sample learns the picture; the script subtracts the noise from the prediction first",
+        (FULL,),
     ),
     Difference(
         "D14",
         lambda case: case.config.timesteps.bias == "range",
         "--timestep_bias_end is the timestep after the last, as the script computes it, not as its help says",
+        (FULL,),
+    ),
+    Difference(
+        "D15",
+        lambda case: _has_class(case) and case.config.objective.snr_gamma is not None,
+        "--snr_gamma weights class pictures too, each by its own timestep; the script mixes the weights up, or stops",
+        (DREAMBOOTH,),
+    ),
+    Difference(
+        "D16",
+        lambda case: case.config.objective.snr_gamma is not None,
+        "for a base of v the weight is min(SNR, gamma) / (SNR + 1); the script takes min(SNR, gamma) / SNR + 1",
+        (DREAMBOOTH,),
     ),
     Difference(
         "D18",
-        lambda case: case.config.train.precision != "fp32",
+        _sixteen_bits,
         "picture sizes and crop corners stay whole numbers; the script rounds them to 16 bits",
     ),
     Difference(
@@ -100,11 +153,32 @@ DIFFERENCES: tuple[Difference, ...] = (
         _has_prompts,
         "validation draws with the live weights, each picture with a seed of its own; the script reloads the pipeline",
     ),
-    Difference("D31", _other_columns, "columns of any name work; the script fails unless they are image and text"),
+    Difference(
+        "D31", _other_columns, "columns of any name work; the script fails unless they are image and text", (FULL,)
+    ),
+    Difference(
+        "D26",
+        _has_class,
+        "class pictures are trained with their own sizes and crops; the script tells the model those of the subject's",
+        (DREAMBOOTH,),
+    ),
+    Difference(
+        "D27",
+        _switches,
+        "a flag of prodigy given as false is off; the script takes any word for true",
+        (DREAMBOOTH,),
+    ),
+    Difference(
+        "D28",
+        lambda case: bool(case.flags["output_kohya_format"]),
+        "the second file has the true alpha, and DoRA's magnitudes where readers look for them; the script's has not",
+        (DREAMBOOTH,),
+    ),
     Difference(
         "D32",
         lambda case: case.config.ema.enabled,
         "the averaged and the raw weights are both kept; the script discards the raw ones at the end",
+        (FULL,),
     ),
     Difference(
         "D35",
@@ -121,4 +195,6 @@ DIFFERENCES: tuple[Difference, ...] = (
 
 def lines(case: Case) -> list[str]:
     """What to say at start-up, one line each."""
-    return [f"{d.line} ({d.name} in docs/compat.md)" for d in DIFFERENCES if d.applies(case)]
+    return [
+        f"{d.line} ({d.name} in docs/compat.md)" for d in DIFFERENCES if case.script in d.scripts and d.applies(case)
+    ]

@@ -14,7 +14,8 @@ class Objective(Section):
     )
     zero_terminal_snr: bool = option(False, "rescale the schedule to pure noise at its end (Lin et al. 2024)")
     weighting: (
-        Literal["prediction", "sample", "epsilon", "v_prediction", "min_snr", "soft_min_snr", "debiased", "p2"] | None
+        Literal["prediction", "sample", "epsilon", "v_prediction", "min_snr", "soft_min_snr", "debiased", "p2", "edm"]
+        | None
     ) = option(None, "how timesteps are weighted, whatever is predicted; default: as the plain error of the prediction")
     p2_gamma: float = option(1.0, "exponent of p2 (Choi et al. 2022)", gt=0)
     loss: Literal["l2", "huber", "smooth_l1"] = option("l2", "shape of the loss; huber and smooth_l1 forgive outliers")

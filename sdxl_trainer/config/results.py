@@ -32,6 +32,9 @@ class Log(Section):
     trackers: tuple[str, ...] = option((), "any of tensorboard, wandb, or another tracker of accelerate")
     dir: PathText = option("logs", "folder of the trackers, under output_dir")
     project: str = option("sdxl-trainer", "project name for the trackers")
+    pictures: bool = option(
+        False, "each picture's own loss too: in metrics.jsonl under pictures, for trackers as loss_for_NAME"
+    )
     every: Positive | None = option(None, "steps between reading losses from the device; default: 1 on CPU, else 10")
 
 

@@ -1,11 +1,9 @@
 """Trainings by the reference's command line: its own tests, the guide's command, and ways to launch it."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,16 +22,6 @@ COMMON = """
     --resolution 64 --center_crop --random_flip --train_batch_size 1 --gradient_accumulation_steps 1
     --learning_rate 5.0e-04 --scale_lr --lr_scheduler constant --lr_warmup_steps 0
 """.split()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_process() -> Iterator[None]:
-    """accelerate keeps one state per process; each run here stands for a process of its own."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture
@@ -121,14 +109,6 @@ def test_latest_without_a_checkpoint_begins(
     assert "a new run begins" in capsys.readouterr().err
     assert main([*argv[:-1], "--report_to=none", "--resume_from_checkpoint=checkpoint-7"]) == 2
     assert "checkpoint-7" in capsys.readouterr().err
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """Of a user who has just installed: no configuration of accelerate, no login."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "HF_", "WANDB_"))}
-    home = {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "home" / "hf"), "HF_HUB_OFFLINE": "1"}
-    return {**kept, **home, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
 
 
 def launch(command: list[str], environment: dict[str, str], folder: Path) -> str:

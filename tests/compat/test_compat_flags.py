@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from sdxl_trainer.compat import differences
-from sdxl_trainer.compat.flags import FLAGS
-from sdxl_trainer.compat.train_text_to_image_sdxl import Job, parse, translate
+from sdxl_trainer.compat import differences, tables
+from sdxl_trainer.compat.command import Job
+from sdxl_trainer.compat.flags import Flag, truth
+from sdxl_trainer.compat.tables import TEXT_TO_IMAGE as FLAGS
+from sdxl_trainer.compat.train_text_to_image_sdxl import SCRIPT, parse, translate
 from sdxl_trainer.config import Config
 from sdxl_trainer.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-REFERENCE = json.loads((ROOT / "tests" / "fixtures" / "reference_flags.json").read_text())
 BASE = ["--pretrained_model_name_or_path=base", "--dataset_name=pictures", "--report_to=none", "--seed=1"]
 GUIDE = """
     --pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0
@@ -39,15 +40,25 @@ def value(config: Config, path: str) -> Any:
     return node
 
 
-def test_flags_are_those_of_the_reference() -> None:
+@pytest.mark.parametrize(
+    ("flags", "fixture", "count"),
+    [
+        (tables.TEXT_TO_IMAGE, "reference_flags", 59),
+        (tables.TEXT_TO_IMAGE_LORA, "reference_flags_lora", 55),
+        (tables.DREAMBOOTH_LORA, "reference_flags_dreambooth", 72),
+    ],
+)
+def test_flags_are_those_of_the_reference(flags: tuple[Flag, ...], fixture: str, count: int) -> None:
+    rows = json.loads((ROOT / "tests" / "fixtures" / f"{fixture}.json").read_text())
+    kinds = {bool: "flag", truth: "bool"}
     ours = {
         flag.name: {
-            "type": "flag" if flag.type is bool else flag.type.__name__,
+            "type": kinds.get(flag.type) or flag.type.__name__,
             "default": flag.default,
             "choices": sorted(flag.choices) if flag.choices else None,
             "required": flag.required,
         }
-        for flag in FLAGS
+        for flag in flags
     }
     theirs = {
         row["flag"]: {
@@ -56,9 +67,9 @@ def test_flags_are_those_of_the_reference() -> None:
             "choices": sorted(row["choices"]) if row["choices"] else None,
             "required": row["required"],
         }
-        for row in REFERENCE
+        for row in rows
     }
-    assert len(FLAGS) == len(theirs) == 59
+    assert len(flags) == len(theirs) == count
     assert ours == theirs
 
 
@@ -235,7 +246,7 @@ def test_all_trackers_are_those_that_are_installed() -> None:
 
 
 def test_a_missing_tracker_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = "sdxl_trainer.compat.train_text_to_image_sdxl.find_spec"
+    module = "sdxl_trainer.compat.steps.find_spec"
     monkeypatch.setattr(module, lambda name: None)
     left = job("--report_to=tensorboard")
     assert left.config.log.trackers == ()
@@ -313,7 +324,10 @@ SHOWN: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("difference", differences.DIFFERENCES, ids=lambda difference: difference.name)
+OURS = [difference for difference in differences.DIFFERENCES if SCRIPT.name in difference.scripts]
+
+
+@pytest.mark.parametrize("difference", OURS, ids=lambda difference: difference.name)
 def test_differences_are_said_and_documented(difference: differences.Difference) -> None:
     environment = {"WORLD_SIZE": "2"} if difference.name == "D4" else {}
     notes = job(*SHOWN[difference.name], environment=environment).notes
@@ -327,10 +341,18 @@ def test_parse_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.train.batch_size, start.mode) == (32, "restart")
 
 
-def test_help_is_quick_and_complete() -> None:
-    script = ROOT / "scripts" / "train_text_to_image_sdxl.py"
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("train_text_to_image_sdxl", tables.TEXT_TO_IMAGE),
+        ("train_text_to_image_lora_sdxl", tables.TEXT_TO_IMAGE_LORA),
+        ("train_dreambooth_lora_sdxl", tables.DREAMBOOTH_LORA),
+    ],
+)
+def test_help_is_quick_and_complete(name: str, flags: tuple[Flag, ...]) -> None:
+    script = ROOT / "scripts" / f"{name}.py"
     code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry:\n runpy.run_path({str(script)!r}, run_name='__main__')"
     code += "\nexcept SystemExit:\n assert not {'torch', 'diffusers', 'pydantic', 'accelerate'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert all(flag.name in done.stdout for flag in FLAGS)
+    assert all(flag.name in done.stdout for flag in flags)

@@ -15,6 +15,7 @@ RESULTS = {
     "qlora": "pytorch_lora_weights.safetensors",
     "textual_inversion": "learned_embeds.safetensors",
     "pivotal": "embeddings/thing.safetensors",
+    "blora": "pytorch_lora_weights.safetensors",
     "dreambooth": "pytorch_lora_weights.safetensors",
     "dreambooth_prior_prediction": "pytorch_lora_weights.safetensors",
 }
