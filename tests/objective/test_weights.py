@@ -32,6 +32,8 @@ FORMULAS = {
     "soft_min_snr": (lambda s: 1 / (s * (1 / s + 1 / 5)), lambda s: 1 / ((s + 1) * (1 / s + 1 / 5))),
     "debiased": (lambda s: 1 / s.clamp(max=1000).sqrt(), lambda s: s / s.clamp(max=1000).sqrt() / (s + 1)),
     "p2": (lambda s: (1 + s) ** -0.7, lambda s: (1 + s) ** -0.7 * s / (s + 1)),
+    # D = x - sigma F and D = x / (sigma^2 + 1) - sigma F / sqrt(sigma^2 + 1), both with 1 / sigma^2 at sigma^2 = 1 / s.
+    "edm": (lambda s: (1 / s) * s, lambda s: (1 / s) / (1 / s + 1) * s),
 }
 
 
