@@ -7,6 +7,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from sdxl_trainer import configfile, files
@@ -86,8 +87,9 @@ def end(job: Job) -> None:
 
 def command(argv: list[str]) -> list[str]:
     """The command line without values of options that look like secrets."""
+    own = {"sdxl", "__main__.py"}  # however Python was started, the program has one name
     hidden, shown = False, []
-    for word in argv:
+    for word in ["sdxl" if Path(argv[0]).name in own else argv[0], *argv[1:]] if argv else []:
         name, equals, _ = word.partition("=")
         secret = name.startswith("-") and any(part in name.lower() for part in _SECRETS)
         shown.append("***" if hidden else f"{name}=***" if secret and equals else word)

@@ -65,7 +65,7 @@ const wirePictures = (root) => {
     const strip = card.querySelector(".strip");
     if (strip) strip.scrollLeft += pick.getBoundingClientRect().right - strip.getBoundingClientRect().right + 4;
   };
-  const steps = root.querySelector("#steps");
+  const steps = root.querySelector(".steps input");
   const allSteps = [...new Set([...root.querySelectorAll(".pick")].map((pick) => Number(pick.dataset.step)))].sort((a, b) => a - b);
   for (const card of cards) {
     const [wipe, divider] = [card.querySelector(".wipe"), card.querySelector(".stage input")];

@@ -198,9 +198,10 @@ def write_config(studio: "Studio", sent: Sent) -> Any:
 
 
 def check(studio: "Studio", sent: Sent) -> Any:
-    path = studio.workspace.config(sent.get("name"))
+    name = checked_name(sent.get("name"))
+    path = settings.source(studio.workspace, name)
     settings.read(path)
-    return _queued(studio, "check", path.stem, ["check", studio.workspace.shown(path), "--report"])
+    return _queued(studio, "check", name, ["check", studio.workspace.shown(path), "--report"])
 
 
 def checked(studio: "Studio", sent: Sent) -> Any:
@@ -211,11 +212,11 @@ def checked(studio: "Studio", sent: Sent) -> Any:
 
 
 def train(studio: "Studio", sent: Sent) -> Any:
-    path = studio.workspace.config(sent.get("name"))
-    problem = settings.state(studio.workspace, path.stem)["problem"]
+    name = checked_name(sent.get("name"))
+    problem = settings.state(studio.workspace, name)["problem"]
     if problem:
         raise UserError(**problem)
-    return _queued(studio, "train", path.stem, ["train", studio.workspace.shown(path)])
+    return _queued(studio, "train", name, ["train", studio.workspace.shown(settings.source(studio.workspace, name))])
 
 
 def stop(studio: "Studio", sent: Sent) -> Any:
@@ -302,8 +303,8 @@ def _album_file(studio: "Studio", sent: Sent) -> Path:
 
 def _tree(studio: "Studio", sent: Sent) -> dict[str, Any] | None:
     """The options of the run that is named, if it is one on this folder: its sizes are meant."""
-    path = studio.workspace.config(sent["run"]) if sent.get("run") else None
-    values = settings.state(studio.workspace, path.stem)["values"] if path and path.is_file() else None
+    path = settings.source(studio.workspace, sent["run"]) if sent.get("run") else None
+    values = settings.state(studio.workspace, str(sent["run"]))["values"] if path and path.is_file() else None
     own = values and (studio.workspace.folder / Path(values["data"][0]["path"]).expanduser()).resolve()
     return values if own == studio.workspace.opened(sent.get("folder")) else None
 

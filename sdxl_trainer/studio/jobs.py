@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+import sdxl_trainer
 from sdxl_trainer import files
 from sdxl_trainer.errors import UserError
 
@@ -144,6 +145,9 @@ class Jobs:
 
     def _start(self, job: Job) -> None:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
+        # The same code as the studio's own, whichever folder it is run in.
+        found = [str(Path(sdxl_trainer.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, found))
         with (self.folder / f"{job.id}.log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "sdxl_trainer", *job.arguments],

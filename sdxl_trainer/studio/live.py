@@ -118,7 +118,7 @@ def stamp(path: Path) -> int:
 def page(workspace: Workspace, name: object) -> dict[str, Any]:
     """A run's page: numbers, curves and pictures as in its report, as HTML in which everything is escaped."""
     folder = workspace.run(name)
-    if not folder.is_dir():
+    if not any((folder / name).is_file() for name in records.FILES):
         return {"name": folder.name, "html": {}, "checkpoints": [], "files": []}
     run = records.read(folder)
     notices = [*run.notices, *report.not_finite(run)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trainer import configfile, files, presets
-from sdxl_trainer.config import Config
+from sdxl_trainer.config import OPTIMIZERS, Config
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.studio.workspace import Workspace
 
@@ -28,6 +28,8 @@ FIRST = (
     "train.validate_every",
     "validation.prompts",
 )
+# Options with other values than a list could hold, but with usual ones.
+SUGGESTED = {"optimizer.name": list(OPTIMIZERS)}
 LISTS = ("data", "token", "learn")
 LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
@@ -70,20 +72,21 @@ def _field(section: str, name: str, part: dict[str, Any], required: bool) -> dic
         "default": part.get("default"),
         "description": part.get("description", ""),
         "choices": plain.get("enum") or items.get("enum"),
+        "suggestions": SUGGESTED.get(f"{section}.{name}"),
         "limits": {limit: plain[limit] for limit in LIMITS if limit in plain},
     }
 
 
 def state(workspace: Workspace, name: str) -> dict[str, Any]:
     """A config as the page needs it: text, values, what is wrong with it, and what differs from how it began."""
-    path = workspace.config(name)
+    path = source(workspace, name)
     text = read(path)
     tree, config, problem = parsed(text, workspace.shown(path))
     origin = _origin(workspace, name)
     began = parsed(read(origin), "")[0] if origin.is_file() else {}
     rate = presets.effective_rate(config) if config else None
     return {
-        "name": path.stem,
+        "name": name,
         "toml": text,
         "tree": tree,
         "problem": problem,
@@ -92,6 +95,12 @@ def state(workspace: Workspace, name: str) -> dict[str, Any]:
         "effective": f"{rate[0]:g} = {rate[1]}" if rate else None,
         "commands": [f"sdxl {verb} {workspace.shown(path)}" for verb in ("check", "train")],
     }
+
+
+def source(workspace: Workspace, name: object) -> Path:
+    """A run's config file: `runs/NAME.toml`, or what a run that began without one has written."""
+    path, written = workspace.config(name), workspace.run(name) / "config.toml"
+    return written if written.is_file() and not path.is_file() else path
 
 
 def read(path: Path) -> str:
@@ -125,10 +134,10 @@ def create(workspace: Workspace, name: object, tree: dict[str, Any], notes: Mapp
     return path.stem
 
 
-def copy(workspace: Workspace, source: object, name: object) -> str:
+def copy(workspace: Workspace, other: object, name: object) -> str:
     """A new config with the values of another run's: its file, or the one in its folder."""
-    path = workspace.config(source)
-    text = read(path if path.is_file() else workspace.run(source) / "config.toml")
+    path = source(workspace, other)
+    text = read(path)
     try:
         return create(workspace, name, tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
@@ -138,7 +147,7 @@ def copy(workspace: Workspace, source: object, name: object) -> str:
 def write(workspace: Workspace, name: str, text: str) -> None:
     """Save a config's text, also one with values that are not allowed yet; not one that is no TOML."""
     path = workspace.config(name)
-    read(path)
+    read(source(workspace, name))
     try:
         tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -148,7 +157,7 @@ def write(workspace: Workspace, name: str, text: str) -> None:
 
 def set_value(workspace: Workspace, name: str, key: str, value: Any) -> None:
     """Give one option a value, or with None its default again, and write the file."""
-    tree = tomllib.loads(read(workspace.config(name)))
+    tree = tomllib.loads(read(source(workspace, name)))
     if key.split(".")[0] not in Config.model_fields:
         raise UserError(f"there is no option '{key[:80]}'", "settings", "choose one of the list")
     strange = [part for part, values in tree.items() if part not in Config.model_fields or not _sections(values)]

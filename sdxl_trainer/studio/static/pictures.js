@@ -29,7 +29,7 @@ const open = async (path, go) => {
 const chooser = (go) => {
   const path = h("input", { type: "text", value: studio.folder, spellcheck: "false", autocomplete: "off", placeholder: "/home/me/photos" });
   const browser = h("div", { class: "browser", hidden: true });
-  const form = h("form", { class: "line", onsubmit: (event) => (event.preventDefault(), trying(open)(path.value, go)) }, labelled("Folder on this machine", path), h("button", { class: "main" }, "Open"), button("Browse…", () => walk(browser, path, path.value || undefined)));
+  const form = h("form", { class: "rowed", onsubmit: (event) => (event.preventDefault(), trying(open)(path.value, go)) }, labelled("Folder on this machine", path), h("button", { class: "main" }, "Open"), button("Browse…", () => walk(browser, path, path.value || undefined)));
   const recent = studio.begun.chosen.slice(0, 6).filter((folder) => folder !== studio.folder);
   return section("Choose a folder", form, browser, recent.length ? h("p", { class: "muted" }, "Recent: ", recent.map((folder) => button(folder, () => open(folder, go), { class: "link" }))) : null, dropping(go));
 };
@@ -78,7 +78,7 @@ const folderView = async (page, folder) => {
   const verdict = h("div", { "aria-live": "polite" }, h("p", { class: "muted" }, "Looking at the pictures…"));
   page.append(section("Can it be trained on?", verdict));
   const look = trying(async () => verdict.replaceChildren(judged(await get("verdict", { folder, run: studio.run }))));
-  const grid = h("ul", { class: "grid", "aria-label": "Pictures with their captions" });
+  const grid = h("ul", { class: "album", "aria-label": "Pictures with their captions" });
   view = { folder, grid, look, find: "", missing: false, from: 0, count: h("p", { class: "muted", "aria-live": "polite" }), tags: h("details", {}), more: button("Show more", () => load(false)) };
   page.append(section("Captions", h("p", { class: "muted" }, "Enter saves and goes on, Escape takes back what is not saved, arrow keys move between pictures, Ctrl-Z takes back what is saved."), tools(), view.tags, view.count, grid, view.more));
   await load(true);
@@ -139,8 +139,8 @@ const tools = () => {
   return h(
     "div",
     {},
-    h("div", { class: "line" }, labelled("Find", find), h("label", { class: "check" }, missing, "without a caption only"), button("Take back", undo)),
-    h("details", {}, h("summary", {}, "Change all captions"), h("div", { class: "line" }, labelled("Change", kind), labelled("words", words), second, button("Preview", look), button("Apply", apply, { class: "main" })), preview),
+    h("div", { class: "rowed" }, labelled("Find", find), h("label", { class: "check" }, missing, "without a caption only"), button("Take back", undo)),
+    h("details", {}, h("summary", {}, "Change all captions"), h("div", { class: "rowed" }, labelled("Change", kind), labelled("words", words), second, button("Preview", look), button("Apply", apply, { class: "main" })), preview),
   );
 };
 
@@ -152,7 +152,7 @@ const load = async (anew) => {
   view.from = from + found.pictures.length;
   view.more.hidden = view.from >= found.found;
   view.count.textContent = `${number(view.from)} of ${number(found.found)} shown${found.found < found.all ? `, ${number(found.all)} in the folder` : ""}`;
-  view.tags.replaceChildren(h("summary", {}, "Most frequent tags"), h("p", { class: "tags" }, found.tags.map(([tag, count]) => button(`${tag.slice(0, 60)} ${count}`, () => ((view.find = tag), load(true)), { class: "link" }))));
+  view.tags.replaceChildren(h("summary", {}, "Most frequent tags"), h("p", { class: "frequent" }, found.tags.map(([tag, count]) => button(`${tag.slice(0, 60)} ${count}`, () => ((view.find = tag), load(true)), { class: "link" }))));
   rove(view.grid.querySelector("li"));
 };
 
@@ -189,7 +189,7 @@ const card = (picture) => {
     if (event.key !== "Tab") event.stopPropagation();
   });
   const image = h("img", { src: source, alt: picture.caption.slice(0, 200) || picture.name, loading: "lazy", width: "256", height: "256" });
-  const item = h("li", { class: "card", tabindex: "-1", "data-name": picture.name, "aria-label": picture.name }, h("button", { type: "button", class: "look", title: "See and move the crop", onclick: trying(() => crop(picture.name)) }, image), h("span", { class: "name" }, picture.name), text, state);
+  const item = h("li", { class: "card", tabindex: "-1", "data-name": picture.name, "aria-label": picture.name }, h("button", { type: "button", class: "look", title: "See and move the crop", onclick: trying(() => crop(picture.name)) }, image), h("span", { class: "file" }, picture.name), text, state);
   item.addEventListener("keydown", arrows);
   return item;
 };
@@ -230,9 +230,9 @@ addEventListener("keydown", (event) => {
 
 /** The crops of a picture over it, and the point that they keep, moved by click or arrow keys. */
 const crop = async (name) => {
-  const place = h("div", { class: "crop", tabindex: "0", role: "application", "aria-label": "Point that the crop keeps: move it with the arrow keys" });
+  const place = h("div", { class: "frame", tabindex: "0", role: "application", "aria-label": "Point that the crop keeps: move it with the arrow keys" });
   const words = h("p", { class: "muted", "aria-live": "polite" });
-  const dialog = h("dialog", { "aria-label": `Crop of ${name}` }, h("h2", {}, name), words, place, h("p", { class: "line" }, button("Plain crop", () => move(null)), button("Close", () => dialog.close(), { class: "main" })));
+  const dialog = h("dialog", { "aria-label": `Crop of ${name}` }, h("h2", {}, name), words, place, h("p", { class: "rowed" }, button("Plain crop", () => move(null)), button("Close", () => dialog.close(), { class: "main" })));
   let now;
   const draw = async () => {
     now = await get("crops", { folder: view.folder, name, run: studio.run });

@@ -7,7 +7,7 @@ let making = false;
 export const settings = async (page, go) => {
   page.append(h("h1", {}, "Settings"));
   const chooser = runs("Settings of", () => ((making = false), go()));
-  if (chooser) page.append(h("div", { class: "line" }, chooser, button("Start something new", () => ((making = true), go()))));
+  if (chooser) page.append(h("div", { class: "rowed" }, chooser, button("Start something new", () => ((making = true), go()))));
   if (making || !chooser) return page.append(beginning(go));
   await form(page, go);
 };
@@ -78,17 +78,17 @@ const parts = (state, save, go) => {
   const { fields, first } = studio.begun;
   const all = fields.flatMap((field) => entries(field, state.tree).map((key) => ({ ...field, key })));
   const changed = new Set(state.changes.map((change) => change.key));
-  const cell = (field) => input(field, state.tree, changed.has(field.key), save);
+  const cell = (place) => (field) => input(field, state.tree, changed.has(field.key), save, place);
   const names = [...new Set(fields.map((field) => field.section))];
   const area = h("textarea", { rows: "24", spellcheck: "false", class: "code", "aria-label": "Config as TOML" });
   area.value = state.toml;
   return [
     state.problem ? problem(state.problem) : null,
-    section("The usual ones", h("div", { class: "form" }, first.map((key) => all.find((field) => field.key === key)).filter(Boolean).map(cell)), state.effective ? h("p", { class: "muted" }, `Effective learning rate ${state.effective}: adapters of other ranks compare by it.`) : null),
-    section("All options", names.map((part) => h("details", { "data-part": part }, h("summary", {}, part ? `[${part}]` : "top of the file"), h("div", { class: "form" }, all.filter((field) => field.section === part).map(cell))))),
+    section("The usual ones", h("div", { class: "form" }, first.map((key) => all.find((field) => field.key === key)).filter(Boolean).map(cell("usual"))), state.effective ? h("p", { class: "muted" }, `Effective learning rate ${state.effective}: adapters of other ranks compare by it.`) : null),
+    section("All options", names.map((part) => h("details", { "data-part": part }, h("summary", {}, part ? `[${part}]` : "top of the file"), h("div", { class: "form" }, all.filter((field) => field.section === part).map(cell("option")))))),
     section("The file",
       state.changes.length ? h("details", { "data-part": "changes" }, h("summary", {}, `${state.changes.length} values differ from how it began`), table("Differences", ["option", "was", "is"], state.changes.map(({ key, was, is }) => [key, JSON.stringify(was) ?? "default", JSON.stringify(is) ?? "default"]))) : h("p", { class: "muted" }, "As it began."),
-      h("details", { "data-part": "text" }, h("summary", {}, "As text"), area, h("p", { class: "line" }, button("Save the text", () => save({ toml: area.value }), { class: "main" })))),
+      h("details", { "data-part": "text" }, h("summary", {}, "As text"), area, h("p", { class: "rowed" }, button("Save the text", () => save({ toml: area.value }), { class: "main" })))),
     before(state, go),
   ].filter(Boolean);
 };
@@ -100,48 +100,45 @@ const entries = ({ section: part, name, list }, tree) => {
 };
 const valueAt = (tree, key) => key.split(".").reduce((node, step) => node?.[step], tree);
 
-const input = (field, tree, changed, save) => {
+const input = (field, tree, changed, save, place) => {
   const value = valueAt(tree, field.key);
-  const id = `option-${field.key.replaceAll(".", "-")}`;
-  const written = (text) => {
-    if (text === "") return null;
-    if (field.kind === "integer" || field.kind === "number") return Number.isNaN(Number(text)) ? text : Number(text);
-    if (field.kind === "array") return text.split("\n").filter(Boolean).map((line) => (field.items === "string" ? line : Number(line)));
-    if (field.kind === "json") return JSON.parse(text);
-    return text;
-  };
-  const store = trying(async (text) => {
-    let next;
-    try {
-      next = written(text);
-    } catch {
-      throw new Refused({ what: `${field.key} is not JSON`, where: field.key, fix: 'write for example {"a": 1}' });
-    }
-    await save({ key: field.key, value: next });
-  });
+  const id = `${place}-${field.key.replaceAll(".", "-")}`;
+  const store = trying((event) => save({ key: field.key, value: read(field, event.target.value) }));
   const rest = field.default === null || field.default === undefined ? "" : typeof field.default === "object" ? JSON.stringify(field.default) : String(field.default);
   let made;
   if (field.kind === "boolean" || (field.choices && field.kind === "string")) {
-    const options = field.kind === "boolean" ? ["true", "false"] : field.choices;
-    const shown = value === undefined ? "" : String(value);
-    made = choice([["", `default${rest ? `: ${rest}` : ""}`], ...options.map((option) => [option])], shown, { id, onchange: (event) => store(event.target.value) });
-    if (field.kind === "boolean") made.onchange = null;
+    const options = (field.choices ?? ["true", "false"]).map((option) => [option]);
+    made = choice([["", `default${rest ? `: ${rest}` : ""}`], ...options], value === undefined ? "" : String(value), { id, onchange: store });
   } else if (field.kind === "array" || field.kind === "json") {
-    made = h("textarea", { id, rows: "2", placeholder: rest, onchange: (event) => store(event.target.value) });
-    made.value = value === undefined ? "" : field.kind === "json" ? JSON.stringify(value) : value.join("\n");
+    made = h("textarea", { id, rows: "2", placeholder: rest, spellcheck: "false", onchange: store });
+    made.value = value === undefined ? "" : Array.isArray(value) && field.kind === "array" ? value.join("\n") : JSON.stringify(value);
   } else {
     const numeric = field.kind === "integer" || field.kind === "number";
-    made = h("input", { id, type: "text", inputmode: numeric ? "decimal" : null, placeholder: rest, autocomplete: "off", spellcheck: "false", onchange: (event) => store(event.target.value) });
+    made = h("input", { id, type: "text", inputmode: numeric ? "decimal" : null, placeholder: rest, autocomplete: "off", spellcheck: "false", onchange: store, list: field.suggestions ? `${id}-known` : null });
     made.value = value ?? "";
   }
-  if (field.kind === "boolean") {
-    made = choice([["", `default${rest ? `: ${rest}` : ""}`], ["true"], ["false"]], value === undefined ? "" : String(value), { id, onchange: trying((event) => save({ key: field.key, value: event.target.value === "" ? null : event.target.value === "true" })) });
+  const signs = { minimum: "≥", exclusiveMinimum: ">", maximum: "≤", exclusiveMaximum: "<", multipleOf: "multiple of" };
+  const limits = Object.entries(field.limits).map(([limit, bound]) => `${signs[limit]} ${number(bound)}`);
+  const whole = labelled(field.key, made, [field.description, ...limits, field.kind === "array" ? "one a line" : ""].filter(Boolean).join("; "));
+  if (field.suggestions) whole.append(h("datalist", { id: `${id}-known` }, field.suggestions.map((name) => h("option", { value: name }))));
+  if (changed) whole.querySelector("label").append(h("span", { class: "dot", title: "differs from how it began" }, " ●"));
+  return whole;
+};
+
+/** What was written into a field, as the option's kind of value; null: its default. What is no number is left to the
+    config's own check, which says what it should be. */
+const read = (field, text) => {
+  const plain = (line) => (line === "" || Number.isNaN(Number(line)) ? line : Number(line));
+  if (text === "") return null;
+  if (field.kind === "boolean") return text === "true";
+  if (field.kind === "integer" || field.kind === "number") return plain(text);
+  if (field.kind === "array") return text.split("\n").filter(Boolean).map((line) => (field.items === "string" ? line : plain(line)));
+  if (field.kind !== "json") return text;
+  try {
+    return JSON.parse(text);
+  } catch {
+    throw new Refused({ what: `${field.key} is not JSON`, where: field.key, fix: 'write for example {"a": 1}' });
   }
-  const limits = Object.entries(field.limits).map(([limit, bound]) => `${{ minimum: "≥", exclusiveMinimum: ">", maximum: "≤", exclusiveMaximum: "<", multipleOf: "multiple of" }[limit]} ${number(bound)}`);
-  const hint = [field.description, ...limits, field.kind === "array" ? "one a line" : ""].filter(Boolean).join("; ");
-  const made_ = labelled(field.key, made, hint);
-  if (changed) made_.classList.add("changed"), made_.querySelector("label").append(h("span", { class: "dot", title: "differs from how it began" }, " ●"));
-  return made_;
 };
 
 /** Before anything is spent: what the check says, and the start. */
@@ -170,7 +167,7 @@ const before = (state, go) => {
   };
   return section(
     "Before it starts",
-    h("p", { class: "line" }, button("Check", check, { disabled: Boolean(state.problem) }), button("Start", start, { class: "main", disabled: Boolean(state.problem) }), state.problem ? h("span", { class: "muted" }, "Mend the problem above first.") : null),
+    h("p", { class: "rowed" }, button("Check", check, { disabled: Boolean(state.problem) }), button("Start", start, { class: "main", disabled: Boolean(state.problem) }), state.problem ? h("span", { class: "muted" }, "Mend the problem above first.") : null),
     result,
     h("p", { class: "muted" }, "The same in a terminal:"),
     state.commands.map((text) => command(text)),

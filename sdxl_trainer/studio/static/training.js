@@ -12,9 +12,8 @@ export const training = async (page, go) => {
   const [status, notes, figures, curves, drawn, use, timings, queue, results] = Array.from({ length: 9 }, () => h("div", {}));
   const log = h("pre", { class: "log", tabindex: "0", role: "region", "aria-label": "Output of the command" });
   const logged = h("details", {}, h("summary", {}, "Output of the command"), log);
-  page.append(h("div", { class: "line" }, chooser), status, notes, figures, section("Pictures", drawn), section("Curves", h("div", { class: "charts" }, curves)), section("Result", results, use), section("Where the time went", timings), section("Queue", queue), logged);
   curves.className = "charts";
-  curves.parentElement.className = "";
+  page.append(h("div", { class: "rowed" }, chooser), status, notes, figures, section("Pictures", drawn), section("Curves", curves), section("Result", results, use), section("Where the time went", timings), section("Queue", queue), logged);
   let stamps = "", looked = 0, waiting = null, seen = {};
 
   const look = async () => {
@@ -97,10 +96,12 @@ const state = (run, job) => {
     job?.problem ? problem(job.problem) : null,
     h(
       "p",
-      { class: "line" },
+      { class: "rowed" },
       goes
         ? [button(job.state === "queued" ? "Leave the queue" : "Save and stop", stop(false), { class: "main", "data-does": "stop" }), job.state === "running" ? button("End at once", stop(true), { "data-does": "end" }) : null]
-        : button(run.step ? "Continue" : "Start", start, { class: "main", "data-does": "start" }),
+        : total && done >= total
+          ? h("span", { class: "muted" }, "To go on, give it more steps:")
+          : button(run.step ? "Continue" : "Start", start, { class: "main", "data-does": "start" }),
       h("a", { href: "#settings" }, "Settings"),
       h("a", { href: "#try" }, "Try prompts"),
     ),
@@ -118,7 +119,7 @@ const outcome = (name, found) => {
     found.checkpoints.length ? h("p", {}, `Checkpoints at steps ${found.checkpoints.map(number).join(", ")}.`) : null,
     h(
       "p",
-      { class: "line" },
+      { class: "rowed" },
       adapter ? button("One file for ComfyUI, A1111, Forge", make("kohya")) : null,
       found.model ? button("One file for ComfyUI, A1111, Forge", make("single")) : null,
       found.report ? h("a", { href: url("run-file", { run: name, file: "report.html" }), target: "_blank", rel: "noopener" }, "Report") : null,

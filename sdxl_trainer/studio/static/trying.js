@@ -50,11 +50,11 @@ export const tries = async (page, go) => {
     );
   };
   page.append(
-    h("div", { class: "line" }, chooser),
+    h("div", { class: "rowed" }, chooser),
     h("form", { class: "form", onsubmit: (event) => (event.preventDefault(), trying(draw)()) },
       labelled("Prompts, one a line", fields.prompt),
       labelled("What not to draw", fields.negative),
-      h("div", { class: "line" }, labelled("Seed", fields.seed), labelled("Pictures each", fields.images), labelled("Steps", fields.steps), labelled("Guidance", fields.guidance), found.adapter ? labelled("Strength", fields.weight) : null),
+      h("div", { class: "rowed" }, labelled("Seed", fields.seed), labelled("Pictures each", fields.images), labelled("Steps", fields.steps), labelled("Guidance", fields.guidance), found.adapter ? labelled("Strength", fields.weight) : null),
       h("fieldset", {}, h("legend", {}, "Drawn by"), boxes.map(({ label }) => label)),
       h("button", { class: "main" }, "Draw")),
     section("Drawn", results),
@@ -88,12 +88,12 @@ export const compare = async (page) => {
   const result = h("div", { "aria-live": "polite" });
   const look = trying(async () => {
     const found = await get("compare", { one: one.value, two: two.value });
-    const side = (html) => {
+    const side = (html, index) => {
       const place = h("div", {});
-      show(place, html);
+      show(place, html, `${index}-`);
       return place;
     };
-    const pair = (part, wrap = "") => h("div", { class: "sides" }, found.runs.map((run) => h("div", {}, h("h3", {}, run.name), h("div", { class: wrap }, side(run.html[part] ?? "")))));
+    const pair = (part, wrap = "") => h("div", { class: "sides" }, found.runs.map((run, index) => h("div", {}, h("h3", {}, run.name), h("div", { class: wrap }, side(run.html[part] ?? "", index)))));
     result.replaceChildren(
       section("Options that differ", found.differences.length ? table("Differences", ["option", found.runs[0].name, found.runs[1].name], found.differences.map(({ key, was, is }) => [key, JSON.stringify(was) ?? "–", JSON.stringify(is) ?? "–"])) : h("p", {}, "None.")),
       section("Numbers", pair("figures")),
@@ -102,6 +102,6 @@ export const compare = async (page) => {
     );
   });
   for (const field of [one, two]) field.addEventListener("change", look);
-  page.append(h("div", { class: "line" }, labelled("One", one), labelled("The other", two)), result);
+  page.append(h("div", { class: "rowed" }, labelled("One", one), labelled("The other", two)), result);
   await look();
 };
