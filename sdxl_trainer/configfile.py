@@ -81,6 +81,11 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
         (f"validation.{name}", lambda c: c.validation.loss_every is None, "validation.loss_every is not given")
         for name in ("loss_timesteps", "trained_pictures", "keep_best", "stop_after")
     ),
+    *(
+        (f"validation.{name}", lambda c: not c.validation.prompts, "validation.prompts is empty")
+        for name in ("image", "mask")
+    ),
+    ("validation.strength", lambda c: c.validation.image is None, "validation.image is not given"),
     ("validation.negative", lambda c: not c.validation.prompts, "validation.prompts is empty"),
     ("text.max_chunks", lambda c: c.text.long_captions == "cut", "text.long_captions is 'cut'"),
     ("train.checkpoint_mirror", lambda c: c.train.checkpoint_every == 0, "train.checkpoint_every is 0"),

@@ -86,7 +86,7 @@ def save_pipeline(output: Path, base: Base, sdxl: SDXL, ema: Ema | None, schedul
     `model_index.json` comes last: while it is missing, the folder is not yet a pipeline.
     """
     index = base.config("model_index")
-    for name in set(_COPIED) - sdxl.parts().keys():
+    for name in (set(_COPIED) & set(base.parts)) - sdxl.parts().keys():
         files.write_atomically(output / name, partial(_copy_part, base.part(name), variant=base.variant))
     for name, part in sdxl.parts().items():
         for own, averages in {name: None}.items() if ema is None else {f"{name}_raw": None, name: ema}.items():

@@ -160,7 +160,7 @@ def _loss(job: Job, batch: Batch) -> Tensor:
     run = job.run
     plain = replace(run.objective, options=Objective(weighting="prediction"))
     latents = run.scale.sample(batch.mean, batch.std, batch.posterior_noise)
-    noisy = plain.schedule.add_noise(latents, batch.noise, batch.timesteps)
+    noisy = batch.entering(plain.schedule.add_noise(latents, batch.noise, batch.timesteps))
     with run.accelerator.autocast():
         prediction = run.sdxl(noisy.to(run.dtype), plain.schedule.level(batch.timesteps), batch.time_ids, **batch.text)
     return plain.loss(prediction, latents, batch.noise, batch.timesteps, batch.mask)
@@ -173,8 +173,14 @@ def fixed(samples: Samples, index: int, count: int, length: int) -> Batch:
     key, shape = int(samples.pictures[index].content[:16], 16), tuple(batch.mean.shape[1:])
     drawn = [noise.normal(0, "validation", part, key, shape) for part in range(count)]
     within = [keyed.generator(0, "strata", part, key).random() for part in range(count)]
+    extra = batch.extra
+    if samples.holes:
+        picture, masks = samples.pictures[index], samples.holes.masks_per_image
+        seen = [samples.hole(picture, picture.geometries[0], part % masks, (0, part, key)) for part in range(count)]
+        extra = torch.stack(seen)
     return replace(
         batch,
+        extra=extra,
         posterior_noise=torch.zeros_like(batch.posterior_noise),
         noise=torch.stack([torch.from_numpy(values) for values in drawn]),
         timesteps=torch.tensor([int((part + share) / count * length) for part, share in enumerate(within)]),

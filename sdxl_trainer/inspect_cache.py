@@ -5,7 +5,7 @@ from pathlib import Path
 from sdxl_trainer import base as bases
 from sdxl_trainer import class_pictures, distributed, setup
 from sdxl_trainer.config import Config
-from sdxl_trainer.data import cache, masks, prepare
+from sdxl_trainer.data import cache, holes, masks, prepare
 from sdxl_trainer.data.pictures import open_memo
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.log import Console
@@ -55,5 +55,7 @@ def _verify(folder: Path) -> None:
 def _collect(stock: prepare.Stock) -> int:
     latents = {stock.keys.latent(p, g) for p in stock.cached for g in p.geometries}
     latents |= masks.rows(stock.cached).keys()
+    if stock.holes:
+        latents |= holes.rows(stock.keys, stock.cached, stock.holes).keys()
     texts = {f"{stock.keys.text_row(p)}.{kind}" for p in stock.prompts for kind in ("states", "pooled")}
     return sum(cache.collect_garbage(s.folder, n) for s, n in ((stock.latents, latents), (stock.texts, texts)))

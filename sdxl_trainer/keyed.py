@@ -38,6 +38,9 @@ PURPOSES = {
             "drop_encoder_1",
             "drop_encoder_2",
             "class",
+            "hole",
+            "masked",
+            "which_hole",
         ]
     )
 }

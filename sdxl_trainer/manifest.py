@@ -48,7 +48,7 @@ def begin(job: Job, stock: Stock) -> None:
             "steps": job.run.steps,
             "base": {
                 "path": config.model.path,
-                "hashes": {part: job.base.hash(part, stock.memo) for part in ("vae", "text_encoder", "text_encoder_2")},
+                "hashes": {part: job.base.hash(part, stock.memo) for part in ("vae", *job.base.encoders)},
             },
             "data": {
                 "pictures": len(stock.pictures),

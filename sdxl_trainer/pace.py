@@ -39,11 +39,12 @@ def flops(base: Base, sdxl: SDXL, area: float) -> float:
     """Operations of one forward pass of the UNet on a square picture of `area` latent cells."""
     config = base.config("unet")
     side = max(8, round(area**0.5 / 8) * 8)
-    width = sum(base.config(part)["hidden_size"] for part in ("text_encoder", "text_encoder_2"))
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    width = sum(base.config(part)["hidden_size"] for part in base.encoders)
+    numbers = 5 if base.refines else 6
+    pooled = config["projection_class_embeddings_input_dim"] - numbers * config["addition_time_embed_dim"]
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         noisy = torch.empty(1, config["in_channels"], side, side)
-        text, ids = torch.empty(1, 77, width), torch.empty(1, 6)
+        text, ids = torch.empty(1, 77, width), torch.empty(1, numbers)
         conditions = {"text_embeds": torch.empty(1, pooled), "time_ids": ids}
         sdxl.unet(noisy, torch.empty(1), text, added_cond_kwargs=conditions)
     return counter.get_total_flops() * area / side**2

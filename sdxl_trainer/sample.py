@@ -13,14 +13,14 @@ from sdxl_trainer.log import Console
 from sdxl_trainer.sampling import draw as drawing
 from sdxl_trainer.sampling import grid, metadata, models
 from sdxl_trainer.sampling import order as orders
-from sdxl_trainer.sampling.draw import Embedded, conditions, decoded, draw, latents, live_pipeline
+from sdxl_trainer.sampling.draw import Embedded, conditions, decoded, latents, live_pipeline
 from sdxl_trainer.sampling.order import Order
 from sdxl_trainer.sampling.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Embedded", "Request", "conditions", "decoded", "draw", "latents", "live_pipeline"]
+__all__ = ["Embedded", "Request", "conditions", "decoded", "latents", "live_pipeline"]
 
 
 def scheduler_config(base: dict[str, Any], prediction: str, zero_terminal_snr: bool) -> dict[str, Any]:

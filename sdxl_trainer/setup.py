@@ -14,6 +14,7 @@ from sdxl_trainer import (
     ema,
     files,
     held_out,
+    kinds,
     manifest,
     model,
     narrow,
@@ -65,6 +66,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
             draw_class_pictures(config, base, orders, precision, accelerator, console)
     with watch.phase("reading the data"), accelerator.main_process_first():
         stock = prepare.take_stock(config, base, precision)
+    kinds.refuse(config, base)
     order = prepare.order(config, stock)
     begin = distributed.decided(
         accelerator, lambda: resume.starting_point(config, start, output, stock, order, console.say)
@@ -123,9 +125,6 @@ def fill(config: Config, base: Base, stock: Stock, accelerator: Any, console: Co
 
 def _refuse_early(config: Config, base: Base, stock: Stock, device: torch.device) -> None:
     """What could only fail after the encoding, which may take hours, is looked at before it."""
-    if base.refines or base.inpaints:
-        what = f"{'a refiner' if base.refines else 'an inpainting model'} is not trained here"
-        raise UserError(what, str(base.part("unet")), "use an SDXL base model")
     noise_schedule(config, base)
     optim.refuse(config.optimizer, config.train, device)
     if stock.missing_latents() or stock.missing_texts():

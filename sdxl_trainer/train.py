@@ -29,7 +29,7 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
         last = number == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(run.model):
             latents = run.scale.sample(batch.mean, batch.std, batch.posterior_noise)
-            noisy = run.objective.schedule.add_noise(latents, batch.seen_noise, batch.timesteps)
+            noisy = batch.entering(run.objective.schedule.add_noise(latents, batch.seen_noise, batch.timesteps))
             level = run.objective.schedule.level(batch.timesteps)
             kept = run.prior(batch, noisy.to(run.dtype), level, accelerator.autocast) if run.prior else None
             prediction = run.model(noisy.to(run.dtype), level, batch.time_ids, **batch.text)

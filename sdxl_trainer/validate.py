@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,15 @@ from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.prepare import EMPTY, written
 from sdxl_trainer.formats import pretrained
 from sdxl_trainer.model import SDXL
+from sdxl_trainer.sampling import draw as drawing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+def _in_fp32(call: Callable[..., Any], device: str, *arguments: Any, **named: Any) -> Any:
+    with torch.autocast(device, enabled=False):
+        return call(*arguments, **named)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ class Validator:
         named = list(sample.requests(options.prompts, options.images, self._seed(), **self._settings()))
         for name, request in named[accelerator.process_index :: accelerator.num_processes]:
             with torch.no_grad():
-                image = sample.draw(pipeline, request, accelerator.autocast(), **self._conditions(request, sdxl))
+                model = drawing.Model(pipeline, self.scheduler, self._conditions(request, sdxl))
+            (image,) = drawing.paint(model, [request], autocast=accelerator.autocast())
             sample.save(image, folder / f"step-{step:06}" / name, request, known)
         sdxl.train(training)
         accelerator.wait_for_everyone()
@@ -73,7 +81,8 @@ class Validator:
         vae = pretrained.load(
             AutoencoderKL, self.base.vae, weights_file(self.base, "vae"), torch_dtype=torch.float32
         ).to(self.accelerator.device)
-        return sample.live_pipeline(unet, vae, self.scheduler)
+        vae.encode = partial(_in_fp32, vae.encode, self.accelerator.device.type)
+        return sample.live_pipeline(unet, vae, self.scheduler, refines=self.base.refines)
 
     def _seed(self) -> int:
         seed = self.config.validation.seed
@@ -86,11 +95,20 @@ class Validator:
             "negative": options.negative,
             "steps": options.steps,
             "guidance": options.guidance,
-            "height": options.height or height,
-            "width": options.width or width,
+            **self._sides(height, width),
+            "image": options.image,
+            "mask": options.mask,
+            "strength": options.strength,
             **sample.read_as(self.config.text),
             **self._result(),
         }
+
+    def _sides(self, height: int, width: int) -> dict[str, int]:
+        """Those asked for, else those of the picture to begin with, else the data's."""
+        options = self.config.validation
+        if options.image:
+            height, width = drawing.size(options.image)
+        return {"height": options.height or height, "width": options.width or width}
 
     def _result(self) -> dict[str, Any]:
         """What the pictures will have been drawn with when the run is done, for those who want more of them."""

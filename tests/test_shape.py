@@ -56,6 +56,7 @@ LAYERS = [
     [
         "data.words",
         "data.loader",
+        "data.holes",
         "data.prepare",
         "data.ledger",
         "data.findings",
@@ -70,7 +71,7 @@ LAYERS = [
     ["run"],
     ["manifest", "resume"],
     ["export"],
-    ["setup", "finish", "held_out"],
+    ["kinds", "setup", "finish", "held_out"],
     ["train", "check", "inspect_cache", "from_folder"],
     ["demo", "studio"],
     ["cli", "compat"],

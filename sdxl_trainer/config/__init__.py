@@ -7,7 +7,7 @@ from pydantic import Field
 
 from sdxl_trainer.config.data import Data
 from sdxl_trainer.config.learning import Adapter, Learn, Token
-from sdxl_trainer.config.model import Cache, Model, TextOptions, UNet
+from sdxl_trainer.config.model import Cache, Inpainting, Model, TextOptions, UNet
 from sdxl_trainer.config.objective import Objective, Timesteps
 from sdxl_trainer.config.results import Export, Hub, Log, Validation
 from sdxl_trainer.config.section import PathText, Section, Text, option
@@ -22,6 +22,7 @@ __all__ = [
     "Ema",
     "Export",
     "Hub",
+    "Inpainting",
     "Learn",
     "LearningRate",
     "Log",
@@ -47,6 +48,7 @@ class Config(Section):
     text: TextOptions = TextOptions()
     cache: Cache = Cache()
     objective: Objective = Objective()
+    inpainting: Inpainting = Inpainting()
     timesteps: Timesteps = Timesteps()
     adapter: Adapter | None = option(None, "train a small adapter and leave the model as it is")
     token: tuple[Token, ...] = option((), "new words of the text encoders (textual inversion)")

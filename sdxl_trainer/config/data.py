@@ -67,6 +67,7 @@ class Data(Section):
         None, "variants made of each caption by shuffling, leaving out and wildcards; default 8"
     )
     emphasis: bool = option(False, "read weights such as (word:1.2) in these captions, as text.emphasis says")
+    aesthetic_score: float = option(6.0, "what a refiner is told of how beautiful these pictures are", ge=0, le=10)
     weight: float = option(1.0, "factor on the loss of these pictures", gt=0)
     repeats: float = option(1.0, "how often each picture is seen per epoch; 0.5: half of them, in turn", gt=0)
     sampling_weight: float | None = option(

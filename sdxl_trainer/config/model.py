@@ -60,6 +60,12 @@ class TextOptions(Section):
     cache: bool = option(True, "false: frozen text encoders stay in memory and encode captions in the step")
 
 
+class Inpainting(Section):
+    masks_per_image: Positive = option(4, "drawn masks kept in the cache per picture and crop (inpainting models)")
+    whole: Fraction = option(0.25, "how often the mask hides the whole picture")
+    strokes: Fraction = option(0.5, "of the other masks, how many are strokes of a brush; the rest are boxes")
+
+
 class Cache(Section):
     path: PathText | None = option(None, "folder of cached latents and embeddings; default: <output_dir>/cache")
     batch_size: Positive = option(4, "pictures per forward pass of the VAE")

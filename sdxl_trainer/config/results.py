@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from sdxl_trainer.config.section import PathText, Positive, Section, Side, Text, option
+from sdxl_trainer.config.section import Fraction, PathText, Positive, Section, Side, Text, option
 
 
 class Validation(Section):
@@ -14,6 +14,9 @@ class Validation(Section):
     guidance: float = option(5.0, "classifier-free guidance scale", ge=0)
     height: Side | None = option(None, "default: that of the first data set's squarest pictures")
     width: Side | None = option(None, "default: that of the first data set's squarest pictures")
+    image: PathText | None = option(None, "picture that the validation pictures begin with; a refiner needs one")
+    mask: PathText | None = option(None, "what of it is drawn anew: white; an inpainting model needs one")
+    strength: Fraction | None = option(None, "how much of it is drawn anew; default: 0.75, under a mask 1")
     every_epochs: Positive | None = option(None, "pictures after epochs 0, n, 2n, ... (counted from 0)")
     at_start: bool = option(False, "pictures of the base, before the first step")
     at_end: bool = option(True, "pictures of the final model")

@@ -71,7 +71,8 @@ class Decoded:
 
 
 def keys(base: Base, options: Cache, reading: TextOptions, text_precision: str, memo: Memo) -> Keys:
-    text = [base.hash(p, memo) for p in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")]
+    names = [p for p in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2") if p in base.parts]
+    text = [base.hash(name, memo) for name in names]
     made = Keys(base.hash("vae", memo), options.vae_precision, cache.key(*text), text_precision, reading)
     memo.save()
     return made
@@ -100,14 +101,14 @@ def fill_latents(
     writer, problems, done = cache.Writer(store), list[UserError](), 0
     waiting: dict[tuple[int, int], list[Decoded]] = {}
     try:
-        for decoded in _decoded(work, options):
-            if isinstance(decoded, UserError):
-                problems.append(decoded)
+        for item in decoded(work, options):
+            if isinstance(item, UserError):
+                problems.append(item)
                 continue
-            batch = waiting.setdefault(decoded.geometry.target, [])
-            batch.append(decoded)
+            batch = waiting.setdefault(item.geometry.target, [])
+            batch.append(item)
             if len(batch) == options.batch_size:
-                _encode_pictures(vae, writer, keys, waiting.pop(decoded.geometry.target), device)
+                _encode_pictures(vae, writer, keys, waiting.pop(item.geometry.target), device)
                 done += len(batch)
                 progress(done, len(work), "pictures")
         for batch in waiting.values():
@@ -172,7 +173,7 @@ class _Decoder(torch.utils.data.Dataset[Any]):
         return index, [images.cut(scaled[geometry.resized], geometry) for geometry in geometries]
 
 
-def _decoded(work: Sequence[tuple[Picture, Geometry]], options: Cache) -> Iterator[Decoded | UserError]:
+def decoded(work: Sequence[tuple[Picture, Geometry]], options: Cache) -> Iterator[Decoded | UserError]:
     """Pixels of every (picture, geometry), in the order of the work but with a picture's geometries together."""
     grouped: dict[int, tuple[Picture, list[Geometry]]] = {}
     for picture, geometry in work:
@@ -196,11 +197,19 @@ def _unchanged(item: Any) -> Any:
 
 @torch.no_grad()
 def _encode_pictures(vae: Any, writer: cache.Writer, keys: Keys, batch: list[Decoded], device: torch.device) -> None:
-    """Rows [8, h, w] fp16: mean and standard deviation of the latents, unscaled (law 3)."""
-    stacked = torch.from_numpy(np.stack([item.pixels for item in batch])).to(device)
-    scaled = (stacked.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(vae.dtype)
-    posterior = vae.encode(scaled).latent_dist
-    rows: Tensor = torch.cat([posterior.mean, posterior.std], dim=1).half().cpu()
+    """Rows of a batch of pictures into the store."""
+    rows = moments(vae, scaled(np.stack([item.pixels for item in batch]), device, vae.dtype))
     cache.finite((item.picture.name, row) for item, row in zip(batch, rows, strict=True))
     for item, row in zip(batch, rows, strict=True):
         writer.add(keys.latent(item.picture, item.geometry), row, item.geometry.to_json())
+
+
+def scaled(pixels: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Pictures uint8 [B, H, W, 3] as the VAE takes them: [B, 3, H, W] in -1..1."""
+    return (torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(dtype)
+
+
+def moments(vae: Any, pixels: Tensor) -> Tensor:
+    """Rows [B, 8, h, w] fp16 on the CPU: mean and standard deviation of the latents, unscaled (law 3)."""
+    posterior = vae.encode(pixels).latent_dist
+    return torch.cat([posterior.mean, posterior.std], dim=1).half().cpu()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sdxl_trainer import keyed, noise
 from sdxl_trainer.chunking import Prompt
-from sdxl_trainer.config import Objective
-from sdxl_trainer.data import cache, masks, plan
+from sdxl_trainer.config import Inpainting, Objective
+from sdxl_trainer.data import cache, holes, masks, plan
 from sdxl_trainer.data.captions import Choice
 from sdxl_trainer.data.encode import Keys
 from sdxl_trainer.data.geometry import Geometry
@@ -36,16 +36,21 @@ class Batch:
     noise: Tensor  # [B, 4, h, w] fp32
     timesteps: Tensor  # [B] int64
     text: Text  # of the whole batch, see `Words.together`; keys and lengths [B] for layers that drop
-    time_ids: Tensor  # [B, 6] int64
+    time_ids: Tensor  # [B, 6] int64; of refiners [B, 5] fp32
     weight: Tensor  # [B] fp32: factor on the loss
     mask: Tensor  # [B, 1, h, w] fp32: factor on the squared error of each latent cell
     perturbation: Tensor | None = None  # [B, 4, h, w] fp32: noise that the model sees and is not to find
+    extra: Tensor | None = None  # [B, 5, h, w] fp32: mask and masked picture, for inpainting models
     prior: Tensor | None = None  # [P] int64: which samples are to stay what the base predicts; None: none
 
     @property
     def seen_noise(self) -> Tensor:
         """The noise in the model's input, [B, 4, h, w]."""
         return self.noise if self.perturbation is None else self.noise + self.perturbation
+
+    def entering(self, noisy: Tensor) -> Tensor:
+        """What the UNet takes, [B, 4 or 9, h, w]: the noisy latents, and what it sees beside them."""
+        return noisy if self.extra is None else torch.cat([noisy, self.extra], dim=1)
 
     def to(self, device: torch.device, text: torch.dtype) -> "Batch":
         """The batch on a device, with the text's floating-point tensors in the UNet's type."""
@@ -78,6 +83,8 @@ class Samples:
     objective: Objective
     clock: Clock
     scale: LatentScale
+    holes: Inpainting | None = None  # how masks are drawn, for inpainting models
+    refines: bool = False  # whether an aesthetic score stands in the place of the target size
     dropout: bool = False  # whether layers of the model drop, by keys that come with the text
 
     def picture(self, sample: int) -> Picture:
@@ -93,6 +100,18 @@ class Samples:
         if picture.mask is None:
             return torch.ones(1, *shape)
         return masks.factor(picture.data, self.latents.get(masks.key(picture, geometry)))
+
+    def time_ids(self, picture: Picture, geometry: Geometry) -> Tensor:
+        """The micro-conditioning of a picture: six integers, or for a refiner four and the score."""
+        if self.refines:
+            return torch.tensor([*geometry.time_ids()[:4], picture.data.aesthetic_score])
+        return torch.tensor(geometry.time_ids())
+
+    def hole(self, picture: Picture, geometry: Geometry, variant: int, draw: tuple[int, int, int]) -> Tensor:
+        """What an inpainting model sees beside the noisy latents, [5, h, w]."""
+        assert self.holes is not None
+        row = self.latents.get(holes.key(self.keys, picture, geometry, variant, self.holes))
+        return holes.beside(row, self.scale, draw)
 
 
 def batch(
@@ -136,9 +155,12 @@ def _row(samples: Samples, epoch: int, sample: int, timestep: int) -> tuple[dict
         "noise": noise.draw(key, lambda: samples.scale.sample(mean, std, posterior)[0], shape, samples.objective),
         **({} if perturbation is None else {"perturbation": perturbation}),
         "timesteps": torch.tensor(timestep),
-        "time_ids": torch.tensor(geometry.time_ids()),
+        "time_ids": samples.time_ids(picture, geometry),
         "mask": samples.mask(picture, geometry, shape[1:]),
     }
+    if samples.holes:
+        variant = int(draw("which_hole").integers(samples.holes.masks_per_image))
+        tensors["extra"] = samples.hole(picture, geometry, variant, key)
     return tensors, _text(samples, epoch, sample)
 
 

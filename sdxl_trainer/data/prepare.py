@@ -11,8 +11,8 @@ from torch import Tensor
 from sdxl_trainer import model, parameters, text, timesteps, tokens
 from sdxl_trainer.base import Base
 from sdxl_trainer.chunking import Prompt
-from sdxl_trainer.config import Config, TextOptions
-from sdxl_trainer.data import cache, captions, encode, masks, plan
+from sdxl_trainer.config import Config, Inpainting, TextOptions
+from sdxl_trainer.data import cache, captions, encode, holes, masks, plan
 from sdxl_trainer.data.captions import Choice
 from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.pictures import Memo, Picture, load, open_memo
@@ -39,6 +39,7 @@ class Stock:
     texts: cache.Store
     memo: Memo
     measured: bool = False  # whether the loss on held-out pictures is wanted
+    holes: Inpainting | None = None  # how masks are drawn, for inpainting models
     trained_part: tuple[Picture, ...] = ()  # of the trained pictures those whose loss is wanted too
 
     @property
@@ -48,6 +49,9 @@ class Stock:
 
     def missing_latents(self) -> list:
         return encode.missing_latents(self.latents, self.keys, self.cached)
+
+    def missing_holes(self) -> list:
+        return holes.missing(self.latents, self.keys, self.cached, self.holes) if self.holes else []
 
     def missing_masks(self) -> list:
         return masks.missing(self.latents, self.cached)
@@ -89,7 +93,8 @@ def take_stock(config: Config, base: Base, text_precision: str, notes: Notes | N
     if learns and not config.text.cache:
         what = "text.cache = false has no effect: text encoders that learn encode every caption in the step"
         raise UserError(what, "text.cache", "remove it")
-    return Stock(pictures, held_out, choices, prompts, learns, cached, keys, latents, texts, memo, measured, part)
+    stock = Stock(pictures, held_out, choices, prompts, learns, cached, keys, latents, texts, memo, measured)
+    return replace(stock, trained_part=part, holes=config.inpainting if base.inpaints else None)
 
 
 def _trained_part(config: Config, pictures: Sequence[Picture]) -> tuple[Picture, ...]:
@@ -174,6 +179,7 @@ def fill(
     # All lists come first: rows that other processes have already written must not shift the shares.
     prompts: Sequence[Prompt] = stock.missing_texts()[rank::processes]
     mine, latents = stock.missing_masks()[rank::processes], stock.missing_latents()[rank::processes]
+    hidden = stock.missing_holes()[rank::processes]
     raise_all(masks.fill(stock.latents, mine, progress))
     if prompts:
         cut = encode.fill_texts(base, config.cache, stock.texts, stock.keys, prompts, device, progress)
@@ -183,6 +189,8 @@ def fill(
         _say_cut(text.cuts(tokenizers, stock.prompts, chunks), config.text, say)
     if latents:
         encode.fill_latents(base, config.cache, stock.latents, stock.keys, latents, device, progress)
+    if hidden and stock.holes:
+        holes.fill(base, config.cache, stock.latents, stock.keys, hidden, stock.holes, device, progress)
     wait()
     stock.texts.refresh()
     stock.latents.refresh()
@@ -209,12 +217,20 @@ def samples(config: Config, base: Base, stock: Stock, count: int) -> Samples:
         stock.choices,
         stock.keys,
         stock.latents,
-        Words(stock.keys, stock.texts, chunks, base.config("text_encoder")["hidden_size"], config.text),
+        Words(
+            stock.keys,
+            stock.texts,
+            chunks,
+            0 if base.refines else base.config("text_encoder")["hidden_size"],
+            config.text,
+        ),
         {},
         config.seed,
         config.objective,
         timesteps.clock(config.timesteps, count, config.train.batch_size),
         model.latent_scale(base.config("vae")),
+        holes=stock.holes,
+        refines=base.refines,
         dropout=bool(config.adapter and config.adapter.dropout),
     )
     return replace(made, dropped=dropped_caption(config, base, made))

@@ -31,15 +31,14 @@ Step = Callable[[], None]
 _TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
-def live_pipeline(unet: Any, vae: Any, scheduler: dict[str, Any], sampler: str | None = None) -> Any:
+def live_pipeline(unet: Any, vae: Any, scheduler: dict[str, Any], refines: bool = False) -> Any:
     """A pipeline around modules that are in memory; prompts come as embeddings."""
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
-    return _quiet(
-        StableDiffusionXLPipeline(
-            vae, None, None, None, None, unet, samplers.scheduler(scheduler, sampler), add_watermarker=False
-        )
-    )
+    parts: list[Any] = [vae, None, None, None, None, unet, samplers.scheduler(scheduler, None)]
+    if refines:
+        return _quiet(StableDiffusionXLImg2ImgPipeline(*parts, requires_aesthetics_score=True, add_watermarker=False))
+    return _quiet(StableDiffusionXLPipeline(*parts, add_watermarker=False))
 
 
 def _quiet(pipeline: Any) -> Any:
@@ -78,24 +77,13 @@ def _enter(dtype: torch.dtype, module: Any, positional: tuple[Any, ...], named: 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, dict):
-        return {name: _cast(inner, dtype) for name, inner in value.items()}
+        return {name: inner if name == "time_ids" else _cast(inner, dtype) for name, inner in value.items()}
     # Timesteps and micro-conditioning are numbers whose sinusoids the UNet makes in fp32.
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1 else value
 
 
 def _leave(module: Any, inputs: Any, output: Any) -> Any:
     return (output[0].float(),) if isinstance(output, tuple) else type(output)(sample=output.sample.float())
-
-
-@torch.no_grad()
-def draw(
-    pipeline: Any, request: Request, autocast: AbstractContextManager[Any] | None = None, **conditions: Tensor
-) -> "Image":
-    """One picture from a text; `conditions` are what `conditions` gives. The VAE decodes in its own type outside of
-    `autocast`: SDXL's original one overflows in fp16."""
-    with autocast or nullcontext():
-        drawn = latents(pipeline, [request], conditions)
-    return decoded(pipeline, drawn)
 
 
 def latents(
@@ -138,10 +126,15 @@ class Model:
 
 @torch.no_grad()
 def paint(
-    model: Model, requests: Sequence[Request], refiner: Model | None = None, step: Step | None = None
+    model: Model,
+    requests: Sequence[Request],
+    refiner: Model | None = None,
+    step: Step | None = None,
+    autocast: AbstractContextManager[Any] | None = None,
 ) -> list["Image"]:
     """Pictures that differ in their prompts and seeds alone. The refiner takes over in the middle of the denoising
-    (Podell et al. 2023, section 2.5), or with `refine_strength` draws the finished picture anew."""
+    (Podell et al. 2023, section 2.5), or with `refine_strength` draws the finished picture anew. The VAE decodes in its
+    own type outside of `autocast`: SDXL's original one overflows in fp16."""
     first, pipeline, more = requests[0], model.pipeline, dict[str, Any]()
     if first.image is None:
         pipeline.scheduler = samplers.scheduler(model.scheduler, first.sampler)
@@ -153,9 +146,9 @@ def paint(
         more |= {"aesthetic_score": first.aesthetic, "negative_aesthetic_score": first.negative_aesthetic}
     together = refiner is not None and first.refine_strength is None
     share = 0.8 if first.refine_from is None else first.refine_from
-    found = latents(
-        pipeline, requests, model.conditions, step, **more, **({"denoising_end": share} if together else {})
-    )
+    more |= {"denoising_end": share} if together else {}
+    with autocast or nullcontext():
+        found = latents(pipeline, requests, model.conditions, step, **more)
     if refiner is not None:
         again: dict[str, Any] = {"denoising_start": share} if together else {"strength": first.refine_strength}
         again |= {"aesthetic_score": first.aesthetic, "negative_aesthetic_score": first.negative_aesthetic}
