@@ -1,8 +1,8 @@
 """What an inpainting model is to fill: masks that are drawn, and the picture without what they hide.
 
 As crops are, a few masks of each picture are drawn from its bytes and encoded once; which of them a sample has is drawn
-in the step, and the posterior sample of the masked picture too (law 3). A row of the cache is fp16 [9, h, w]: the mask, then
-mean and standard deviation of the masked picture's latents, unscaled.
+in the step, and the posterior sample of the masked picture too (law 3). A row of the cache is fp16 [9, h, w]: the mask,
+then mean and standard deviation of the masked picture's latents, unscaled.
 """
 
 from collections.abc import Sequence
