@@ -176,8 +176,10 @@ app.command()(_with_settings(sample))
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="model, adapter or embedding: a file or a folder")],
-    target: Annotated[Path | None, typer.Argument(metavar="DST", help=".safetensors file, or a folder")] = None,
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="model, adapter, embedding, or another trainer's config")
+    ],
+    target: Annotated[Path | None, typer.Argument(metavar="DST", help=".safetensors file, folder, or .toml")] = None,
     show: Annotated[bool, typer.Option("--show", help="say what SRC is instead, and what it says of itself")] = False,
     to: Annotated[str | None, typer.Option(help="folder, single, kohya, diffusers, embedding, learned")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default: as it is")] = None,
@@ -192,8 +194,13 @@ def convert(
     metadata: Annotated[str | None, typer.Option(help="full, minimal or none: what the header keeps")] = None,
     preview: Annotated[Path | None, typer.Option(help="picture to show an adapter by")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace DST")] = False,
+    trainer: Annotated[
+        str | None,
+        typer.Option("--from", help="config: kohya, kohya-gui, diffusers, onetrainer, simpletuner, ai-toolkit"),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="config: the file that names its pictures")] = None,
 ) -> None:
-    """Between formats: models, LoRA and its kin, embeddings; merge, extract, resize."""
+    """Between formats: models, LoRA and its kin, embeddings; merge, extract, resize. Configs of other trainers."""
     from sdxl_trainer.convert import request, run
 
     given: dict[str, Any] = {
@@ -206,7 +213,16 @@ def convert(
     }
     given |= {"energy": energy, "base": base, "token": token, "entries": entry, "metadata": metadata}
     given |= {"preview": preview, "overwrite": overwrite}
-    if show:
+    config = target if target is not None and target.suffix == ".toml" and not show else None
+    for flag, value in (("--from", trainer), ("--data", data)):
+        if value is not None and not config:
+            raise UserError(f"{flag} is for configs of other trainers", "sdxl convert", "name a .toml file as DST")
+    if config:
+        from sdxl_trainer import arrivals
+
+        request.checked(source=source, target=target, **given).only("a config")
+        print("\n".join(arrivals.convert(source, config, trainer, data, overwrite)))
+    elif show:
         from sdxl_trainer.convert import show as shows
 
         request.checked(source=source, target=target or source, **given).only("--show")

@@ -191,6 +191,9 @@ def _plain(value: Any) -> Any:
 
 
 def _lines(section: Mapping[str, Any], place: str, notes: Mapping[str, str]) -> list[str]:
+    model = _section_class(Config.model_fields[place.partition(".")[0]]) if place else None
+    order = list(model.model_fields if model else section)
+    section = {key: section[key] for key in sorted(section, key=lambda key: order.index(key) if key in order else -1)}
     noted = {key: f"  # {notes[place + key]}" if place + key in notes else "" for key in section}
     return [f"{key} = {_toml(value)}{noted[key]}" for key, value in section.items()]
 

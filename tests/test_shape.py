@@ -74,7 +74,7 @@ LAYERS = [
     ["kinds", "setup", "finish", "held_out"],
     ["train", "check", "inspect_cache", "from_folder"],
     ["demo", "studio"],
-    ["cli", "compat"],
+    ["cli", "compat", "arrivals"],
 ]
 # Heavy libraries and the only modules that may import them.
 DOORS = {
