@@ -18,7 +18,7 @@ from tests.bad_inputs.place import run_here
 
 FIXTURES = Path(__file__).parent / "fixtures" / "arrivals"
 SOURCES = ("kohya-lora.toml", "kohya-full.sh", "kohya-gui.json", "diffusers.sh", "onetrainer.json")
-SOURCES += ("simpletuner.json", "ai-toolkit.yaml")
+SOURCES += ("simpletuner.json", "ai-toolkit.yaml", "diffusers-dreambooth.sh")
 
 
 @pytest.fixture
@@ -169,6 +169,14 @@ def test_a_command_of_diffusers_means_what_the_script_here_does(here: Path) -> N
     assert (config.data[0].caption_dropout, config.data[0].flip, config.data[0].crop) == (0.2, True, "center")
     assert config.train.learning_rate == 1e-6
     assert "D8 in docs/compat.md" in lines_of("note", lines)
+
+
+def test_dreambooth_of_diffusers(here: Path) -> None:
+    config, _ = converted("diffusers-dreambooth.sh")
+    assert (config.adapter.rank, config.adapter.parts) == (8, ("unet", "text_encoder", "text_encoder_2"))
+    assert [data.caption for data in config.data] == ["a photo of sks dog", "a photo of dog"]
+    assert (config.data[1].path, config.data[1].regularisation, config.data[1].generate) == ("class", True, 4)
+    assert config.seed == 3
 
 
 def test_onetrainer(here: Path) -> None:
