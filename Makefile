@@ -35,6 +35,7 @@ schema: $(READY)  # what docs say of the options, from the code
 	sed '/^### Top of the file/,$$d' docs/config.md > docs/config.md.new
 	$(BIN)/sdxl schema --table >> docs/config.md.new
 	mv docs/config.md.new docs/config.md
+	$(BIN)/sdxl schema --commands > docs/commands.md
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or later is needed; set PYTHON=..." && exit 1)

@@ -257,11 +257,15 @@ def ui(
 @app.command()
 def schema(
     table: Annotated[bool, typer.Option("--table", help="as a table for people instead")] = False,
+    commands: Annotated[bool, typer.Option("--commands", help="the commands and their options instead")] = False,
 ) -> None:
     """Print the JSON Schema of the config file, for editors."""
-    from sdxl_trainer import configfile
+    from sdxl_trainer import configfile, reference
 
-    print(configfile.options_table() if table else configfile.schema(), end="")
+    if commands:
+        print(reference.commands(typer.main.get_command(app)), end="")
+    else:
+        print(configfile.options_table() if table else configfile.schema(), end="")
 
 
 @app.command()

@@ -110,7 +110,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", str(path), "make the file readable") from None
     for text in overrides:
-        _override(tree, text)
+        override(tree, text)
     return validated(tree, str(path))
 
 
@@ -207,7 +207,8 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
+def override(tree: dict[str, Any], text: str) -> None:
+    """Change plain data by `section.key=value`."""
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"'{text}' is not an override", "command line", "write section.key=value, e.g. train.steps=20")

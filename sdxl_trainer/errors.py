@@ -15,6 +15,10 @@ class UserError(Exception):
         what, where, fix = (_one_line(text) for text in (self.what, self.where, self.fix))
         return f"error: {what}\n   at: {where}\n  fix: {fix}"
 
+    def _render_traceback_(self) -> list[str]:
+        """What notebooks show in the place of a traceback."""
+        return str(self).splitlines()
+
 
 class Interrupted(Exception):
     """A signal stopped the run."""

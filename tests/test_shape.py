@@ -73,7 +73,7 @@ LAYERS = [
     ["export"],
     ["kinds", "setup", "finish", "held_out"],
     ["train", "check", "inspect_cache", "from_folder"],
-    ["demo", "studio"],
+    ["demo", "studio", "notebook", "reference"],
     ["cli", "compat", "arrivals"],
 ]
 # Heavy libraries and the only modules that may import them.
