@@ -13,6 +13,7 @@ from sdxl_trainer.log import Console
 from sdxl_trainer.sampling import draw as drawing
 from sdxl_trainer.sampling import grid, metadata, models
 from sdxl_trainer.sampling import order as orders
+from sdxl_trainer.sampling.checkpoints import scheduler_config
 from sdxl_trainer.sampling.draw import Embedded, conditions, decoded, latents, live_pipeline
 from sdxl_trainer.sampling.order import Order
 from sdxl_trainer.sampling.request import Request
@@ -20,16 +21,7 @@ from sdxl_trainer.sampling.request import Request
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Embedded", "Request", "conditions", "decoded", "latents", "live_pipeline"]
-
-
-def scheduler_config(base: dict[str, Any], prediction: str, zero_terminal_snr: bool) -> dict[str, Any]:
-    """The scheduler that fits how the model was trained: used for previews and saved with the model."""
-    config = {**base, "prediction_type": prediction}
-    if zero_terminal_snr:
-        # Sampling must start at the terminal timestep, which only trailing spacing visits (Lin et al. 2024, 3.3).
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return config
+__all__ = ["Embedded", "Request", "conditions", "decoded", "latents", "live_pipeline", "scheduler_config"]
 
 
 def from_disk(

@@ -16,7 +16,7 @@ from sdxl_trainer.config import Model, TextOptions
 from sdxl_trainer.data.encode import DTYPES
 from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.formats import pretrained
-from sdxl_trainer.sampling import draw
+from sdxl_trainer.sampling import checkpoints, draw
 from sdxl_trainer.sampling.draw import Embedded
 from sdxl_trainer.sampling.request import Request
 
@@ -47,8 +47,10 @@ def side(of: Base) -> int:
 
 
 def find(name: str, where: str = "MODEL") -> Base:
-    """The model on disk or on the hub; the cache holds what is unpacked from single files."""
-    return base.resolve(Model(path=name), CACHE)
+    """The model on disk or on the hub; the cache holds what is unpacked from single files, and links that make models
+    of checkpoints."""
+    checkpoint = checkpoints.assembled(Path(name).expanduser(), CACHE)
+    return base.resolve(Model(path=str(checkpoint or name)), CACHE)
 
 
 def load(name: str, offload: str | None = None) -> Loaded:

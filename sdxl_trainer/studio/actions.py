@@ -62,7 +62,7 @@ def pictures(studio: "Studio", sent: Sent) -> Any:
     ]
     start = _whole(sent.get("from"), 0)
     shown = [
-        {"name": e.name, "caption": e.caption[: albums.LONGEST], "source": e.source, "readable": e.readable}
+        {"name": e.name, "caption": e.caption[: albums.LONGEST], "source": e.source, "readonly": albums.readonly(e)}
         for e in found[start : start + PAGE]
     ]
     tags = wording.frequent(entry.caption for entry in album.entries.values())
@@ -93,7 +93,7 @@ def change(studio: "Studio", sent: Sent) -> Any:
     """What a change to all captions would make of them; with "apply" it is saved. Gives what is needed to undo it."""
     with studio.lock:
         album = _album(studio, sent)
-        old = {name: entry.caption for name, entry in album.entries.items() if entry.readable}
+        old = {name: entry.caption for name, entry in album.entries.items() if albums.readonly(entry) is None}
         new = wording.changed(old, sent.get("kind"), sent)
         if sent.get("apply"):
             albums.write_captions(album, new, {})

@@ -104,6 +104,13 @@ def _read(path: Path) -> str | None:
         return None
 
 
+def readonly(entry: Entry) -> str | None:
+    """Why a caption can be looked at only: it would be lost, or cut."""
+    if not entry.readable:
+        return f"{entry.source} is not UTF-8 text"
+    return f"longer than {LONGEST:,} characters" if len(entry.caption) > LONGEST else None
+
+
 def write_captions(album: Album, captions: Mapping[str, str], before: Mapping[str, str]) -> None:
     """Save captions of pictures where each is read from. `before` is what each was when the page showed it: UserError
     if another program has changed one since, and nothing is written then."""
@@ -112,8 +119,8 @@ def write_captions(album: Album, captions: Mapping[str, str], before: Mapping[st
         if not isinstance(text, str) or len(text) > LONGEST or _broken(text):
             what = "a caption is not text" if not isinstance(text, str) or _broken(text) else "a caption is too long"
             raise UserError(what, name, f"write at most {LONGEST:,} characters")
-        if not entry.readable:
-            raise UserError("the caption file is not UTF-8 text, and would be lost", entry.source, "save it as UTF-8")
+        if (why := readonly(entry)) is not None:
+            raise UserError(f"the caption is not changed here: {why}", entry.name, "change it in an editor")
         if name in before and before[name] != entry.caption:
             raise UserError("the caption was changed by another program", name, "look at the folder again")
     _write(album, {name: {TEXT: text.strip()} for name, text in captions.items()})

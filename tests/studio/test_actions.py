@@ -49,7 +49,7 @@ def test_a_caption_that_another_program_changed_is_not_overwritten(client: TestC
 
 def test_a_caption_file_that_is_not_utf_8_is_not_lost(client: TestClient, opened: str) -> None:
     (Path(opened) / "img0.txt").write_bytes("红色的猫".encode("gbk"))
-    assert [p["readable"] for p in listed(client, opened)] == [False, True, True, True]
+    assert [p["readonly"] for p in listed(client, opened)] == ["img0.txt is not UTF-8 text", None, None, None]
     assert save(client, opened, {"img0.png": "x"}).status_code == 400
     assert client.post("/api/focus", json={"folder": opened, "name": "img1.png", "focus": [0, 0]}).status_code == 400
     assert (Path(opened) / "img0.txt").read_bytes() == "红色的猫".encode("gbk")
@@ -138,6 +138,8 @@ def test_hostile_text_is_kept_as_text(client: TestClient, opened: str) -> None:
     assert save(client, opened, {HOSTILE: "x"}).status_code == 400
     (Path(opened) / "img1.txt").write_text(long, encoding="utf-8")
     assert max(len(p["caption"]) for p in listed(client, opened)) == album.LONGEST
+    assert save(client, opened, {"img1.png": "short"}).status_code == 400, "what is shown in part is not changed"
+    assert (Path(opened) / "img1.txt").stat().st_size == len(long)
     for prompt in (long, "", "\n \n"):
         assert client.post("/api/sample", json={"run": "none", "prompt": prompt, "at": "base"}).status_code == 400
 

@@ -158,9 +158,9 @@ const load = async (anew) => {
 
 const card = (picture) => {
   const source = url("thumbnail", { folder: view.folder, name: picture.name });
-  const text = h("textarea", { rows: "3", "aria-label": `Caption of ${picture.name}`, maxlength: "20000", readonly: !picture.readable, spellcheck: "false" });
+  const text = h("textarea", { rows: "3", "aria-label": `Caption of ${picture.name}`, maxlength: "20000", readonly: picture.readonly, spellcheck: "false" });
   text.value = picture.caption;
-  const state = h("small", { "aria-live": "polite" }, picture.readable ? picture.source || "no caption yet" : `${picture.source} is not UTF-8 text`);
+  const state = h("small", { "aria-live": "polite" }, picture.readonly ?? (picture.source || "no caption yet"));
   const save = trying(async () => {
     const [before, now] = [picture.caption, text.value.trim()];
     if (now === before) return;

@@ -1,7 +1,7 @@
 // Training: what runs, its numbers, curves and pictures as they come; stop, continue, and what waits.
 import { button, chip, command, get, h, lasting, number, post, problem, Refused, runs, say, section, show, studio, trying, url, watch } from "./core.js";
 
-const EVERY = 2000; // milliseconds between looks at curves and pictures
+const EVERY = 2000; // milliseconds between looks at curves and pictures, more where a look takes long
 const bytes = (count) => (count > 1e9 ? `${number(count / 1e9)} GB` : `${number(Math.round(count / 1e6))} MB`);
 
 export const training = async (page, go) => {
@@ -14,11 +14,13 @@ export const training = async (page, go) => {
   const logged = h("details", {}, h("summary", {}, "Output of the command"), log);
   curves.className = "charts";
   page.append(h("div", { class: "rowed" }, chooser), status, notes, figures, section("Pictures", drawn), section("Curves", curves), section("Result", results, use), section("Where the time went", timings), section("Queue", queue), logged);
-  let stamps = "", looked = 0, waiting = null, seen = {};
+  let stamps = "", looked = 0, took = 0, waiting = null;
+  const seen = {};
 
   const look = async () => {
-    looked = Date.now();
+    const began = Date.now();
     const found = await get("run", { name });
+    [looked, took] = [Date.now(), Date.now() - began];
     const parts = { notes, figures, curves, pictures: drawn, use, timings };
     for (const [part, place] of Object.entries(parts)) {
       const html = found.html[part] ?? "";
@@ -35,7 +37,7 @@ export const training = async (page, go) => {
   };
   const soon = () => {
     clearTimeout(waiting);
-    waiting = setTimeout(trying(look), Math.max(0, EVERY - (Date.now() - looked)));
+    waiting = setTimeout(trying(look), Math.max(0, EVERY + 10 * took - (Date.now() - looked)));
   };
   const output = trying(async (job) => {
     if (!job || !logged.open) return;
