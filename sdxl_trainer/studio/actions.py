@@ -234,6 +234,10 @@ def output(studio: "Studio", sent: Sent) -> Any:
     return {**jobs.as_json(job), "output": text, "problem": live.problem(text) if job.state == "failed" else None}
 
 
+def helpful(studio: "Studio", sent: Sent) -> Any:
+    return {"text": live.helpful(studio.workspace, studio.jobs, studio.jobs.get(sent.get("job")))}
+
+
 def sample(studio: "Studio", sent: Sent) -> Any:
     arguments, out = trial.sample(studio.workspace, sent)
     return {**_queued(studio, "sample", str(sent.get("run")), arguments), "try": out.name}
@@ -336,6 +340,7 @@ ACTIONS: dict[tuple[str, str], Action] = {
     ("POST", "/api/stop"): stop,
     ("POST", "/api/move"): move,
     ("GET", "/api/output"): output,
+    ("GET", "/api/helpful"): helpful,
     ("POST", "/api/sample"): sample,
     ("POST", "/api/export"): export,
     ("GET", "/api/run"): run,

@@ -1,7 +1,9 @@
 """What a run is doing, read from what it leaves on disk; parts of its page as the report draws them."""
 
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import statistics
 import tomllib
@@ -56,6 +58,39 @@ def problem(output: str) -> dict[str, str] | None:
     lines = [line for line in output.split("\n") if line.strip()]
     what = lines[-1][:500] if lines else "it ended without a word"
     return {"what": what, "where": "output of the command", "fix": "read the output below"}
+
+
+# Options whose values may say what somebody's pictures show, or where they lie.
+PRIVATE = re.compile(r"(path|prompts?|caption\w*|trigger|negative|output_dir|author|description|id|start|init|name)$")
+
+
+def helpful(workspace: Workspace, queue: jobs.Jobs, job: Job) -> str:
+    """What somebody who is asked for help needs to know: versions, the command, the options, the end of the output;
+    without captions, prompts, names and places of folders."""
+    from sdxl_trainer.studio import settings
+
+    known = ("sdxl-trainer", "torch", "diffusers", "transformers", "accelerate", "peft")
+    versions = [f"{name} {_version(name)}" for name in known]
+    path = settings.source(workspace, job.name)
+    tree = settings.parsed(settings.read(path), "")[0] if path.is_file() else {}
+    options = [f"{k} = {'(left out)' if PRIVATE.search(k) else json.dumps(v)}" for k, v in settings.flat(tree).items()]
+    command = " ".join(["sdxl", *job.arguments[:1], "..."])
+    output = queue.output(job, 8000)
+    for folder in (workspace.folder, Path.home()):
+        output = output.replace(str(folder), "~")
+    head = [
+        f"Python {platform.python_version()}, {platform.platform()}",
+        ", ".join(versions),
+        f"{command}: {job.state}",
+    ]
+    return "\n".join([*head, "", *options, "", output])
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def summary(workspace: Workspace, name: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -296,3 +296,16 @@ def test_a_whole_job(client: TestClient, opened: str, wait: Callable[..., Any], 
     assert (tmp_path / "home" / "runs" / "job" / "job.safetensors").is_file()
     assert client.get("/api/bundle", params={"run": "job"}).headers["content-type"] == "application/zip"
     assert client.post("/api/start", json={"name": "again", "copy": "job"}).status_code == 200
+
+
+def test_what_is_shown_to_helpers_says_nothing_private(client: TestClient, opened: str, tmp_path: Path) -> None:
+    sent = {"name": "one", "folder": opened, "preset": "lora-style", "micro": True, "trigger": "secretword"}
+    assert client.post("/api/start", json=sent).status_code == 200
+    client.post("/api/config", json={"name": "one", "key": "validation.prompts", "value": ["secret prompt"]})
+    job = client.app.state.studio.jobs.add("train", "one", ["train", str(tmp_path / "home" / "missing.toml")])  # type: ignore[attr-defined]
+    ended(client.app.state.studio.jobs, job)  # type: ignore[attr-defined]
+    text = client.get("/api/helpful", params={"job": job.id}).json()["text"]
+    assert "train.learning_rate = " in text
+    assert "torch 2" in text
+    assert "there is no config file" in text
+    assert not [word for word in ("secret", str(tmp_path), "photos") if word in text]

@@ -11,7 +11,14 @@ export const training = async (page, go) => {
   const name = studio.run;
   const [status, notes, figures, curves, drawn, use, timings, queue, results] = Array.from({ length: 9 }, () => h("div", {}));
   const log = h("pre", { class: "log", tabindex: "0", role: "region", "aria-label": "Output of the command" });
-  const logged = h("details", {}, h("summary", {}, "Output of the command"), log);
+  const asked = h("div", {});
+  const ask = async () => {
+    const job = studio.now.runs.find((run) => run.name === name)?.job;
+    if (!job) return say("nothing has been run here yet");
+    const { text } = await get("helpful", { job });
+    asked.replaceChildren(command(text, "What to show to somebody who helps"));
+  };
+  const logged = h("details", {}, h("summary", {}, "Output of the command"), log, h("p", { class: "rowed" }, button("What to show to somebody who helps", ask), h("small", {}, "without captions, prompts and places of folders; read it before you share it")), asked);
   curves.className = "charts";
   page.append(h("div", { class: "rowed" }, chooser), status, notes, figures, section("Pictures", drawn), section("Curves", curves), section("Result", results, use), section("Where the time went", timings), section("Queue", queue), logged);
   let stamps = "", looked = 0, took = 0, waiting = null;
