@@ -235,11 +235,21 @@ def convert(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="a run's output folder")]) -> None:
-    """One self-contained HTML page about a run."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="output folders of one or several runs")],
+    out: Annotated[Path | None, typer.Option(help="page about several runs (default: compare.html)")] = None,
+) -> None:
+    """One self-contained HTML page about a run, or about several side by side."""
     from sdxl_trainer import report as reports
 
-    print(reports.write(run))
+    if len(runs) > 1:
+        from sdxl_trainer.report import compare
+
+        print(compare.write(runs, out or Path("compare.html")))
+    elif out is not None:
+        raise UserError("--out with one run", "sdxl report", "its page is report.html in its folder; remove --out")
+    else:
+        print(reports.write(runs[0]))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Where a run computes: device, precision, processes, as accelerate finds them; the only reader of the environment."""
 
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -84,6 +85,17 @@ def gathered(rows: list[Any]) -> list[Any]:
     return gather_object(rows)
 
 
+def memory_gb(device: torch.device) -> float:
+    """Memory that the run takes, in GB: the most so far on a GPU, else what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+    except (OSError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
 def make(config: Config, computing: str) -> "Accelerator":
     """accelerate's handle on devices and processes. Micro-batches are our own, so it accumulates nothing."""
     from accelerate import Accelerator
@@ -106,6 +118,5 @@ def make(config: Config, computing: str) -> "Accelerator":
         cpu=device_type() == "cpu",
         mixed_precision=autocast,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=list(config.log.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / config.log.dir)),
     )

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from sdxl_trainer.ema import Ema
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.run import Job
 
+# Of the time of a run, what the pages about it may take while it goes on.
+REPORT_SHARE = 0.02
 _COPIED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _KINDS = {".json", ".txt", ".model", ".safetensors"}
 
@@ -36,13 +39,22 @@ def conclude(job: Job) -> None:
         if exported:
             job.console.say(f"for other programs: {', '.join(path.name for path in exported)}")
     accelerator.wait_for_everyone()
-    if config.log.trackers:
-        accelerator.end_training()  # also ends the group of processes
+    job.trackers.close()
     if accelerator.is_main_process and config.hub.push:
         cached = prepare.cache_folder(config)
         left_out = [f"{config.log.dir}/*"]
         left_out += [f"{cached.relative_to(job.output)}/*"] if cached.is_relative_to(job.output) else []
         job.console.say(f"pushed to {publish.push(job.output, config.hub, left_out)}")
+
+
+def write_report(job: Job) -> None:
+    """The page about a run that goes on, as long as that takes no more than a small share of the time."""
+    if not job.run.accelerator.is_main_process or time.monotonic() < job.watch.report_after:
+        return
+    began = time.monotonic()
+    with job.watch.phase("report"):
+        report.write(job.output)
+    job.watch.report_after = time.monotonic() + (time.monotonic() - began) * (1 / REPORT_SHARE - 1)
 
 
 def _choose(job: Job) -> None:

@@ -6,7 +6,6 @@ loss is the plain squared error of what the model predicts, whatever weights and
 """
 
 import math
-import statistics
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -16,15 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import finish, keyed, noise, optim
+from sdxl_trainer import finish, intervals, keyed, noise, optim
 from sdxl_trainer.config import Objective
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch, Samples
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.run import Job
 
-# Quantiles of Student's t for 95 % and 1, 2, ... degrees of freedom; beyond, its expansion is exact to three digits.
-_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
 # How the loss of each set of pictures is called in metrics.jsonl.
 NAMES = {"held_out": "validation_loss", "trained": "trained_loss"}
 
@@ -47,24 +44,12 @@ class Measure:
     @property
     def interval(self) -> float | None:
         """Half of the 95 % confidence interval of the mean over pictures; None for a single picture."""
-        count = len(self.pictures)
-        if count < 2:
-            return None
-        return quantile(count - 1) * statistics.stdev(self.pictures) / math.sqrt(count)
+        return intervals.half_width(self.pictures) if len(self.pictures) > 1 else None
 
     @property
     def by_timestep(self) -> list[float]:
         """The mean over pictures in each part of the schedule."""
         return self.losses.double().mean(dim=0).tolist()
-
-
-def quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t (Abramowitz & Stegun 1964, 26.7.5)."""
-    if freedom <= len(_QUANTILES):
-        return _QUANTILES[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 def due(job: Job) -> bool:
@@ -95,6 +80,9 @@ def measured(job: Job) -> dict[str, Any]:
     first = NAMES[next(iter(job.measured))]
     job.state.measures.append((job.state.step, told[first]))
     _say(job, told)
+    columns = ["timestep", *(f"{row['set']} ({row['weights']})" for row in rows)]
+    by_part = zip(parts, *(row["by_timestep"] for row in rows), strict=True)
+    job.trackers.table("validation loss by timestep", columns, list(by_part), job.state.step)
     return told
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sdxl_trainer import configfile, files
 from sdxl_trainer.config import Config
+from sdxl_trainer.data import ledger
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.run import Job
 
@@ -51,6 +52,7 @@ def begin(job: Job, stock: Stock) -> None:
                 "hashes": {part: job.base.hash(part, stock.memo) for part in ("vae", *job.base.encoders)},
             },
             "data": {
+                "ledger": ledger.rows(config, stock, job.order),
                 "pictures": len(stock.pictures),
                 "captions": len({caption for picture in stock.pictures for caption in picture.captions}),
                 "sets": [

@@ -23,6 +23,7 @@ from sdxl_trainer.objective import Objective
 from sdxl_trainer.parameters import Group
 from sdxl_trainer.prior import Prior
 from sdxl_trainer.saver import Saver
+from sdxl_trainer.trackers import Trackers
 from sdxl_trainer.validate import Validator
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.phases: dict[str, float] = {}
+        self.report_after = 0.0  # when the page about the run may be written again
         self.began = self._lap = time.monotonic()
 
     @contextmanager
@@ -130,6 +132,7 @@ class Job:
     scheduler: dict[str, Any]
     metrics: Metrics
     validation: Metrics  # the measures of the validation loss
+    trackers: Trackers
     saver: Saver
     console: Console
     watch: Watch

@@ -41,6 +41,7 @@ from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.log import Console, Metrics
 from sdxl_trainer.run import Job, Run, Start, State, Watch
 from sdxl_trainer.saver import Saver
+from sdxl_trainer.trackers import Trackers
 from sdxl_trainer.validate import Validator
 
 
@@ -84,7 +85,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if accelerator.is_main_process:
         manifest.begin(job, stock)
     if config.log.trackers:
-        accelerator.init_trackers(config.log.project, manifest.flat(config))
+        job.trackers.start(manifest.flat(config))
     return job
 
 
@@ -225,6 +226,8 @@ def _assemble(
         prediction,
         stock,
     )
+    folder, main = output / config.log.dir, accelerator.is_main_process
+    trackers = Trackers(config.log.trackers, config.log.project, folder, console.say, main)
     state.measures += held_out.history(measures, state.step, config.ema.enabled)
     return Job(
         run=run,
@@ -233,11 +236,12 @@ def _assemble(
         samples=samples,
         measured=prepare.measured_samples(config, base, stock, len(noise)),
         order=order,
-        validator=Validator(config, accelerator, base, samples, scheduler, run.dtype, console.say),
+        validator=Validator(config, accelerator, base, samples, scheduler, run.dtype, console.say, trackers),
         scheduler=scheduler,
         saver=Saver(config, output, console.say, accelerator.is_main_process),
         metrics=Metrics(output / "metrics.jsonl", state.step, accelerator.is_main_process),
         validation=Metrics(measures, state.step or -1, accelerator.is_main_process),
+        trackers=trackers,
         console=console,
         watch=watch,
         output=output,

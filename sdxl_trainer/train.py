@@ -88,6 +88,7 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
                 job.validation.close()
         stop.gently = False
         if stop.signal:
+            job.trackers.close(5.0)
             raise Interrupted(stop.signal)
         finish.conclude(job)
     return job.output
@@ -125,7 +126,7 @@ def _loop(job: Job, stop: Stop) -> None:
         whole = [name for batch in micro_batches for name in batch.names]
         names = [name if weight else "" for name, weight in zip(whole, weights, strict=True)]
         row = {"step": state.step, "epoch": epoch, "learning_rate": rate, "images": images}
-        row |= held_out.measured(job)
+        row |= (measured := held_out.measured(job))
         state.unread.append(Unread(row, loss, norm, names, torch.cat(state.each)))
         done = state.step == run.steps or held_out.enough(job)
         stopping = _agreed(accelerator, stop) if state.step % read_every == 0 or done else False
@@ -141,6 +142,9 @@ def _loop(job: Job, stop: Stop) -> None:
         if job.validator.due(state.step, run.steps, job.order.steps_per_epoch):
             with job.watch.phase("validation pictures"):
                 finish.draw_validation(job)
+        elif not measured:
+            continue
+        finish.write_report(job)
 
 
 def _agreed(accelerator: Any, stop: Stop) -> bool:
@@ -158,7 +162,7 @@ def _read(job: Job) -> None:
     losses = accelerator.reduce(torch.stack([u.loss for u in state.unread]), "sum").tolist()
     norms = torch.stack([u.norm for u in state.unread]).tolist()
     seconds = job.watch.lap() / len(state.unread)
-    rows: list[dict[str, Any]] = []
+    memory, rows = distributed.memory_gb(accelerator.device), list[dict[str, Any]]()
     for unread, loss, norm in zip(state.unread, losses, norms, strict=True):
         if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(norm)):
             job.metrics.write(rows)
@@ -167,14 +171,15 @@ def _read(job: Job) -> None:
         if job.run.config.log.pictures:
             own = [[name, found] for name, found in zip(unread.names, unread.each.tolist(), strict=True) if name]
             row["pictures"] = distributed.gathered(own)
-        rows.append(row | {"samples_per_second": unread.row["images"] / seconds})
+        more = {"samples_per_second": unread.row["images"] / seconds, "memory_gb": round(memory, 3)}
+        rows.append(row | more)
     state.unread.clear()
     if accelerator.is_main_process:
         job.metrics.write(rows)
-        for row in rows if accelerator.trackers else []:
+        for row in rows if job.trackers.workers else []:
             told = {k: v for k, v in row.items() if k not in {"step", "images", "pictures"}}
             told |= {f"loss_for_{Path(name).name}": found for name, found in row.get("pictures", [])}
-            accelerator.log(told, step=row["step"])
+            job.trackers.scalars(told, row["step"])
     last = rows[-1]
     rate = f"{last['samples_per_second']:.3g} images/s"
     job.console.progress(

@@ -19,6 +19,7 @@ from sdxl_trainer.data.prepare import EMPTY, written
 from sdxl_trainer.formats import pretrained
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.sampling import draw as drawing
+from sdxl_trainer.trackers import Trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,6 +41,7 @@ class Validator:
     scheduler: dict[str, Any]
     dtype: torch.dtype  # of what the UNet takes
     say: Callable[[str], None]
+    trackers: Trackers
 
     def due(self, step: int, steps: int, steps_per_epoch: int) -> bool:
         """Is it time after `step` steps?"""
@@ -137,18 +139,7 @@ class Validator:
         return text["prompt_embeds"][0], text["pooled"][0]
 
     def _track(self, folder: Path, rows: list[dict[str, Any]], step: int) -> None:
-        """Hand the pictures to the trackers that show pictures, under their prompts."""
-        import numpy as np
-        from PIL import Image
-
-        for tracker in self.accelerator.trackers:
-            for prompt in dict.fromkeys(row["prompt"] for row in rows):
-                images = []
-                for row in rows:
-                    if row["prompt"] == prompt:
-                        with Image.open(folder / row["file"]) as image:
-                            images.append(np.asarray(image))
-                if tracker.name == "tensorboard":
-                    tracker.log_images({prompt: np.stack(images)}, step=step, dataformats="NHWC")
-                elif tracker.name == "wandb":
-                    tracker.log_images({prompt: images}, step=step)
+        """Hand the pictures to the trackers, under their prompts."""
+        for prompt in dict.fromkeys(row["prompt"] for row in rows):
+            own = [folder / row["file"] for row in rows if row["prompt"] == prompt]
+            self.trackers.pictures(prompt, own, step)

@@ -91,7 +91,7 @@ def metrics(steps: int) -> list[dict[str, Any]]:
             "step": step,
             "epoch": step // 100,
             "loss": 0.05 + 0.25 * math.exp(-4 * step / steps) * draw.lognormvariate(0, 0.5),
-            "validation_loss": 0.1 + 0.2 * math.exp(-4 * step / steps),
+            "memory_gb": 3.5 + step / steps,
             "learning_rate": 1e-4 * min(1, step / 40),
             "grad_norm": draw.lognormvariate(-1, 0.4) * (40 if step in (90, 210) else 1),
             "samples_per_second": 4.5 + draw.gauss(0, 0.15),
@@ -99,6 +99,29 @@ def metrics(steps: int) -> list[dict[str, Any]]:
         }
         for step in range(1, steps + 1)
     ]
+
+
+def validation_rows(steps: int, ema: bool, rise: float = 0.0) -> list[dict[str, Any]]:
+    """Measures every eighth of a run: falling, on ten pictures; from the middle on rising by `rise`."""
+    rows = []
+    for step in range(0, steps + 1, max(1, steps // 8)):
+        level = 0.3 * math.exp(-3 * step / steps) + rise * max(0.0, step / steps - 0.5)
+        for name, weights in [("held_out", "ema")] * ema + [("held_out", "raw"), ("trained", "raw")]:
+            pictures = [level * (0.5 + i / 10) + 0.01 * (name == "held_out") for i in range(10)]
+            mean = sum(pictures) / 10
+            rows.append(
+                {
+                    "step": step,
+                    "set": name,
+                    "weights": weights,
+                    "loss": mean,
+                    "interval": 0.05,
+                    "timesteps": [125, 375, 625, 875],
+                    "by_timestep": [mean * f for f in (2.0, 1.0, 0.7, 0.3)],
+                    "pictures": pictures,
+                }
+            )
+    return rows
 
 
 def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -120,6 +143,8 @@ def fake_run(
     finished = {} if taken is None else {"finished": None}
     (folder / "manifest.json").write_text(json.dumps({**MANIFEST, **finished}), encoding="utf-8")
     write_metrics(folder, metrics(steps)[:taken])
+    measured = "".join(json.dumps(row) + "\n" for row in validation_rows(steps, ema))
+    (folder / "validation.jsonl").write_text(measured, encoding="utf-8")
     prompts = prompts or ("a red circle", "a blue square", HOSTILE)
     draw_samples(folder, prompts, range(0, (taken or steps) + 1, 100), 2, side, ema)
     return folder
@@ -212,7 +237,10 @@ def test_shows_the_numbers_of_the_run(page: Page, run: Path) -> None:
 
 def test_curves_hold_the_measured_points(page: Page) -> None:
     figures = [f for f in page.all("figure") if "data-points" in f]
-    assert [f["data-title"] for f in figures] == [chart.title for chart in charts.CHARTS]
+    measured = ["Validation loss", "Validation loss by timestep"]
+    titles = [chart.title for chart in charts.CHARTS]
+    assert [f["data-title"] for f in figures] == [titles[0], *measured, *titles[1:]]
+    figures = [figures[0], *figures[3:]]
     rows = metrics(400)
     for figure, chart in zip(figures, charts.CHARTS, strict=True):
         data = json.loads(figure["data-points"])
@@ -298,7 +326,7 @@ def test_any_part_may_be_missing(tmp_path: Path, missing: str, only: bool) -> No
         if (name == missing) != only:
             (folder / name).unlink()
     found = written(folder)
-    assert ("Curves" in found.text) == ((missing == "metrics.jsonl") == only)
+    assert ("Training loss" in found.text) == ((missing == "metrics.jsonl") == only)
     assert ("Pictures Each row" in found.text) == ((missing == "samples/samples.jsonl") == only)
 
 

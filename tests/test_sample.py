@@ -65,24 +65,3 @@ def test_pictures_from_disk_are_noted_with_their_settings(base: Path, tmp_path: 
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == [7, 8, 7, 8]
     assert all(row["negative"] == "a blue square" and row["steps"] == 2 for row in rows)
-
-
-@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_trackers_get_losses_and_pictures(
-    config: Callable[..., Any], tracker: str, monkeypatch: Any, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    validation = {"prompts": ["a red circle"], "images": 2, "steps": 1}
-    output = train(config(log={"trackers": [tracker]}, validation=validation, train={"steps": 2}))
-    if tracker == "tensorboard":
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        folder = next(p.parent for p in (output / "logs").rglob("events*") if "hparams" not in str(p.parent.name))
-        events = EventAccumulator(str(folder)).Reload()
-        assert [event.step for event in events.Scalars("loss")] == [1, 2]
-        assert events.Tags()["images"]
-    else:
-        assert list(tmp_path.rglob("*.wandb"))
-        assert len(list(tmp_path.rglob("media/images/*/*.png")) + list(tmp_path.rglob("media/images/*.png"))) == 2

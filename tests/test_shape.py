@@ -31,6 +31,7 @@ LAYERS = [
         "configfile",
         "refusals",
         "log",
+        "trackers",
         "formats",
         "report",
         "blueprint",
@@ -78,7 +79,7 @@ LAYERS = [
 ]
 # Heavy libraries and the only modules that may import them.
 DOORS = {
-    "accelerate": {"distributed", "setup", "run", "validate"},
+    "accelerate": {"trackers", "distributed", "setup", "run", "validate"},
     "datasets": {"data.sources"},
     "peft": {"adapters", "attach", "beginning"},
     "bitsandbytes": {"optim", "narrow"},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sdxl_trainer import files
 from sdxl_trainer.errors import shortened
-from sdxl_trainer.report import charts, pictures, records, sections
+from sdxl_trainer.report import charts, pictures, records, sections, use, validation
 from sdxl_trainer.report.frame import document
 from sdxl_trainer.report.words import number, safe, section
 
@@ -28,18 +28,25 @@ def body(run: records.Run, now: datetime) -> str:
     """The sections, in the order in which people ask: how does it look, how did it go, what is it, how do I use it."""
     notices = [*run.notices, *not_finite(run)]
     drawn = pictures.write(run.samples, notices)
-    curves = "".join(charts.figure(chart, run.metrics) for chart in charts.CHARTS)
+    drawings = curves(run)
     return (
         f"<main>{sections.heading(run, now)}{sections.figures(run)}{sections.notes(notices)}"
         + section("Pictures", "pictures", drawn)
-        + section("Curves", "curves", f'<div class="charts">{curves}</div>' if curves else "")
-        + section("How to use it", "use", sections.use(run))
+        + section("Curves", "curves", f'<div class="charts">{drawings}</div>' if drawings else "")
+        + section("How to use it", "use", use.section_body(run, use.command(run)))
         + section("Data", "data", sections.data(run))
         + section("What learned", "learned", sections.learned(run))
         + section("Where the time went", "timings", sections.timings(run))
         + section("How to do it again", "again", sections.origin(run))
         + "</main>"
     )
+
+
+def curves(run: records.Run) -> str:
+    """All charts: the training loss, then what the validation says, then the rest."""
+    drawn = [charts.figure(chart, run.metrics) for chart in charts.CHARTS]
+    drawn.insert(1, validation.figures(run.validation))
+    return "".join(drawn)
 
 
 def not_finite(run: records.Run) -> list[str]:

@@ -24,10 +24,10 @@ class Chart:
 
 CHARTS = (
     Chart("loss", "Training loss", from_zero=False, smooth=True),
-    Chart("validation_loss", "Loss on held-out pictures", from_zero=False),
     Chart("learning_rate", "Learning rate"),
     Chart("grad_norm", "Gradient norm"),
     Chart("samples_per_second", "Pictures per second"),
+    Chart("memory_gb", "Memory in GB"),
 )
 
 
@@ -133,7 +133,7 @@ def figure(chart: Chart, metrics: Sequence[dict[str, Any]]) -> str:
     return (
         f'<figure class="chart {chart.key}" tabindex="0" data-title="{chart.title}" {_hover(lines, x, y)}>'
         f"<figcaption><b>{chart.title}</b>{_legend(chart, len(points))}</figcaption>"
-        f'<div class="plot">{_labels(x, y)}{_svg(lines, x, y, spoken)}<i class="cross"></i></div>'
+        f'<div class="plot">{labels(x, y)}{_svg(lines, x, y, spoken)}<i class="cross"></i></div>'
         f'<output aria-live="polite">{"; ".join(readout)}</output></figure>'
     )
 
@@ -147,7 +147,8 @@ def _legend(chart: Chart, amount: int) -> str:
     )
 
 
-def _labels(x: Axis, y: Axis) -> str:
+def labels(x: Axis, y: Axis) -> str:
+    """The values beside the axes."""
     across = "".join(
         f'<span class="x" aria-hidden="true" style="left:{x.place(tick) / 10:.2f}%">{count(tick)}</span>'
         for tick in x.ticks

@@ -15,8 +15,11 @@ const wireCurves = (root) => {
       cross.style.display = "block";
       cross.style.left = `${data.places[at] / 10}%`;
       cross.style.setProperty("--height", `${data.heights[at] / 10}%`);
-      const [first, smooth] = data.values.map((values) => said(values[at]));
-      output.textContent = `step ${data.x[at].toLocaleString("en")}: ${first}${smooth ? ` (smoothed ${smooth})` : ""}`;
+      const here = data.values.map((values) => (values[at] === null ? null : said(values[at])));
+      const told = data.names
+        ? data.names.flatMap((name, line) => (here[line] === null ? [] : [`${name} ${here[line]}`])).join("; ")
+        : `${here[0]}${here[1] ? ` (smoothed ${here[1]})` : ""}`;
+      output.textContent = `step ${data.x[at].toLocaleString("en")}: ${told}`;
     };
     const hide = () => {
       cross.style.display = "none";

@@ -10,7 +10,7 @@ from typing import Any
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.report.words import clipped, number, table
 
-FILES = ("config.toml", "manifest.json", "metrics.jsonl", "samples/samples.jsonl")
+FILES = ("config.toml", "manifest.json", "metrics.jsonl", "samples/samples.jsonl", "validation.jsonl")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Run:
     manifest: dict[str, Any]
     metrics: list[dict[str, Any]]
     samples: list[Sample]
+    validation: list[dict[str, Any]]
     notices: list[str]
 
     @property
@@ -52,7 +53,9 @@ class Run:
 
     @property
     def done(self) -> bool:
-        complete = self.planned is None or self.last_step >= self.planned
+        # A run that its validation loss ended is done too: then as many steps were taken as it wanted.
+        wanted = number(self.manifest.get("steps_taken")) or self.planned
+        complete = wanted is None or self.last_step >= wanted
         return bool(self.manifest.get("finished")) and complete
 
 
@@ -70,6 +73,7 @@ def read(folder: Path) -> Run:
         manifest=_manifest(folder / FILES[1], notices),
         metrics=_metrics(folder / FILES[2], notices),
         samples=_samples(folder / FILES[3], notices),
+        validation=list(_rows(folder / FILES[4], notices)),
         notices=notices,
     )
 

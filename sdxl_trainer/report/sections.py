@@ -1,13 +1,13 @@
-"""The words and tables of the page: what was trained from what on what, where the time went, how to use it."""
+"""The words and tables of the page: what was trained from what on what, where the time went, how to do it again."""
 
-import shlex
 import statistics
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sdxl_trainer.report import charts
+from sdxl_trainer.report import charts, validation
 from sdxl_trainer.report.records import Run
+from sdxl_trainer.report.use import block, command
 from sdxl_trainer.report.words import (
     count,
     duration,
@@ -23,15 +23,14 @@ from sdxl_trainer.report.words import (
     tables,
 )
 
-LONGEST_BLOCK = 100_000  # characters of a block such as the config
-
 
 def heading(run: Run, now: datetime) -> str:
     """The name of the run, whether it is done, and one sentence about it."""
     state = "done" if run.done else "stopped" if run.manifest.get("finished") else "not finished"
     chip = f'<span class="chip {"good" if run.done else "open"}">{state}</span>'
     title = f"<h1>{safe(run.name, 120)} {chip}</h1>"
-    return f'<header>{title}<p>{_sentence(run)}</p><p class="muted">{_when(run, now)}</p></header>'
+    verdict = "".join(f"<p>{safe(said)}</p>" for said in validation.words(run.validation))
+    return f'<header>{title}<p>{_sentence(run)}</p>{verdict}<p class="muted">{_when(run, now)}</p></header>'
 
 
 def _sentence(run: Run) -> str:
@@ -122,9 +121,18 @@ def data(run: Run) -> str:
     totals = [(word, number(part(run.manifest, "data", word))) for word in ("pictures", "captions")]
     said = [plural(value, word[:-1]) for word, value in totals if value is not None]
     total = f"<p>{' with '.join(said)}.</p>" if said else ""
-    return total + (
-        grid("Data sets", [safe(name.replace("_", " "), 60) for name in names], rows, numeric) if rows else ""
-    )
+    listed = grid("Data sets", [safe(name.replace("_", " "), 60) for name in names], rows, numeric) if rows else ""
+    return total + listed + _ledger(run)
+
+
+def _ledger(run: Run) -> str:
+    """What became of the pictures: sizes, what is cut off, what was left out and why."""
+    told = part(run.manifest, "data", "ledger")
+    pairs = [row for row in told if isinstance(row, list) and len(row) == 2] if isinstance(told, list) else []
+    if not pairs:
+        return ""
+    table = grid("What became of the pictures", ["of what", "what"], [[safe(a, 200), safe(b)] for a, b in pairs[:200]])
+    return f"<p>What became of them:</p>{table}"
 
 
 def _cell(value: Any) -> str:
@@ -172,63 +180,12 @@ def timings(run: Run) -> str:
     return grid("Time by phase", ["phase", "time", "share", '<span class="hidden">share as a bar</span>'], rows, (1, 2))
 
 
-def use(run: Run) -> str:
-    """How to load the result, as text to copy; how to go on where there is no result yet."""
-    path = str(part(run.config, "output_dir") or run.folder)
-    again = _command(run)
-    if not run.done and again:
-        lead = "<p>The run is not complete. The same command continues it from its last checkpoint:</p>"
-        lead += _block("Command that continues the run", again)
-    else:
-        lead = ""
-    prompt = next((sample.prompt for sample in run.samples if 0 < len(sample.prompt) <= 300), "a photo")
-    python = _block("Python code", _python(run, path, prompt))
-    shell = f"sdxl sample {shlex.quote(path)} --prompt {shlex.quote(prompt)} --out pictures"
-    shell = _block("Command that draws pictures", shell)
-    when = "In" if run.done else "Once it is complete, in"
-    return f"{lead}<p>{when} Python, with diffusers:</p>{python}<p>On the command line:</p>{shell}"
-
-
-def _python(run: Run, path: str, prompt: str) -> str:
-    validation = table(run.config, "validation")
-    given = {"height": "height", "width": "width", "steps": "num_inference_steps", "guidance": "guidance_scale"}
-    options = "".join(f", {name}={number(validation[k])}" for k, name in given.items() if number(validation.get(k)))
-    lora = (run.folder / "pytorch_lora_weights.safetensors").is_file()
-    source = str(part(run.config, "model", "path") or part(run.manifest, "base", "path") or "") if lora else path
-    lines = [
-        "import torch",
-        "from diffusers import StableDiffusionXLPipeline",
-        "",
-        'device = "cuda" if torch.cuda.is_available() else "cpu"',
-        'dtype = torch.float16 if device == "cuda" else torch.float32',
-        f"pipeline = StableDiffusionXLPipeline.from_pretrained({source!r}, torch_dtype=dtype).to(device)",
-        *([f"pipeline.load_lora_weights({path!r})"] if lora else []),
-        "generator = torch.Generator().manual_seed(0)",
-        f"image = pipeline({prompt!r}, generator=generator{options}).images[0]",
-        'image.save("picture.png")',
-    ]
-    return "\n".join(lines)
-
-
-def _command(run: Run) -> str:
-    command = run.manifest.get("command")
-    return shlex.join(str(word) for word in command) if isinstance(command, list) else str(command or "")
-
-
-def _block(label: str, text: str) -> str:
-    code = f"<code>{safe(text, LONGEST_BLOCK)}</code>"
-    return (
-        f'<div class="block"><pre tabindex="0" role="region" aria-label="{label}">{code}</pre>'
-        '<button type="button" class="copy scripted">Copy</button></div>'
-    )
-
-
 def origin(run: Run) -> str:
     """Command, config, hardware, versions and hashes: what it takes to do it again."""
-    command = _command(run)
-    parts = [f"<p>The command:</p>{_block('Command of the run', command)}" if command else ""]
+    ran = command(run)
+    parts = [f"<p>The command:</p>{block('Command of the run', ran)}" if ran else ""]
     if run.config_text:
-        text = _block("Config of the run", run.config_text.strip())
+        text = block("Config of the run", run.config_text.strip())
         parts.append(f"<details><summary>Config with every option (config.toml)</summary>{text}</details>")
     facts = list(table(run.manifest, "hardware").items())
     hardware = [[safe(str(name).replace("_", " "), 60), _cell(value)] for name, value in facts]

@@ -13,7 +13,7 @@ from typing import Any
 
 from sdxl_trainer import report
 from sdxl_trainer.errors import UserError
-from sdxl_trainer.report import charts, pictures, records, sections
+from sdxl_trainer.report import pictures, records, sections, use
 from sdxl_trainer.report.words import number, part
 from sdxl_trainer.studio import jobs
 from sdxl_trainer.studio.jobs import Job
@@ -162,10 +162,10 @@ def page(workspace: Workspace, name: object) -> dict[str, Any]:
         "name": folder.name,
         "html": {
             "figures": sections.figures(run),
-            "curves": "".join(charts.figure(chart, run.metrics) for chart in charts.CHARTS),
+            "curves": report.curves(run),
             "pictures": drawn,
             "notes": sections.notes(notices),
-            "use": sections.use(run),
+            "use": use.section_body(run, use.command(run)),
             "timings": sections.timings(run),
         },
         "checkpoints": checkpoints(folder),

@@ -138,7 +138,8 @@ def test_averaged_and_last_weights_are_both_measured(config: Callable[..., Any],
 def test_the_interval_is_student_s() -> None:
     import torch
 
-    from sdxl_trainer.held_out import Measure, quantile
+    from sdxl_trainer.held_out import Measure
+    from sdxl_trainer.intervals import quantile
 
     assert [round(quantile(n), 3) for n in (1, 4, 5, 9, 30, 1000)] == [12.706, 2.776, 2.571, 2.262, 2.042, 1.962]
     measure = Measure(torch.tensor([[1.0, 3.0], [2.0, 6.0], [0.0, 0.0]]))

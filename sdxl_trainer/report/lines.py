@@ -1,0 +1,100 @@
+"""Charts of several lines: what is measured of several kinds, or of several runs, with bands of confidence."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdxl_trainer.report.charts import LIMIT, Axis, Chart, Point, axis, labels, vertical
+from sdxl_trainer.report.words import count, safe, short
+
+COLOURS = 6  # as the style has them; more lines begin anew
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of measured points; `width` is half of a confidence interval by step."""
+
+    name: str
+    points: Sequence[Point]
+    width: dict[int, float] | None = None
+
+
+def figure(title: str, series: Sequence[Series], from_zero: bool = False, wide: bool = False) -> str:
+    """A chart with a legend, axes, the lines and a read-out; nothing where there are no points."""
+    shown = [line for line in series if line.points]
+    if not shown:
+        return ""
+    steps = sorted({step for line in shown for step, _ in line.points})
+    values = [value for line in shown for _, value in line.points]
+    values += [
+        v + s * line.width[t]
+        for line in shown
+        if line.width
+        for t, v in line.points
+        for s in (-1, 1)
+        if t in line.width
+    ]
+    x = axis(steps[0], steps[-1], 5, whole=True)
+    y, above = vertical(Chart("", title, from_zero), values)
+    thin = {line.name: _thinned(line.points, max(2, LIMIT // len(shown))) for line in shown}
+    drawn = "".join(_band(line, i, x, y) for i, line in enumerate(shown))
+    drawn += "".join(
+        f'<path class="c{i % COLOURS}" d="{_path(thin[line.name], x, y)}"/>' for i, line in enumerate(shown)
+    )
+    said = "; ".join(f"{line.name} {short(line.points[-1][1])} at step {count(line.points[-1][0])}" for line in shown)
+    beyond = f"; {above:,} values lie above the frame" if above else ""
+    keys = "".join(
+        f'<span><span class="key c{i % COLOURS}"></span>{safe(line.name, 60)}</span>' for i, line in enumerate(shown)
+    )
+    grid = "".join(
+        f'<line class="grid" x1="0" x2="1000" y1="{1000 - y.place(tick):.1f}" y2="{1000 - y.place(tick):.1f}"/>'
+        for tick in y.ticks
+    )
+    svg = (
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{safe(f"{title}: {said}.")}">'
+        f"{grid}{drawn}</svg>"
+    )
+    return (
+        f'<figure class="chart lines{" wide" if wide else ""}" tabindex="0" data-title="{safe(title)}" '
+        f'{_hover(shown, thin, x, y)}><figcaption><b>{safe(title)}</b><span class="legend">{keys}</span></figcaption>'
+        f'<div class="plot">{labels(x, y)}{svg}<i class="cross"></i></div>'
+        f'<output aria-live="polite">{safe(said + beyond)}</output></figure>'
+    )
+
+
+def _thinned(points: Sequence[Point], limit: int) -> list[Point]:
+    from sdxl_trainer.report.charts import kept
+
+    return [points[i] for i in kept(points, limit)]
+
+
+def _path(points: Sequence[Point], x: Axis, y: Axis) -> str:
+    places = [f"{x.place(step):.1f} {1000 - y.place(value):.1f}" for step, value in points]
+    return "M" + "L".join(places if len(places) > 1 else places * 2)
+
+
+def _band(line: Series, number: int, x: Axis, y: Axis) -> str:
+    """The confidence interval as an area."""
+    if not line.width:
+        return ""
+    known = [(step, value, line.width[step]) for step, value in line.points if step in line.width]
+    if len(known) < 2:
+        return ""
+    known = [known[i] for i in range(0, len(known), max(1, len(known) // 200))]
+    there = [f"{x.place(step):.1f} {1000 - y.place(value + half):.1f}" for step, value, half in known]
+    back = [f"{x.place(step):.1f} {1000 - y.place(value - half):.1f}" for step, value, half in reversed(known)]
+    return f'<path class="band c{number % COLOURS}" d="M{"L".join([*there, *back])}Z"/>'
+
+
+def _hover(shown: Sequence[Series], thin: dict[str, list[Point]], x: Axis, y: Axis) -> str:
+    """The numbers that the read-out needs: of each line its value at each step that any line has, or null."""
+    steps = sorted({step for points in thin.values() for step, _ in points})
+    known = [dict(thin[line.name]) for line in shown]
+    data = {
+        "x": steps,
+        "names": [line.name[:60] for line in shown],
+        "values": [[None if s not in own else float(f"{own[s]:.4g}") for s in steps] for own in known],
+        "places": [round(x.place(step), 1) for step in steps],
+        "heights": [round(y.place(next(own[s] for own in known if s in own)), 1) for s in steps],
+    }
+    return f"data-points='{safe(json.dumps(data, separators=(',', ':')), 10**9)}'"

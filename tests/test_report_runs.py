@@ -1,0 +1,235 @@
+"""What the page says of validation, data and how to use the result; runs side by side; headless Chromium."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdxl_trainer import cli, report
+from sdxl_trainer.errors import UserError
+from sdxl_trainer.report import compare, validation
+from tests.browser import Browser, needs_browser
+from tests.test_report import HOSTILE, MANIFEST, Page, fake_run, metrics, validation_rows, write_metrics, written
+
+
+def parsed(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_the_verdict_compares_picture_by_picture() -> None:
+    falling = validation_rows(400, ema=False)
+    (said,) = validation.words(falling)
+    assert said.startswith("On held-out pictures the loss fell from 0.295 at step 0 to ")
+    assert "picture by picture" in said
+    told = validation.words(validation_rows(400, ema=False, rise=0.4))
+    assert len(told) == 2
+    assert "learns its pictures by heart" in told[1]
+    first = {**falling[0], "pictures": [1.0, 2.0, 3.0]}
+    same = [first, {**first, "step": 10, "pictures": [1.1, 1.9, 3.0], "loss": first["loss"]}]
+    (unclear,) = validation.words(same)
+    assert "has not clearly changed" in unclear
+    assert validation.words(falling[:1]) == []
+
+
+def test_the_interval_of_a_change_is_student_s() -> None:
+    before = validation.Measure(0, 0.0, None, [], [], [1.0, 2.0, 4.0, 8.0])
+    after = validation.Measure(1, 0.0, None, [], [], [0.9, 1.8, 3.7, 7.6])
+    change = validation.change(before, after)
+    assert change is not None
+    mean, half = change
+    assert mean == pytest.approx(-0.25)
+    assert half == pytest.approx(3.182 * 0.129099 / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"step": 1},
+        {"step": 1, "set": "held_out", "weights": "raw", "loss": "x"},
+        {"step": 1, "set": HOSTILE, "weights": "raw", "loss": 1.0},
+        {"step": 1, "set": "held_out", "weights": "raw", "loss": 1.0, "timesteps": "x", "by_timestep": [None]},
+        {"step": 1, "set": "held_out", "weights": "raw", "loss": 1.0, "timesteps": [1, 2], "by_timestep": [1.0]},
+    ],
+)
+def test_strange_measures_are_borne(tmp_path: Path, row: dict[str, Any]) -> None:
+    folder = fake_run(tmp_path / "run", steps=100, prompts=("a",), ema=False)
+    (folder / "validation.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    written(folder)
+
+
+def test_what_became_of_the_pictures(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", steps=100, prompts=("a",), ema=False)
+    ledger = [["832 x 1216", "12 pictures, 3.1% cut off"], ["duplicates", HOSTILE]]
+    manifest = {**MANIFEST, "data": {**MANIFEST["data"], "ledger": ledger}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    page = written(folder)
+    assert "832 x 1216 12 pictures, 3.1% cut off" in page.text
+    assert HOSTILE in page.text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        (None, "", ["models/checkpoints", "sdxl convert runs/shapes shapes.safetensors"]),
+        (
+            "pytorch_lora_weights.safetensors",
+            "",
+            ["models/loras", "--to kohya", "<lora:shapes:1>", "--lora runs/shapes"],
+        ),
+        ("learned_embeds.safetensors", "", ["models/embeddings", "--embedding runs/shapes"]),
+        ("shapes.safetensors", "", ["shapes.safetensors lies in this folder already"]),
+        (
+            "model_index.json",
+            '{"_class_name": "StableDiffusionXLInpaintPipeline"}',
+            ["StableDiffusionXLInpaintPipeline.from_pretrained", "mask_image=mask", "--mask mask.png"],
+        ),
+    ],
+)
+def test_how_to_use_the_result_fits_what_it_is(tmp_path: Path, file: str | None, content: str, said: list[str]) -> None:
+    folder = fake_run(tmp_path / "run", steps=100, prompts=("a",), ema=False)
+    if file:
+        (folder / file).write_text(content, encoding="utf-8")
+    text = written(folder).text
+    for words in said:
+        assert words in text
+    code = report.use._python(report.records.read(folder), "runs/shapes", "a 'quoted' prompt\n")
+    compile(code, "shown", "exec")
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    one = fake_run(tmp_path / "a" / "run", steps=400, ema=False)
+    two = fake_run(tmp_path / "b" / "run", steps=400, ema=False)
+    text = (two / "config.toml").read_text(encoding="utf-8")
+    (two / "config.toml").write_text(text.replace("learning_rate = 1e-4", "learning_rate = 3e-4"), encoding="utf-8")
+    return [one, two]
+
+
+def test_runs_side_by_side(pair: list[Path], tmp_path: Path) -> None:
+    page = parsed(compare.write(pair, tmp_path / "compare.html"))
+    assert "2 runs compared" in page.text
+    assert "train.learning_rate 0.0001 0.0003" in " ".join(page.text.split())
+    assert "train.batch_size" not in page.text, "what is the same is not listed"
+    charts = {f["data-title"]: json.loads(f["data-points"]) for f in page.all("figure") if "data-points" in f}
+    assert charts["Validation loss"]["names"] == ["a/run", "b/run"]
+    assert charts["Training loss, smoothed"]["x"][-1] == 400
+    assert len(page.all("img")) == 2 * 3 * 2, "the last picture of each prompt and seed of each run"
+    assert HOSTILE in page.text
+    assert page.all("script") == [{}]
+
+
+def test_runs_of_different_lengths_share_an_axis(tmp_path: Path) -> None:
+    one = fake_run(tmp_path / "one", steps=400, prompts=("a",), ema=False)
+    two = fake_run(tmp_path / "two", steps=200, prompts=("b",), ema=False)
+    page = parsed(compare.write([one, two], tmp_path / "c.html"))
+    data = next(json.loads(f["data-points"]) for f in page.all("figure") if f.get("data-title") == "Learning rate")
+    assert data["names"] == ["one", "two"]
+    assert data["values"][1][-1] is None
+    assert data["values"][0][-1] is not None
+    assert "Their last pictures" not in page.text, "no prompt in common"
+
+
+def test_what_cannot_be_compared_is_refused(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with pytest.raises(UserError, match="given twice"):
+        compare.write([pair[0], pair[0]], tmp_path / "c.html")
+    with pytest.raises(UserError, match="too many"):
+        compare.write(pair * 7, tmp_path / "c.html")
+    with pytest.raises(UserError, match="there is no folder"):
+        compare.write([pair[0], tmp_path / "nothing"], tmp_path / "c.html")
+    monkeypatch.setattr("sys.argv", ["sdxl", "report", str(pair[0]), "--out", str(tmp_path / "x.html")])
+    assert cli.guarded(cli.command) == 2
+    assert "--out with one run" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["sdxl", "report", *map(str, pair), "--out", str(tmp_path / "x.html")])
+    assert cli.guarded(cli.command) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "x.html")
+
+
+def test_the_page_is_there_while_the_run_goes_on(config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdxl_trainer.train import train
+
+    sizes: list[int] = []
+    original = report.write
+
+    def spy(folder: Path) -> Path:
+        path = original(folder)
+        sizes.append(parsed(path).text.count("Validation loss by timestep"))
+        return path
+
+    monkeypatch.setattr(report, "write", spy)
+    monkeypatch.setattr("sdxl_trainer.finish.REPORT_SHARE", 1.0)
+    output = train(config(validation={"loss_every": 1}, train={"steps": 2}))
+    assert len(sizes) >= 2
+    assert all(sizes)
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["memory_gb"] > 0.05 for row in rows)
+    ledger = json.loads((output / "manifest.json").read_text())["data"]["ledger"]
+    assert ["64 x 64", "6 pictures, 24.6% cut off"][0] in dict(ledger)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    made = Browser()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run with hostile texts, a long one, and two compared."""
+    folder = tmp_path_factory.mktemp("pages")
+    one = fake_run(folder / HOSTILE.replace("/", "_")[:60], steps=400)
+    two = fake_run(folder / "long", prompts=("a red circle", "x" * 1_000_000), ema=False)
+    write_metrics(two, metrics(100_000))
+    measured = (json.dumps(row) + "\n" for row in validation_rows(100_000, ema=False))
+    (two / "validation.jsonl").write_text("".join(measured), encoding="utf-8")
+    return {
+        "run": report.write(one),
+        "long": report.write(two),
+        "compared": compare.write([one, two], folder / "compare.html"),
+    }
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("name", ["run", "long", "compared"])
+def test_in_a_browser(browser: Browser, pages: dict[str, Path], name: str, width: int, dark: bool) -> None:
+    seen = browser.look(pages[name], width, dark)
+    assert seen.console == []
+    assert seen.requests == []
+    assert seen.pale == []
+    assert seen.overflow <= 0
+    assert seen.broken == 0
+
+
+@needs_browser
+def test_the_keyboard_alone_reads_a_curve_and_compares_pictures(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.look(pages["run"], 1440)
+
+    def run(expression: str) -> Any:
+        return browser.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def press(key: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            browser.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
+
+    run('document.querySelector(".chart.lines").focus()')
+    press("Home")
+    assert run('document.querySelector(".chart.lines output").textContent').startswith("step 0: held-out pictures")
+    press("ArrowRight")
+    assert run('document.querySelector(".chart.lines output").textContent').startswith("step 50: ")
+    run('document.getElementById("steps").focus()')
+    press("Home")
+    assert run('document.querySelector(".steps output").textContent') == "step 0"
+    assert run('document.querySelector(".wipe img.after").alt').startswith("step 0, ")
+
+
+KEYS = {"Home": 36, "ArrowRight": 39}
+
+
+def test_a_long_run_s_page_stays_small(pages: dict[str, Path]) -> None:
+    assert pages["long"].stat().st_size < 5_000_000
