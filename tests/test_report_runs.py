@@ -11,7 +11,8 @@ from sdxl_trainer import cli, report
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.report import compare, validation
 from tests.browser import Browser, needs_browser
-from tests.test_report import HOSTILE, MANIFEST, Page, fake_run, metrics, validation_rows, write_metrics, written
+from tests.fake_runs import HOSTILE, MANIFEST, fake_run, metrics, validation_rows, write_metrics
+from tests.test_report import Page, written
 
 
 def parsed(path: Path) -> Page:
