@@ -1,13 +1,13 @@
 """DreamBooth on micro-SDXL: how much of its class does a model keep, by what is done for it?
 
-The subject is one star, which is purple, shown in six pictures under "a sks star". After the training three things are
-counted with the reader of the toy world, for each of several seeds:
+The subject is one circle, which is purple, shown in six pictures under "a sks circle". After the training three things
+are counted with the reader of the toy world, for each of several seeds:
 
-    learned  "a sks star on a ... background" drawn as a purple star
-    taken    "a red star on a ... background" and its like in other colours drawn as a purple star
-    kept     the same drawn as what they say: a star of that colour on that background
+    learned  "a large sks circle in the center on a ... background" drawn as a purple circle
+    taken    "a large red circle ..." and its like in other colours drawn as a purple circle
+    kept     the same drawn as what they say: a circle of that colour on that background
 
-    python benchmarks/prior.py [--seeds 3] [--steps 150] [--work runs/prior]     finished arms are not run again
+    python benchmarks/prior.py [--seeds 3] [--steps 160] [--work runs/prior]     finished arms are not run again
 """
 
 import argparse
@@ -27,12 +27,14 @@ from sdxl_trainer.train import train
 from toyworld import score
 
 RESULT = Path(__file__).parent / "results" / "prior.json"
-SIDE, SUBJECT = 96, ("star", "purple")
+SIDE, SUBJECT = 96, ("circle", "purple")
 GROUNDS = ("white", "yellow", "green", "orange", "cyan", "pink", "black", "red")
 COLOURS = ("red", "blue", "green", "orange", "cyan", "pink", "brown", "yellow")
 ASKED, CLASS = 32, 32
-WORDS = "a {%s} star on a {%s} background" % ("|".join(COLOURS), "|".join(GROUNDS))
-PROMPTS = [f"a {c} star on a {g} background" for c in COLOURS for g in GROUNDS if c != g]
+WORDS = "a large {C} circle in the center on a {G} background".replace("C", "|".join(COLOURS)).replace(
+    "G", "|".join(GROUNDS)
+)
+PROMPTS = [f"a large {c} circle in the center on a {g} background" for c in COLOURS for g in GROUNDS if c != g]
 LORA: dict[str, Any] = {"adapter": {"rank": 8}, "train": {"learning_rate": 6e-3}}
 FULL: dict[str, Any] = {"train": {"learning_rate": 4e-4}}
 ARMS = {
@@ -43,7 +45,7 @@ ARMS = {
 
 
 def subject(folder: Path) -> Path:
-    """Six pictures of the star, on grounds of their own, in several places."""
+    """Six pictures of the circle, on grounds of their own, in several places."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,7 @@ def settings(work: Path, name: str, seed: int, steps: int) -> dict[str, Any]:
         "output_dir": str(work / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"),
         "seed": seed,
         "model": {"path": str(demo.BASE)},
-        "data": [{"path": pictures, "caption": "a sks star", "caption_only": True, "resolution": SIDE}, *beside],
+        "data": [{"path": pictures, "caption": "a sks circle", "caption_only": True, "resolution": SIDE}, *beside],
         "cache": {"path": str(work / "cache"), "workers": 0},
         "train": {"steps": steps, "batch_size": 8 if beside else 4, "precision": "fp32", "checkpoint_every": 0},
         "schedule": {"name": "constant_with_warmup", "warmup_steps": 10},
@@ -97,12 +99,12 @@ def measured(pipeline: Any) -> dict[str, float]:
     pairs = [(c, g) for c in COLOURS for g in GROUNDS if c != g][1::2][:ASKED]
     found = {}
     for name, prompts in (
-        ("subject", [f"a sks star on a {ground} background" for _, ground in pairs]),
-        ("class", [f"a {colour} star on a {ground} background" for colour, ground in pairs]),
+        ("subject", [f"a large sks circle in the center on a {ground} background" for _, ground in pairs]),
+        ("class", [f"a large {colour} circle in the center on a {ground} background" for colour, ground in pairs]),
     ):
         readings = [score.read(picture) for picture in drawn(pipeline, prompts)]
         found[name] = [((r.things[0].shape, r.things[0].colour) if r.things else None, r.background) for r in readings]
-    wanted = [(("star", colour), ground) for colour, ground in pairs]
+    wanted = [(("circle", colour), ground) for colour, ground in pairs]
     return {
         "learned": statistics.mean(thing == SUBJECT for thing, _ in found["subject"]),
         "taken": statistics.mean(thing == SUBJECT for thing, _ in found["class"]),
@@ -134,7 +136,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--work", type=Path, default=Path("runs/prior"))
     parser.add_argument("--arms", default="LoRA,full", help="methods, with commas")
     options = parser.parse_args()

@@ -61,6 +61,10 @@ def _order(config: Config, base: Base, memo: Memo, index: int, data: Data) -> Or
     where, folder = f"data.{index}.path = '{data.path}'", Path(data.path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UserError("the path of a data set is a file, not a folder", where, "give a folder for the pictures")
+    if base.refines or base.inpaints:
+        kind = "a refiner" if base.refines else "an inpainting model"
+        what = f"data.{index}.generate with {kind} as base, which draws nothing from words alone"
+        raise UserError(what, where, "put pictures drawn by SDXL base into the folder, and set generate = 0")
     side = base.config("unet").get("sample_size", 128) * 8
     made_by: list[Any] = [base.hash(part, memo) for part in ("unet", "vae", *text.PARTS, *text.TOKENIZERS)]
     made_by += [base.config("scheduler"), data.generate_prompts or data.caption, config.seed, side]

@@ -52,6 +52,8 @@ ROWS = [
         options=sets(SUBJECT, {**CLASS, "mask": "file"})),
     Bad("class pictures of a random base", "such a base knows nothing", "model.init",
         options=sets(SUBJECT, CLASS) | {"model.init": "random"}),
+    Bad("class pictures by an inpainting model", "draws nothing from words alone", "SDXL base",
+        make=lambda p: p.edit("base/unet/config.json", in_channels=9), options=sets(SUBJECT, CLASS)),
     Bad("a wrong instance folder is found before anything is drawn", "no such folder", "spelling",
         options=sets({**SUBJECT, "path": "nowhere"}, CLASS)),
     Bad("one caption without a caption", "caption_only has no effect without caption", "remove",
