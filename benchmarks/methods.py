@@ -1,8 +1,8 @@
 """Which way to train teaches what, and what does it cost and forget? One table of all methods.
 
-Each method teaches micro-SDXL the demo's new shape from the demo's pictures, without the base's own pictures among
-them unless its row says so, and the demo's questions are asked before and after. Each row runs in a process of its
-own, in one thread; a row that is finished is not run again.
+Each method teaches micro-SDXL the demo's new shape from the demo's pictures, and the demo's questions are asked before
+and after. Beside each new picture a step has one that the base drew (prior preservation), unless the row says
+otherwise. Each row runs in a process of its own, in one thread; a row that is finished is not run again.
 
     python benchmarks/methods.py [ROW ...] [--again] [--steps 300] [--rate RATE] [--work runs/methods]
     python benchmarks/methods.py --table      writes the table into docs/methods.md and runs nothing
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -27,17 +28,20 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "methods.md"
 MARKS = ("<!-- made by python benchmarks/methods.py -->", "<!-- end -->")
 BATCH = 8
 ASKED = {"new": 32, "old": 48}  # fewer of the demo's questions about old shapes: this is done for every row
+CLASS = 40  # pictures that the base draws for prior preservation
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 Changes = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method: what it is called, its learning rate, and the changes to the demo's config that it is at a rate."""
+    """A method: what it is called, its learning rate, the changes to the demo's config that it is at a rate, and what
+    keeps the old shapes: preservation (pictures that the base draws), prediction (what it predicts) or nothing."""
 
     title: str
     rate: float
     changes: Callable[[float], Changes]
+    prior: str = "preservation"
 
 
 def rules(**shares: float) -> Callable[[float], Changes]:
@@ -59,9 +63,9 @@ def rules(**shares: float) -> Callable[[float], Changes]:
 
 
 def adapter(frozen: str = "auto", **options: Any) -> Callable[[float], Changes]:
-    """An adapter of rank 8 on the attention layers, unless told otherwise."""
+    """An adapter of rank 8 on all layers, unless told otherwise."""
     sizes = {} if options.get("kind") in {"oft", "boft"} else {"rank": 8}
-    return lambda rate: {"adapter": {"targets": "attention", **sizes, **options}, "train": {"frozen": frozen}}
+    return lambda rate: {"adapter": {"targets": "all", **sizes, **options}, "train": {"frozen": frozen}}
 
 
 def word(rate: float) -> Changes:
@@ -72,28 +76,33 @@ def together(*made: Callable[[float], Changes]) -> Callable[[float], Changes]:
     return lambda rate: {section: change for one in made for section, change in one(rate).items()}
 
 
+FULL, LORA = rules(unet=1.0), adapter()
 ROWS = {
-    "full": Row("full UNet", 4e-4, rules(unet=1.0)),
-    "text": Row("UNet, and both text encoders at a quarter", 4e-4, rules(unet=1.0, text=0.25)),
+    "full": Row("full UNet", 5e-4, FULL),
+    "full-prediction": Row("full UNet, prior prediction", 5e-4, FULL, "prediction"),
+    "full-alone": Row("full UNet, nothing that keeps the old shapes", 5e-4, FULL, ""),
+    "text": Row("UNet, and both text encoders at a quarter", 5e-4, rules(unet=1.0, text=0.25)),
     "attention": Row("attention layers only", 1e-3, rules(attention=1.0)),
-    "lora": Row("LoRA r8, attention", 1.2e-2, adapter()),
-    "lora-linear": Row("LoRA r8, all linear layers", 8e-3, adapter(targets="linear")),
-    "locon": Row("LoCon r8, convolutions too", 6e-3, adapter(targets="all")),
-    "lora-plus": Row("LoRA+ r8, B four times as fast", 6e-3, together(adapter(), rules(lora_B=4.0, rest=1.0))),
-    "dora": Row("DoRA r8, attention", 1.2e-2, adapter(kind="dora")),
-    "loha": Row("LoHa r8, attention", 2e-2, adapter(kind="loha")),
-    "lokr": Row("LoKr r8, attention", 2e-2, adapter(kind="lokr")),
-    "oft": Row("OFT, attention, blocks of 16", 4e-3, adapter(kind="oft", block_size=16)),
-    "boft": Row("BOFT, attention, blocks of 4", 4e-3, adapter(kind="boft", block_size=4)),
+    "lora": Row("LoRA r8, all layers (LoCon)", 2e-3, LORA),
+    "lora-prediction": Row("LoRA r8, all layers, prior prediction", 2e-3, LORA, "prediction"),
+    "lora-alone": Row("LoRA r8, all layers, nothing that keeps the old shapes", 2e-3, LORA, ""),
+    "lora-linear": Row("LoRA r8, linear layers", 2e-3, adapter(targets="linear")),
+    "lora-attention": Row("LoRA r8, attention", 2e-3, adapter(targets="attention")),
+    "lora-plus": Row("LoRA+ r8, all layers, B four times as fast", 1e-3, together(LORA, rules(lora_B=4.0, rest=1.0))),
+    "dora": Row("DoRA r8, all layers", 2e-3, adapter(kind="dora")),
+    "loha": Row("LoHa r8, all layers", 8e-3, adapter(kind="loha")),
+    "lokr": Row("LoKr r8, all layers", 4e-3, adapter(kind="lokr")),
+    "oft": Row("OFT, attention, blocks of 16", 2e-3, adapter(kind="oft", targets="attention", block_size=16)),
+    "boft": Row("BOFT, attention, blocks of 4", 2e-3, adapter(kind="boft", targets="attention", block_size=4)),
     **{
-        f"qlora-{kind}": Row(f"LoRA r8, attention, base in {kind}", 1.2e-2, adapter(kind))
+        f"qlora-{kind}": Row(f"LoRA r8, all layers, base in {kind}", 2e-3, adapter(kind))
         for kind in ("nf4", "int8", "fp8")
     },
     "textual-inversion": Row("textual inversion, 2 vectors", 2e-2, word),
     "pivotal": Row(
-        "pivotal tuning: 2 vectors for half of the run, LoRA r8",
-        1.2e-2,
-        together(word, adapter(), rules(words=2.0, rest=1.0)),
+        "pivotal tuning: 2 vectors for half of the run, LoRA r8, all layers",
+        2e-3,
+        together(word, LORA, rules(words=5.0, rest=1.0)),
     ),
 }
 
@@ -189,12 +198,43 @@ def settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
     rate = options.rate or row.rate
     tree = demo.settings(work / f"{name}-{rate:g}", [demo.pictures(work / "pictures"), work / "prior"], options.steps)
     tree["data"] = [{key: value for key, value in tree["data"][0].items() if key != "repeats"}]
+    tree["data"] += prior(row.prior, tree["data"][0], work)
     tree["cache"] = {"path": str(work / "cache")}
-    tree["train"] |= {"batch_size": BATCH, "checkpoint_every": 0, "learning_rate": rate}
+    tree["train"] |= {"batch_size": BATCH * len(tree["data"]), "checkpoint_every": 0, "learning_rate": rate}
     del tree["validation"]
     for section, change in row.changes(rate).items():
         tree[section] = {**tree.get(section, {}), **change} if isinstance(change, dict) else change
     return tree
+
+
+def prior(kind: str, new: dict[str, Any], work: Path) -> list[dict[str, Any]]:
+    """The second data set of a row: as many samples of it in each step as of the new shape."""
+    import toyworld
+
+    common = {"resolution": new["resolution"], "caption_dropout": new["caption_dropout"], "regularisation": True}
+    if kind == "preservation":
+        asked = toyworld.prompts(CLASS, demo.PRIOR_SEED, shapes=tuple(toyworld.BASE_SHAPES))
+        drawn = {"generate": CLASS, "generate_prompts": [words for _, words in asked], "generate_batch": 10}
+        drawn |= {"generate_steps": 20, "generate_guidance": 4.0, "generate_precision": "fp32"}
+        return [{"path": str(work / "class"), **drawn, **common}]
+    if kind == "prediction":
+        return [{"path": str(renamed(Path(new["path"]), work / "renamed")), "prior_prediction": True, **common}]
+    return []
+
+
+def renamed(pictures: Path, folder: Path) -> Path:
+    """The new shape's pictures under captions that name each of the shapes that the base knows."""
+    import toyworld
+
+    if not (folder / "metadata.jsonl").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            shutil.copy(pictures / row["file_name"], folder)
+            words = row["text"].replace(f"an {demo.SHAPE}", f"a {demo.SHAPE}")
+            row["text"] = [words.replace(demo.SHAPE, shape) for shape in toyworld.BASE_SHAPES]
+        files.write_text(folder / "metadata.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
 
 
 def document(results: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,36 @@ def test_an_existing_file_is_left_alone_unless_asked(here: Path) -> None:
     with pytest.raises(UserError, match="DST exists"):
         arrivals.convert(Path("ai-toolkit.yaml"), Path("ours.toml"), None, None, overwrite=False)
     assert Path("ours.toml").read_text() == "mine"
+
+
+JUNK = ("junk", "", -1, 3e4, None, True, [], [1, "x"], {"a": 1}, [[1]])
+
+
+def replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """The tree with another value at a path."""
+    made = json.loads(json.dumps(tree))
+    node = made
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = value
+    return made
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield (*path, name)
+        if isinstance(value, dict | list):
+            yield from places(value, (*path, name))
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if not name.endswith(".sh")])
+def test_whatever_a_value_is_it_is_converted_or_refused(name: str, here: Path) -> None:
+    source = arrivals.identify(Path(name), None)
+    for path in places(source.tree):
+        for value in JUNK:
+            changed = replace(source, tree=replaced(source.tree, path, value))
+            with contextlib.suppress(UserError):
+                arrivals.understood(changed, None)
 
 
 BAD = {

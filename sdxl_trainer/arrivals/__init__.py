@@ -41,9 +41,7 @@ def convert(path: Path, target: Path, trainer: str | None, data: Path | None, ov
     if target.exists() and not overwrite:
         raise UserError("DST exists", str(target), "name another file, or replace it with --overwrite")
     source = identify(path, trainer)
-    account = _FILL[source.trainer](source, data)
-    _without_effect(account)
-    config = configfile.validated(account.tree, f"{path}, as a config of ours")
+    account, config = understood(source, data)
     missing = [d.path for d in config.data if not Path(d.path).expanduser().exists() and d.path.count("/") != 1]
     with files.explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +51,18 @@ def convert(path: Path, target: Path, trainer: str | None, data: Path | None, ov
         [f"not here: {shortened(dict.fromkeys(missing))}; paths start at the folder that you run in"] if missing else []
     )
     return [*lines, f"wrote {target}; look at it with: sdxl check {target}"]
+
+
+def understood(source: Source, data: Path | None) -> tuple[Account, Config]:
+    """What a config means here. UserError for what cannot be read, and for what would train something else."""
+    try:
+        account = _FILL[source.trainer](source, data)
+        _without_effect(account)
+        return account, configfile.validated(account.tree, f"{source.path}, as a config of ours")
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        # A table where a number should be, words where a list should be: other people's files hold anything.
+        what = f"a value in it is not of the kind that {NAMES[source.trainer]} takes there: {error}"
+        raise UserError(what, str(source.path), "correct it there") from None
 
 
 def identify(path: Path, trainer: str | None) -> Source:

@@ -51,7 +51,8 @@ class Account:
 
     def inner(self, options: Mapping[str, Any], place: str) -> "Account":
         """The account of a part of the config, such as one data set; what it says is said here."""
-        return Account(dict(options), self.where, f"{self.place}{place}.", self.tree, self.entries, self.off)
+        prefix = f"{self.place}{place}."
+        return Account(dict(options), self.where, prefix, self.tree, self.entries, self.off)
 
     def has(self, name: str) -> bool:
         """Whether an option is given and not off."""
@@ -60,7 +61,7 @@ class Account:
     def look(self, name: str, default: Any = None) -> Any:
         """An option's value, numbers and switches as such; the option stays to be accounted for."""
         value = plain(self.options.get(name))
-        return default if value in (None, "") else value
+        return default if value is None or value == "" else value
 
     def number(self, name: str, default: Any = None) -> Any:
         """A number. UserError if it is none."""
@@ -71,7 +72,11 @@ class Account:
 
     def text(self, name: str, default: Any = None) -> Any:
         value = self.options.get(name)
-        return default if value in (None, "") else str(value)
+        if value is None or value == "":
+            return default
+        if isinstance(value, list | dict):
+            raise UserError(f"{self.place}{name} is not a word", self.where, "correct it there")
+        return str(value)
 
     def put(self, to: str, value: Any) -> None:
         """Set an option of ours by its dotted name."""
