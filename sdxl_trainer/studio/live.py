@@ -99,13 +99,13 @@ def summary(workspace: Workspace, name: str, found: Sequence[dict[str, Any]]) ->
     own = next((job for job in found if job["kind"] == "train" and job["name"] == name), None)
     rows = last_rows(folder / "metrics.jsonl")
     made: dict[str, Any] = {"name": name, "job": own["id"] if own else None, "state": own["state"] if own else "new"}
-    if own is None and rows:
-        made["state"] = "done" if (folder / "report.html").is_file() else "stopped"
     last = rows[-1] if rows else {}
     made |= {key: number(last.get(key)) for key in ("step", "loss", "learning_rate", "epoch")}
     speeds = [v for row in rows if (v := number(row.get("samples_per_second")))]
     made["speed"] = statistics.median(speeds) if speeds else None
     made["steps"] = steps(folder)
+    if own is None and rows:
+        made["state"] = "done" if made["steps"] and (made["step"] or 0) >= made["steps"] else "stopped"
     if own and own["state"] == "running" and rows and speeds and made["steps"]:
         images = number(last.get("images")) or 1
         made["left"] = max(0.0, (made["steps"] - (made["step"] or 0)) * images / made["speed"])

@@ -1,10 +1,13 @@
 """Pictures for the page: thumbnails, and where the training crops of a picture lie."""
 
+import contextlib
 import hashlib
 import io
 import json
+import re
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -15,11 +18,13 @@ from PIL import Image
 from sdxl_trainer.config import Data
 from sdxl_trainer.data import geometry, images
 from sdxl_trainer.data.sources import folder as folders
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.studio.album import Album
 
 SIDES = (256, 1024)  # longer sides of thumbnails
 COUNTED = 3000  # pictures that are opened for the verdict
+HEAD = 1 << 18  # bytes of a JPEG that hold its size and orientation
+DECODING = threading.Semaphore(2)  # a picture may take half a gigabyte while it is decoded
 
 
 def thumbnail(path: Path, side: int) -> bytes:
@@ -30,29 +35,32 @@ def thumbnail(path: Path, side: int) -> bytes:
 
 @lru_cache(maxsize=600)
 def _thumbnail(path: str, changed: int, size: int, side: int) -> bytes:
-    image = images.decode(Path(path).read_bytes(), Path(path).name)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    with DECODING:
+        image = images.decode(Path(path).read_bytes(), Path(path).name)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
     file = io.BytesIO()
     image.save(file, "WEBP", quality=82, method=2)
     return file.getvalue()
 
 
-def looked_at(path: Path) -> tuple[int, int, int]:
-    """Height, width, and the number made of the bytes that random crops depend on."""
+def looked_at(path: Path, whole: bool) -> tuple[int, int, int]:
+    """Height, width, and if it is read as a `whole` the number made of the bytes that random crops depend on."""
     status = path.stat()
-    return _looked_at(str(path), status.st_mtime_ns, status.st_size)
+    return _looked_at(str(path), status.st_mtime_ns, status.st_size, whole)
 
 
 @lru_cache(maxsize=20_000)
-def _looked_at(path: str, changed: int, size: int) -> tuple[int, int, int]:
+def _looked_at(path: str, changed: int, size: int, whole: bool) -> tuple[int, int, int]:
+    if not whole and path.lower().endswith((".jpg", ".jpeg")) and size > HEAD:
+        with contextlib.suppress(UserError), Path(path).open("rb") as file:
+            return (*images.probe(file.read(HEAD), Path(path).name), 0)
     content = Path(path).read_bytes()
-    height, width = images.probe(content, Path(path).name)
-    return height, width, int(hashlib.sha256(content).hexdigest()[:16], 16)
+    return (*images.probe(content, Path(path).name), int(hashlib.sha256(content).hexdigest()[:16], 16))
 
 
 def crops(album: Album, name: str, data: Data) -> dict[str, Any]:
     """The crops that a picture is trained in, as shares of its width and height, and the size that each becomes."""
-    height, width, number = looked_at(album.file(name))
+    height, width, number = looked_at(album.file(name), data.crop == "random")
     focus = album.entry(name).focus if data.focus == "column" else None
     made: list[dict[str, Any]] = []
     for resolution in (data.resolution, *data.more_resolutions):
@@ -76,17 +84,17 @@ def verdict(album: Album, data: Data) -> dict[str, Any]:
     """Whether one may train on a folder: what training would refuse, and how many pictures go to which size."""
     names = list(album.entries)
     sizes: Counter[tuple[int, int]] = Counter()
-    problems: list[dict[str, str]] = []
+    problems: list[UserError] = []
     lost: dict[str, float] = {}
     small: list[str] = []
     try:
         folders.records(Data(path=str(album.root)), album.tree, "train", str(album.root))
     except UserError as error:
-        problems.append(_problem(error))
+        problems.append(error)
     with ThreadPoolExecutor(4) as pool:
         for name, found in zip(names, pool.map(lambda n: _crop(album, n, data), names[:COUNTED]), strict=False):
             if isinstance(found, UserError):
-                problems.append(_problem(found))
+                problems.append(found)
                 continue
             sizes[tuple(found["crops"][0]["size"])] += 1
             lost[name] = found["lost"]
@@ -97,7 +105,7 @@ def verdict(album: Album, data: Data) -> dict[str, Any]:
     return {
         "pictures": len(names),
         "captions": sum(map(bool, captions)),
-        "problems": problems[:50],
+        "problems": together(problems),
         "sizes": [{"width": w, "height": h, "pictures": count} for (w, h), count in sizes.most_common()],
         "cut": [{"name": n, "lost": lost[n]} for n in sorted(lost, key=lambda n: -lost[n])[:12] if lost[n] > 0.15],
         "small": small[:50],
@@ -113,8 +121,19 @@ def _same(captions: Iterable[str]) -> list[dict[str, Any]]:
     return [{"caption": text[:120], "pictures": count} for text, count in counts.most_common(5) if count > 1]
 
 
-def _problem(error: UserError) -> dict[str, str]:
-    return {"what": error.what, "where": error.where, "fix": error.fix}
+def together(problems: Sequence[UserError]) -> list[dict[str, str]]:
+    """Problems of one kind, which differ in their numbers alone, as one that names where it was found."""
+    kinds: dict[str, list[UserError]] = {}
+    for error in problems:
+        kinds.setdefault(re.sub(r"[\d.]+", "#", error.what), []).append(error)
+    return [
+        {
+            "what": errors[0].what if len(errors) == 1 else f"{len(errors)} pictures, for example: {errors[0].what}",
+            "where": shortened((error.where for error in errors), 8),
+            "fix": errors[0].fix,
+        }
+        for errors in kinds.values()
+    ]
 
 
 def _crop(album: Album, name: str, data: Data) -> dict[str, Any] | UserError:

@@ -309,3 +309,11 @@ def test_what_is_shown_to_helpers_says_nothing_private(client: TestClient, opene
     assert "torch 2" in text
     assert "there is no config file" in text
     assert not [word for word in ("secret", str(tmp_path), "photos") if word in text]
+
+
+def test_problems_of_one_kind_are_told_once() -> None:
+    many = [views.UserError(f"{n} x {n} pixels is too small", f"{n}.png", "use a larger picture") for n in range(20)]
+    (one, other) = views.together([*many, views.UserError("the picture is damaged", "x.png", "replace it")])
+    assert one["what"] == "20 pictures, for example: 0 x 0 pixels is too small"
+    assert one["where"].endswith("7.png and 12 more")
+    assert other == {"what": "the picture is damaged", "where": "x.png", "fix": "replace it"}

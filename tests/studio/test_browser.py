@@ -146,7 +146,7 @@ def settings(page: Any, home: Path) -> None:
         field.fill(value)
         field.press("Tab")
         saved(page)
-    page.get_by_text("As text").click()
+    page.get_by_text("As text", exact=True).click()
     area = page.get_by_label("Config as TOML")
     area.fill(area.input_value().replace("[validation]", "[validation]\nsteps = 2"))
     page.get_by_role("button", name="Save the text").click()

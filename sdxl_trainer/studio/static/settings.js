@@ -16,6 +16,12 @@ const beginning = (go) => {
   const { presets, chosen, runs: others } = studio.begun;
   const folder = choice(chosen.map((path) => [path]), studio.folder || chosen[0]);
   const what = choice(presets.map((preset) => [preset.name, `${preset.what} (${number(preset.pictures[0])} to ${number(preset.pictures[1])} pictures)`]), presets.find((preset) => preset.name.startsWith("lora-character"))?.name);
+  const card = choice([["", "24 GB or more, or I do not know"], ["small", "8 to 12 GB"], ["middle", "16 GB"]], "");
+  const fits = () => {
+    const [small, whole] = [presets.find((preset) => preset.name.startsWith("lora-low-memory")), what.value.startsWith("full")];
+    if (small && (card.value === "small" || (card.value === "middle" && whole))) what.value = small.name;
+    preview();
+  };
   const model = h("input", { type: "text", value: "stabilityai/stable-diffusion-xl-base-1.0", spellcheck: "false", autocomplete: "off" });
   const micro = h("input", { type: "checkbox" });
   const trigger = h("input", { type: "text", autocomplete: "off" });
@@ -27,6 +33,7 @@ const beginning = (go) => {
     const found = copied.value ? null : await post("preview", sent());
     shown.replaceChildren(...(found ? [table("Values that it sets", ["option", "value", "because"], found.values.map(({ key, is }) => [key, JSON.stringify(is), found.notes[key] ?? ""])), command(found.command, "The same as a command: writes this config and trains it")] : []));
   });
+  card.addEventListener("change", fits);
   for (const field of [folder, what, model, micro, trigger, copied, name]) field.addEventListener("change", preview);
   const make = async () => {
     const made = await post("start", sent());
@@ -42,6 +49,7 @@ const beginning = (go) => {
     h("form", { class: "form", onsubmit: (event) => (event.preventDefault(), trying(make)()) },
       labelled("What is to be learned?", what),
       labelled("From which pictures?", folder),
+      labelled("How much memory has the graphics card?", card, "a small card gets the preset that it can hold; the check reckons it exactly"),
       labelled("Words that call it up", trigger, "for example sks dog: captions that lack them get them first, pictures without a caption get one. Empty: the captions as they are"),
       labelled("On which model?", model, "a name on the hub, a folder, or one .safetensors file"),
       h("label", { class: "check" }, micro, "micro-SDXL, which comes with the package: to try the studio without a graphics card"),
