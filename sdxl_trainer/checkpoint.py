@@ -11,15 +11,16 @@ checkpoint-N/  unet/  unet_ema/          as diffusers folders, in the type in wh
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sdxl_trainer import adapter_files, files, optim, tokens
+from sdxl_trainer import adapter_files, files, optim, sharding, tokens
 from sdxl_trainer.ema import Ema
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import folder as pipelines
@@ -43,7 +44,28 @@ class Checkpoint:
     step: int
 
     def state(self) -> dict[str, Any]:
-        return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        """What state.json says."""
+        with understood(self.path):
+            state = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+            kinds = {"step": int, "config": dict, "data": str, "optimizer": dict, "ema_updates": int}
+            for name, kind in kinds.items():
+                if not isinstance(state[name], kind):
+                    raise TypeError(f"{name} of state.json is no {kind.__name__}")
+            if state["step"] != self.step:
+                raise ValueError(f"state.json is of step {state['step']}")
+            return {"scaler": None, **state}
+
+
+@contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """Turn what libraries raise on files that are no checkpoint of this run, though their hashes are right, into a
+    message."""
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        fix = "delete this folder: the same command continues from the checkpoint before it"
+        raise Damaged(f"this is not a checkpoint of this run: {said}", str(folder), fix) from error
 
 
 def found(output: Path) -> list[Checkpoint]:
@@ -160,9 +182,11 @@ def added(sdxl: SDXL, ema: Ema | None) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_added(checkpoint: Checkpoint, sdxl: SDXL) -> None:
     """Give the injected parameters the values that they had."""
-    saved = _tensors(checkpoint.path / "added.safetensors")
-    for name in sdxl.added:
-        sdxl.get_parameter(name).copy_(saved[name])
+    with understood(checkpoint.path):
+        saved = _tensors(checkpoint.path / "added.safetensors")
+        for name in sdxl.added:
+            own = sdxl.get_parameter(name)
+            own.copy_(sharding.like(saved[name], own))
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -202,10 +226,11 @@ def load_training_state(
 ) -> None:
     """Optimizer moments and averages; the weights themselves were loaded with the model."""
     state = checkpoint.state()
-    optim_state.load(optimizer, groups, checkpoint.path / "optimizer.safetensors", state["optimizer"])
-    if ema is not None:
-        averages = dict(_averages(checkpoint, sdxl))
-        ema.load({name: averages[name] for name in ema.names}, state["ema_updates"])
+    with understood(checkpoint.path):
+        optim_state.load(optimizer, groups, checkpoint.path / "optimizer.safetensors", state["optimizer"])
+        if ema is not None:
+            averages = dict(_averages(checkpoint, sdxl))
+            ema.load({name: averages[name] for name in ema.names}, state["ema_updates"])
 
 
 @torch.no_grad()
@@ -215,7 +240,8 @@ def restore(checkpoint: Checkpoint, sdxl: SDXL, ema: Ema | None) -> None:
         load_added(checkpoint, sdxl)
     for name, part in sdxl.parts().items() if not sdxl.added else ():
         for key, tensor in _weights(name, part, checkpoint.path / name).items():
-            part.get_parameter(key).copy_(tensor)
+            own = part.get_parameter(key)
+            own.copy_(sharding.like(tensor, own))
     if ema is not None:
         averages = dict(_averages(checkpoint, sdxl))
         ema.load({name: averages[name] for name in ema.names}, checkpoint.state()["ema_updates"])

@@ -2,20 +2,50 @@
 
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from sdxl_trainer.config import Config
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.model import SDXL
+from sdxl_trainer.sharding import UNITS, Sharding, shard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
 _LAUNCHER_NAMES = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
+# Settings of launchers that ask for another engine, and what to do instead.
+_ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "choose FSDP with fsdp_version 2, which shards the same (ZeRO-3)"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "choose multi-GPU or FSDP with fsdp_version 2"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("tensor or context parallelism", "choose FSDP with fsdp_version 2"),
+}
+# Settings of FSDP that are refused, and what to do instead.
+_REFUSED = {
+    "FSDP_OFFLOAD_PARAMS": "use more processes, or optimizer.name = 'adafactor' without FSDP",
+    "FSDP_ACTIVATION_CHECKPOINTING": "set train.gradient_checkpointing = true, which does the same",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "set train.gradient_checkpointing = true",
+    "FSDP_IGNORED_MODULES": "remove fsdp_ignored_modules: everything is sharded",
+}
+# Settings of FSDP that change nothing here: of version 1, or about files, which are always whole.
+_IDLE = (
+    "FSDP_BACKWARD_PREFETCH",
+    "FSDP_FORWARD_PREFETCH",
+    "FSDP_USE_ORIG_PARAMS",
+    "FSDP_SYNC_MODULE_STATES",
+    "FSDP_SHARDING_STRATEGY",
+    "FSDP_STATE_DICT_TYPE",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING",
+)
+# How long processes wait for another that reads data or encodes its share; in the loop `train.hang_timeout` counts.
+_PATIENCE = timedelta(hours=12)
 
 
 def device_type() -> str:
@@ -60,6 +90,14 @@ def leads() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def turns(accelerator: "Accelerator", count: int) -> Iterator[tuple[int, bool]]:
+    """This process's share of `count` things: (which, whether it counts). All processes take equally many turns, since
+    they may have to meet in each; where one has fewer, it does another's once more, not to be counted."""
+    for start in range(0, count, accelerator.num_processes):
+        index = start + accelerator.process_index
+        yield min(index, count - 1), index < count
+
+
 def decided(accelerator: "Accelerator", decide: Callable[[], T]) -> T:
     """What the main process finds, given to all; what is wrong with it ends all, and is told once."""
     if accelerator.num_processes == 1:
@@ -96,12 +134,83 @@ def memory_gb(device: torch.device) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+@cache
+def _launcher_shards() -> bool:
+    """Whether the launcher asks for FSDP. accelerate is not to see it: without a GPU it would silently take DDP, and
+    transformers would leave the weights of all processes but the first empty."""
+    return _on(os.environ.pop("ACCELERATE_USE_FSDP", "false"))
+
+
+def _on(value: str) -> bool:
+    return value.lower() in {"1", "true", "yes", "y", "on"}
+
+
+def sharding(config: Config, say: Callable[[str], None]) -> Sharding | None:
+    """How weights are sharded among the processes, if they are to be; what a launcher asks for beyond that is refused
+    or said to have no effect."""
+    launcher = _launcher_shards()
+    if not (launcher or config.train.shard):
+        return None
+    where, given = "accelerate config", {n: os.environ[n] for n in os.environ if n.startswith("FSDP_") and launcher}
+    if launcher and given.get("FSDP_VERSION", "1") != "2":
+        raise UserError("the launcher asks for the first version of FSDP", where, "set fsdp_version: 2")
+    for name, instead in _REFUSED.items():
+        if _on(given.get(name, "")) or (name == "FSDP_IGNORED_MODULES" and given.get(name)):
+            raise UserError(f"{name.lower()} is not supported", where, instead)
+    idle = [name.lower() for name in _IDLE if given.get(name)]
+    if idle:
+        say(f"no effect with FSDP 2 here: {', '.join(idle)}")
+    policy = given.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP").upper()
+    if policy not in {"TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"}:
+        raise UserError(f"there is no wrap policy '{policy}'", where, "TRANSFORMER_BASED_WRAP is for this model")
+    classes = tuple(name for name in given.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",") if name)
+    units = {"TRANSFORMER_BASED_WRAP": classes or UNITS}.get(policy, ())
+    least = int(given.get("FSDP_MIN_NUM_PARAMS", "100000000")) if policy == "SIZE_BASED_WRAP" else None
+    return Sharding(units, least, _on(given.get("FSDP_RESHARD_AFTER_FORWARD", "true")))
+
+
+def refuse_engines() -> None:
+    """Refuse what launchers can ask for and this program does not do."""
+    for name, (engine, instead) in _ENGINES.items():
+        if _on(os.environ.get(name, "false")):
+            raise UserError(f"the launcher asks for {engine}, which is not supported", "accelerate config", instead)
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() != "no":
+        what = f"the launcher asks for torch.compile ('{compiler}')"
+        raise UserError(what, "accelerate config", "answer no to torch dynamo")
+
+
+def wrapped(accelerator: "Accelerator", sdxl: SDXL, sharding: Sharding | None) -> Any:
+    """The model on its device, as each process calls it: sharded, or as a replica (DDP). What was wrapped is looked
+    at, since launchers and libraries fall back without a word."""
+    if accelerator.num_processes == 1:
+        return accelerator.prepare(sdxl)
+    if sharding is None:
+        model = accelerator.prepare(sdxl)
+        if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            raise RuntimeError(f"{accelerator.num_processes} processes, and the model is a {type(model).__name__}")
+        return model
+    sdxl.to(accelerator.device)
+    shard(sdxl, sharding, accelerator.num_processes, accelerator.device)
+    if accelerator.mixed_precision != "no":
+        inner = sdxl.forward
+
+        def forward(*tensors: Tensor, **text: Tensor) -> Tensor:
+            with accelerator.autocast():
+                return inner(*tensors, **text).float()
+
+        sdxl.forward = forward  # type: ignore[method-assign, assignment]
+    return sdxl
+
+
 def make(config: Config, computing: str) -> "Accelerator":
     """accelerate's handle on devices and processes. Micro-batches are our own, so it accumulates nothing."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
+    refuse_engines()
+    _launcher_shards()
     accumulate = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulate != "1":
         what = f"the launcher asks for {accumulate} gradient accumulation steps"
@@ -117,6 +226,7 @@ def make(config: Config, computing: str) -> "Accelerator":
         # Without a word accelerate takes several processes without an accelerator for as many runs.
         cpu=device_type() == "cpu",
         mixed_precision=autocast,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / config.log.dir)),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdxl_trainer import sharding
 from sdxl_trainer.parameters import Group
 
 
@@ -51,7 +52,7 @@ class Ema:
     def load(self, averages: dict[str, Tensor], updates: int) -> None:
         if averages.keys() != set(self.names):
             raise KeyError(f"averages of other tensors: {sorted(averages.keys() ^ set(self.names))[:3]}")
-        self.averages = [averages[n].to(a) for n, a in zip(self.names, self.averages, strict=True)]
+        self.averages = [sharding.like(averages[n], a).to(a) for n, a in zip(self.names, self.averages, strict=True)]
         self.updates = updates
 
 

@@ -3,15 +3,17 @@
 import re
 import shutil
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer import checkpoint, export, files, manifest, optim, publish, report
+from torch import Tensor
+
+from sdxl_trainer import checkpoint, export, files, manifest, optim, publish, report, sharding
 from sdxl_trainer.base import Base
 from sdxl_trainer.data import prepare
-from sdxl_trainer.ema import Ema
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.run import Job
 
@@ -28,10 +30,12 @@ def conclude(job: Job) -> None:
     if config.validation.prompts and config.validation.at_end:
         with job.watch.phase("validation pictures"):
             draw_validation(job)
-    if accelerator.is_main_process:
-        with job.watch.phase("saving the pipeline"), optim.evaluating(job.run.optimizer.optimizer):
-            save_result(job)
+    with job.watch.phase("saving the pipeline"), optim.evaluating(job.run.optimizer.optimizer):
+        result = collected(job)
+        if accelerator.is_main_process:
+            save_result(job, result)
             exported = export.write(job)
+    if accelerator.is_main_process:
         manifest.end(job)
         files.write_text(job.output / "README.md", publish.card(job.output, config))
         page = report.write(job.output)
@@ -67,16 +71,30 @@ def _choose(job: Job) -> None:
         job.console.say(f"the result is the model after step {step}, where its validation loss was lowest")
 
 
-def save_result(job: Job) -> None:
-    """The pipeline, or the adapter by itself: the averaged weights, and with EMA also the last ones."""
+def collected(job: Job) -> dict[str, dict[str, Tensor]]:
+    """The tensors of the result, by the name of a part's folder or the suffix of an adapter's file: the averaged
+    weights, and with EMA also the last ones, as raw. Where they are sharded all processes take part."""
     sdxl, ema = job.run.sdxl, job.state.ema
-    if not sdxl.added:
-        save_pipeline(job.output, job.base, sdxl, ema, job.scheduler)
+    kinds = {"": ema} if ema is None else {"_raw": None, "": ema}
+    found = {}
+    for suffix, averages in kinds.items():
+        if sdxl.added:
+            found[suffix] = checkpoint.added(sdxl, averages)
+        else:
+            parts = sdxl.parts().items()
+            found |= {f"{name}{suffix}": checkpoint.weights(name, part, averages) for name, part in parts}
+    main = job.run.accelerator.is_main_process
+    return {name: sharding.collected(tensors, main) for name, tensors in found.items()}
+
+
+def save_result(job: Job, result: dict[str, dict[str, Tensor]]) -> None:
+    """The pipeline, or the adapter by itself."""
+    if not job.run.sdxl.added:
+        save_pipeline(job.output, job.base, job.run.sdxl, result, job.scheduler)
         return
     facts = export.described(job)
-    if ema is not None:
-        checkpoint.save_added(job.output, sdxl, checkpoint.added(sdxl, None), facts, "_raw")
-    checkpoint.save_added(job.output, sdxl, checkpoint.added(sdxl, ema), facts)
+    for suffix, values in result.items():
+        checkpoint.save_added(job.output, job.run.sdxl, values, facts, suffix)
 
 
 def draw_validation(job: Job) -> None:
@@ -85,13 +103,20 @@ def draw_validation(job: Job) -> None:
         job.validator(job.run.sdxl, job.state.step, "ema" if job.state.ema else "raw")
 
 
-def evaluating(job: Job) -> AbstractContextManager[Any]:
+@contextmanager
+def evaluating(job: Job) -> Iterator[None]:
     """While it lasts the model has the weights that are to be judged: averaged ones where there are some."""
     averages, optimizer = job.state.ema, job.run.optimizer.optimizer
-    return averages.swapped_in() if averages else optim.evaluating(optimizer)
+    sdxl = job.run.sdxl
+    sharding.reshard(sdxl)
+    with averages.swapped_in() if averages else optim.evaluating(optimizer):
+        yield
+        sharding.reshard(sdxl)
 
 
-def save_pipeline(output: Path, base: Base, sdxl: SDXL, ema: Ema | None, scheduler: dict[str, Any]) -> None:
+def save_pipeline(
+    output: Path, base: Base, sdxl: SDXL, result: dict[str, dict[str, Tensor]], scheduler: dict[str, Any]
+) -> None:
     """The pipeline at the folder's root. With EMA `unet/` holds the averaged weights and `unet_raw/` the last ones.
     Parts that were not in training are copied from the base.
 
@@ -100,11 +125,10 @@ def save_pipeline(output: Path, base: Base, sdxl: SDXL, ema: Ema | None, schedul
     index = base.config("model_index")
     for name in (set(_COPIED) & set(base.parts)) - sdxl.parts().keys():
         files.write_atomically(output / name, partial(_copy_part, base.part(name), variant=base.variant))
-    for name, part in sdxl.parts().items():
-        for own, averages in {name: None}.items() if ema is None else {f"{name}_raw": None, name: ema}.items():
-            config, tensors = checkpoint.config_text(name, part), checkpoint.weights(name, part, averages)
-            write = partial(checkpoint.save_part, name=name, config=config, tensors=tensors)
-            files.write_atomically(output / own, write)
+    for own, tensors in result.items():
+        name = own.removesuffix("_raw")
+        config = checkpoint.config_text(name, sdxl.parts()[name])
+        files.write_atomically(output / own, partial(checkpoint.save_part, name=name, config=config, tensors=tensors))
     (output / "scheduler").mkdir(exist_ok=True)
     files.write_json(output / "scheduler" / "scheduler_config.json", scheduler)
     files.write_json(output / "model_index.json", index)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import finish, intervals, keyed, noise, optim
+from sdxl_trainer import distributed, finish, intervals, keyed, noise, optim
 from sdxl_trainer.config import Objective
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch, Samples
@@ -135,9 +135,9 @@ def _measure(job: Job, samples: Samples) -> Measure:
     losses = torch.zeros(pictures, count, device=accelerator.device)
     training = run.sdxl.training
     run.sdxl.eval()
-    for index in range(accelerator.process_index, pictures, accelerator.num_processes):
+    for index, counts in distributed.turns(accelerator, pictures):
         batch = fixed(samples, index, count, len(run.objective.schedule))
-        losses[index] = _loss(job, batch.to(accelerator.device, run.dtype))
+        losses[index] = _loss(job, batch.to(accelerator.device, run.dtype)) * counts
     run.sdxl.train(training)
     return Measure(accelerator.reduce(losses, "sum").cpu())
 

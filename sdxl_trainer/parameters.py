@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -82,6 +82,12 @@ def apply_rules(
         what = f"nothing learns after {last:g} of the run: every rule ends before"
         raise UserError(what, "learn.until", "let one rule learn to the end, or set fewer steps")
     return groups
+
+
+def rebound(groups: Sequence[Group], model: nn.Module) -> list[Group]:
+    """The groups with the model's parameters as they are now: sharding puts others in their place."""
+    now = dict(model.named_parameters())
+    return [replace(group, parameters=tuple(now[name] for name in group.names)) for group in groups]
 
 
 def settle(groups: Sequence[Group], progress: float) -> None:

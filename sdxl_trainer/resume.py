@@ -31,6 +31,7 @@ FREE = (
     "train.epochs",
     "train.micro_batch",
     "train.checkpoint",
+    "train.shard",
     "train.validate_every",
     "train.workers",
     "model.path",

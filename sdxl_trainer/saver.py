@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from sdxl_trainer import checkpoint, mirror
+from sdxl_trainer import checkpoint, mirror, sharding
 from sdxl_trainer.checkpoint import Checkpoint, Contents
 from sdxl_trainer.config import Config
 from sdxl_trainer.errors import UserError
@@ -47,7 +47,8 @@ class Saver:
             contents.kept(self._joined)
             return
         self._refuse_full_disk(contents.bytes)
-        if self._has_memory(contents.bytes):
+        sharded = any(sharding.is_sharded(t) for own in contents.tensors.values() for t in own.values())
+        if sharded or self._has_memory(contents.bytes):
             contents = contents.kept(self._kept)
             self._writing = self._writer.submit(self._write, contents, before, best)
         else:
@@ -128,10 +129,11 @@ class Saver:
             pinned = tensor.device.type == "cuda"
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             self._buffers[name] = buffer
-        return buffer.copy_(tensor)
+        return buffer.copy_(sharding.whole(tensor))
 
     def _joined(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor
+        """Another process's part in what the main one keeps."""
+        return sharding.whole(tensor).new_empty(0) if sharding.is_sharded(tensor) else tensor
 
 
 @contextmanager

@@ -75,7 +75,9 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if begin.done:
         console.say(f"already done: {begin.steps} steps, in {output}")
         return None
-    _refuse_early(config, base, stock, accelerator.device)
+    if accelerator.num_processes == 1 and config.train.shard:
+        console.say("train.shard: there is one process, which keeps everything")
+    _refuse_early(config, base, stock, accelerator.device, accelerator.num_processes, precision)
     if config.hub.push and accelerator.is_main_process:
         publish.repository(output, config.hub)
     with watch.phase("encoding"):
@@ -124,14 +126,32 @@ def fill(config: Config, base: Base, stock: Stock, accelerator: Any, console: Co
     )
 
 
-def _refuse_early(config: Config, base: Base, stock: Stock, device: torch.device) -> None:
+def _refuse_early(
+    config: Config, base: Base, stock: Stock, device: torch.device, processes: int, precision: str
+) -> None:
     """What could only fail after the encoding, which may take hours, is looked at before it."""
     noise_schedule(config, base)
     optim.refuse(config.optimizer, config.train, device)
+    if processes > 1 and distributed.sharding(config, lambda line: None):
+        refuse_sharded(config, precision)
     if stock.missing_latents() or stock.missing_texts():
         sdxl = model.skeleton(base, stock.text_learns, config.text)
         inject(sdxl, config, base, None)
         parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
+
+
+def refuse_sharded(config: Config, precision: str) -> None:
+    """Refuse what does not work where each process has a part of every tensor."""
+    optim.refuse_sharded(config.optimizer)
+    if precision == "fp16":
+        what = "fp16 with sharded weights: the processes would scale their losses differently"
+        raise UserError(what, "train.precision", "use bf16 or fp32; or train without sharding (DDP)")
+    if precision == "fp32" and config.train.weights == "bf16":
+        what = "bf16 weights that compute in fp32 cannot be sharded"
+        raise UserError(what, "train.weights", 'set train.weights = "fp32", or train without sharding (DDP)')
+    if config.adapter and any(data.prior_prediction for data in config.data):
+        what = "prior_prediction with an adapter on a sharded base: not every process asks for it in every step"
+        raise UserError(what, "train.shard", "train without sharding (DDP)")
 
 
 def inject(sdxl: model.SDXL, config: Config, base: Base, at: Checkpoint | None) -> None:
@@ -283,8 +303,10 @@ def _model(
     sdxl.train()
     if precision == "fp32" and weights != torch.float32:
         model.compute_in_fp32(sdxl)
-    optimizer = optim.make(groups, config.optimizer, config.seed, accelerator.device)
-    prepared, optimizer = accelerator.prepare(sdxl, optimizer)
+    split = distributed.sharding(config, console.say) if accelerator.num_processes > 1 else None
+    prepared = distributed.wrapped(accelerator, sdxl, split)
+    groups = parameters.rebound(groups, sdxl)
+    optimizer = accelerator.prepare(optim.make(groups, config.optimizer, config.seed, accelerator.device, bool(split)))
     averages = ema.make(groups, config.ema.decay) if config.ema.enabled else None
     if at is not None:
         checkpoint.load_training_state(at, sdxl, optimizer.optimizer, groups, averages)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import checkpoint, distributed, finish, held_out, lock, optim, parameters, setup
+from sdxl_trainer import checkpoint, distributed, finish, held_out, lock, optim, parameters, setup, sharding
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch
@@ -44,7 +44,7 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
     rate = optim.set_learning_rates(run.optimizer, factor)
     parameters.settle(run.groups, state.step / run.steps)
     limit = run.config.train.max_grad_norm or float("inf")
-    norm = accelerator.clip_grad_norm_([p for group in run.groups for p in group.parameters], limit)
+    norm = sharding.whole(accelerator.clip_grad_norm_([p for g in run.groups for p in g.parameters], limit))
     if _may_step(run, state, total, norm):
         run.optimizer.step()
     run.optimizer.zero_grad()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import sample
+from sdxl_trainer import distributed, sample
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Config
@@ -63,11 +63,13 @@ class Validator:
         sdxl.eval()
         known: dict[str, str] = {}
         named = list(sample.requests(options.prompts, options.images, self._seed(), **self._settings()))
-        for name, request in named[accelerator.process_index :: accelerator.num_processes]:
+        for index, counts in distributed.turns(accelerator, len(named)):
+            name, request = named[index]
             with torch.no_grad():
                 model = drawing.Model(pipeline, self.scheduler, self._conditions(request, sdxl))
             (image,) = drawing.paint(model, [request], autocast=accelerator.autocast())
-            sample.save(image, folder / f"step-{step:06}" / name, request, known)
+            if counts:
+                sample.save(image, folder / f"step-{step:06}" / name, request, known)
         sdxl.train(training)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:

@@ -21,7 +21,7 @@ SOURCES = sorted(
 
 # Lower layers first: a module imports only from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "files", "lock", "keyed", "config", "chunking"],
+    ["errors", "files", "lock", "sharding", "keyed", "config", "chunking"],
     [
         "schedule",
         "noise",
@@ -69,6 +69,7 @@ LAYERS = [
     ["distributed", "sample", "sampling", "checkpoint", "prior"],
     ["class_pictures", "mirror"],
     ["validate", "publish", "saver"],
+    ["guards"],
     ["run"],
     ["manifest", "resume"],
     ["export"],

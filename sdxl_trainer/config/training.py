@@ -23,6 +23,10 @@ class Train(Section):
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     tf32: bool = option(False, "TensorFloat-32 for fp32 matrix products (NVIDIA Ampere and later)")
+    shard: bool = option(
+        False,
+        "shard weights, gradients, optimizer, averages among processes (FSDP2); does not change the result",
+    )
     checkpoint_every: int = option(500, "steps between checkpoints; 0: none", ge=0)
     checkpoints_limit: Positive | None = option(None, "how many checkpoints to keep; default: all")
     checkpoint_mirror: PathText | None = option(

@@ -7,13 +7,15 @@ its own shards; a shard that two of them made alike has one name.
 import hashlib
 import json
 import uuid
+import zlib
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdxl_trainer import files
@@ -22,6 +24,7 @@ from sdxl_trainer.formats import header
 
 SHARD_BYTES = 64 << 20
 _NAME_DIGITS = 32
+SUMS = "checksums"  # among the notes of a shard
 
 
 def key(*parts: Any) -> str:
@@ -36,15 +39,31 @@ class Store:
     folder: Path
     shard_of: dict[str, Path] = field(default_factory=dict)
     _opened: dict[Path, Any] = field(default_factory=dict)
+    _sums: dict[Path, dict[str, int]] = field(default_factory=dict)
+    _checked: set[str] = field(default_factory=set)
 
     def __contains__(self, row: str) -> bool:
         return row in self.shard_of
 
     def get(self, row: str) -> Tensor:
+        """A row, compared with its checksum when it is read for the first time. UserError if it is damaged: its shard
+        is set aside then, so that the same command encodes it anew."""
         path = self.shard_of[row]
-        if path not in self._opened:
-            self._opened[path] = safe_open(path, framework="pt")
-        return self._opened[path].get_tensor(row)
+        try:
+            if path not in self._opened:
+                opened = safe_open(path, framework="pt")
+                self._sums[path] = _sums(opened.metadata())
+                self._opened[path] = opened
+            tensor = self._opened[path].get_tensor(row)
+        except (OSError, SafetensorError) as error:
+            raise _set_aside(path, f"a file of the cache cannot be read: {error}") from None
+        if row not in self._checked:
+            expected = self._sums[path].get(row)
+            # Shards of older versions have no sums.
+            if self._sums[path] and expected != checksum(tensor):
+                raise _set_aside(path, "a row of the cache is damaged: its bytes are not those that were written")
+            self._checked.add(row)
+        return tensor
 
     def refresh(self) -> "Store":
         """Read the headers of shards that are new since the last look, also those of other processes."""
@@ -56,6 +75,26 @@ class Store:
 
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+
+def checksum(row: Tensor) -> int:
+    """CRC-32 of a row's type, shape and bytes."""
+    flat: Any = row.contiguous().reshape(-1).view(torch.uint8).numpy() if row.numel() else b""
+    return zlib.crc32(flat, zlib.crc32(f"{row.dtype} {list(row.shape)}".encode()))
+
+
+def _sums(metadata: dict[str, str] | None) -> dict[str, int]:
+    try:
+        return {str(name): int(number) for name, number in json.loads((metadata or {})["notes"])[SUMS].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _set_aside(path: Path, what: str) -> UserError:
+    aside = path.with_name(f"{path.name}.damaged")
+    with suppress(OSError):  # what cannot be renamed has to be deleted by hand
+        path.rename(aside)
+    return UserError(what, str(path), f"it is {aside.name} now: run the same command, which encodes it anew")
 
 
 def open_store(folder: Path) -> Store:
@@ -93,7 +132,8 @@ def write_shard(folder: Path, rows: dict[str, Tensor], notes: dict[str, Any]) ->
         draft = folder / f".{uuid.uuid4().hex}.tmp"
         try:
             # One entry: safetensors writes several in no fixed order, and equal rows shall make equal bytes.
-            files.save_tensors(draft, rows, {"notes": json.dumps(notes, sort_keys=True)})
+            told = {**notes, SUMS: {name: checksum(row) for name, row in rows.items()}}
+            files.save_tensors(draft, rows, {"notes": json.dumps(told, sort_keys=True)})
             path = folder / f"{files.sha256(draft)[:_NAME_DIGITS]}.safetensors"
             files.write_atomically(path, draft.rename)
         finally:
@@ -108,7 +148,7 @@ def damaged(folder: Path) -> list[Path]:
 
 def collect_garbage(folder: Path, needed: Collection[str]) -> int:
     """Delete rows that are not needed; gives the bytes freed. Shards holding both kinds are written anew."""
-    before = Store(folder).bytes()
+    before, store = Store(folder).bytes(), open_store(folder)
     for path in sorted(folder.glob("*.safetensors")):
         names = _header(path)
         live = [name for name in names if name in needed]
@@ -117,7 +157,7 @@ def collect_garbage(folder: Path, needed: Collection[str]) -> int:
         if live:
             with safe_open(path, framework="pt") as shard:
                 notes = json.loads(shard.metadata()["notes"])
-                write_shard(folder, {n: shard.get_tensor(n) for n in live}, {n: notes[n] for n in live if n in notes})
+                write_shard(folder, {n: store.get(n) for n in live}, {n: notes[n] for n in live if n in notes})
         path.unlink()
     return before - Store(folder).bytes()
 

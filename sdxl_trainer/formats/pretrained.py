@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdxl_trainer import sharding
 from sdxl_trainer.errors import UserError, shortened
 
 COPY = "copy or download this part of the model again; its config and weights must be of one model"
@@ -42,7 +43,8 @@ def refuse_broken(module: nn.Module, folder: Path) -> None:
 def broken_weights(model: nn.Module) -> list[str]:
     """Names of parameters that hold a value that is not finite."""
     # The smallest and the largest of values with a NaN are NaN: one look at each, and no memory.
-    return [name for name, p in model.named_parameters() if p.numel() and not torch.stack(p.aminmax()).isfinite().all()]
+    own = ((name, sharding.local(p.detach())) for name, p in model.named_parameters())
+    return [name for name, p in own if p.numel() and not torch.stack(p.aminmax()).isfinite().all()]
 
 
 @contextmanager

@@ -25,6 +25,7 @@ __all__ = [
     "loaded",
     "make",
     "refuse",
+    "refuse_sharded",
     "refuse_unwritable",
     "set_learning_rates",
     "state_bytes",
@@ -42,11 +43,12 @@ class Kind:
     package: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
     state: tuple[float, float] = (2, 0)
+    sharded: bool = False  # whether it can step on a shard of each tensor: what it does is done to each number alone
 
 
 KINDS: dict[str, Kind] = {
     # Fused: one kernel over all tensors, 3 to 5 times faster than the default, on the CPU too.
-    "adamw": Kind("torch.optim:AdamW", arguments={"fused": True}),
+    "adamw": Kind("torch.optim:AdamW", arguments={"fused": True}, sharded=True),
     # Block-wise 8-bit moments (Dettmers et al. 2022); paged: moved to host memory when the GPU's is short.
     "adamw8bit": Kind("bitsandbytes.optim:AdamW8bit", "bitsandbytes", state=(0, 2.05)),
     "paged_adamw8bit": Kind("bitsandbytes.optim:PagedAdamW8bit", "bitsandbytes", state=(0, 2.05)),
@@ -56,20 +58,24 @@ KINDS: dict[str, Kind] = {
     # Factored as well, with a first moment that is trusted as far as it is steady (Luo et al. 2023).
     "came": Kind("pytorch_optimizer:CAME", "pytorch-optimizer", state=(1.05, 0)),
     # The sign of a momentum (Chen et al. 2023).
-    "lion": Kind("pytorch_optimizer:Lion", "pytorch-optimizer", state=(1, 0)),
+    "lion": Kind("pytorch_optimizer:Lion", "pytorch-optimizer", state=(1, 0), sharded=True),
     "muon": Kind("sdxl_trainer.optim.muon:Muon", state=(1, 0)),
     # Finds its rate by itself (Mishchenko & Defazio 2024), with the settings of the reference's scripts.
     "prodigy": Kind(
         "prodigyopt:Prodigy", "prodigyopt", {"use_bias_correction": True, "safeguard_warmup": True}, state=(4, 0)
     ),
     # Averages instead of lowering the rate (Defazio et al. 2024).
-    "schedulefree": Kind("schedulefree:AdamWScheduleFree", "schedulefree"),
-    "sgd": Kind("torch.optim:SGD", arguments={"fused": True}, state=(1, 0)),
+    "schedulefree": Kind("schedulefree:AdamWScheduleFree", "schedulefree", sharded=True),
+    "sgd": Kind("torch.optim:SGD", arguments={"fused": True}, state=(1, 0), sharded=True),
 }
 
 
 def make(
-    groups: Sequence[Group], options: Optimizer, seed: int = 0, device: torch.device | None = None
+    groups: Sequence[Group],
+    options: Optimizer,
+    seed: int = 0,
+    device: torch.device | None = None,
+    sharded: bool = False,
 ) -> torch.optim.Optimizer:
     """An optimizer whose param_groups keep their rule's `base_lr`, for parameters that will be on `device`."""
     if options.name.startswith("paged") and (device is None or device.type != "cuda"):
@@ -87,7 +93,8 @@ def make(
         for g in groups
     ]
     given = {"betas": options.betas, "eps": options.eps, "seed": seed if "seed" in taken else None}
-    arguments = kind.arguments | {name: value for name, value in given.items() if value is not None}
+    own = {} if sharded and options.name == "sgd" else kind.arguments  # PyTorch has no fused SGD of shards
+    arguments = own | {name: value for name, value in given.items() if value is not None}
     arguments |= {n: tuple(v) if isinstance(v, list) else v for n, v in options.arguments.items()}
     _refuse_unknown(arguments, taken, options)
     try:
@@ -99,6 +106,14 @@ def make(
     if evaluates(made):
         made.train()
     return made
+
+
+def refuse_sharded(options: Optimizer) -> None:
+    """Refuse an optimizer that needs whole tensors where each process holds a shard of them."""
+    able = sorted(name for name, kind in KINDS.items() if kind.sharded)
+    if options.name not in able:
+        what = f"{options.name} needs whole tensors, and sharding leaves each process a part of them"
+        raise UserError(what, "optimizer.name", f"use {', '.join(able)}; or train without sharding (DDP)")
 
 
 def refuse(options: Optimizer, train: Train, device: torch.device) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sdxl_trainer import optim
+from sdxl_trainer import optim, sharding
 from sdxl_trainer.parameters import Group
 
 # Key of the tensor that trains, of an optimizer that shows others for use.
@@ -38,8 +38,9 @@ def tensors(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> dict[s
     for owner, key, value in _entries(optimizer, groups):
         if isinstance(value, Tensor):
             # 8-bit optimizers share their quantisation map among parameters; a file may not.
-            found[f"{owner}|{key}"] = value.clone() if value.data_ptr() in seen else value.contiguous()
-            seen.add(value.data_ptr())
+            place = sharding.local(value).data_ptr()
+            found[f"{owner}|{key}"] = value.clone() if place in seen else value.contiguous()
+            seen.add(place)
     return found
 
 
@@ -72,9 +73,10 @@ def load(
     for index, values in found.items():
         state = optimizer.state[parameters[index]]
         # PyTorch gives state the parameter's type; some optimizers keep it in another.
-        state |= {key: v.to(state[key].device) for key, v in values.items() if isinstance(v, Tensor)}
+        given = {key: sharding.like(v, parameters[index]) for key, v in values.items() if isinstance(v, Tensor)}
+        state |= {key: v.to(state[key].device) for key, v in given.items()}
     optim.loaded(optimizer)
     with torch.no_grad():
         for parameter, value in zip(parameters, training, strict=True):
             if value is not None:
-                parameter.copy_(value)
+                parameter.copy_(sharding.like(value, parameter))

@@ -1,0 +1,137 @@
+"""What stands between a long run and the things that end one: memory, spikes of the loss, services that go away, and
+processes that hang."""
+
+import os
+import re
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from sdxl_trainer.config import Config
+from sdxl_trainer.errors import UserError
+
+# A loss is a spike from this many robust standard deviations above the median of the losses before it.
+SPIKE, WINDOW, ENOUGH = 8.0, 200, 20
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_EXIT = 75  # EX_TEMPFAIL: launchers that restart may
+
+
+@contextmanager
+def memory_explained(config: Config) -> Iterator[None]:
+    """Turn running out of memory into three settings that would help, each with what it costs."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # PyTorch's own error of GPUs is a RuntimeError
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        said = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)|you tried to allocate (\d+ bytes)", str(error))
+        wanted = f" (it wanted {said[1] or said[2]} more)" if said else ""
+        fix = "; ".join(remedies(config)[:3])
+        raise UserError(f"the memory is not enough{wanted}", "train", f"{fix}; the same command continues") from error
+
+
+def remedies(config: Config) -> list[str]:
+    """Settings that lower the memory which this config takes, the cheapest first, with what each costs."""
+    train, found = config.train, list[str]()
+    if (train.micro_batch or train.batch_size) > 1:
+        half = max(1, (train.micro_batch or train.batch_size) // 2)
+        found.append(f"train.micro_batch = {half} (same result, somewhat slower)")
+    if not train.gradient_checkpointing:
+        found.append("train.gradient_checkpointing = true (same result, a forward pass more in each step)")
+    if config.adapter is None and config.optimizer.name in {"adamw", "schedulefree", "prodigy", "came", "lion"}:
+        found.append('optimizer.name = "adafactor" (no first moments: another course of the training)')
+    if (config.adapter or config.token) and train.frozen in {"auto", "fp32", "bf16", "fp16"}:
+        found.append('train.frozen = "int8" (the base at half the memory of 16 bits, slightly less exact)')
+    if config.ema.enabled:
+        found.append("ema.enabled = false (no averaged weights)")
+    if config.adapter is None:
+        found.append("an [adapter] (LoRA: learns less, in a fraction of the memory)")
+    if not train.shard:
+        found.append("train.shard = true on several GPUs (same result, more traffic between them)")
+    found.append("a lower data.resolution (less detail)")
+    return found
+
+
+@dataclass
+class Spikes:
+    """Losses that stand out from those before them."""
+
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    def height(self, loss: float) -> float | None:
+        """How many times the usual loss this is, if it is a spike; the loss is among the usual ones from now on."""
+        spike = None
+        if len(self.recent) >= ENOUGH:
+            usual = statistics.median(self.recent)
+            spread = 1.4826 * statistics.median(abs(other - usual) for other in self.recent)
+            if loss > usual + SPIKE * max(spread, 0.01 * usual):
+                spike = loss / usual
+        self.recent.append(loss)
+        return spike
+
+
+class Dispensable(AbstractContextManager[None]):
+    """What fails in here stops nothing: it is told, and `lost` is called. For the services of others."""
+
+    def __init__(self, what: str, say: Callable[[str], None], lost: Callable[[], None] = lambda: None) -> None:
+        self._what, self._say, self._lost = what, say, lost
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self._say(f"{self._what} is lost ({said}); the run goes on, metrics.jsonl has everything")
+        self._lost()
+        return True
+
+
+class Pulse:
+    """Finds processes that hang. Each tells the others, through the store by which they met, which step it has begun;
+    one that waits for `patience` seconds in the same step looks who is behind, names them, and ends, so that a launcher
+    may start all of them anew."""
+
+    def __init__(self, accelerator: Any, patience: float, say: Callable[[str], None], tick: float = 1.0) -> None:
+        self._rank, self._count = accelerator.process_index, accelerator.num_processes
+        self._patience, self._say, self._tick = patience, say, tick
+        self._step, self._since, self._end = -1, time.monotonic(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        if self._count > 1:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+
+    def beat(self, step: int) -> None:
+        """This process has begun a step, or something else that takes long."""
+        self._step, self._since = step, time.monotonic()
+
+    def close(self) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        store: Any = torch.distributed.distributed_c10d._get_default_store()
+        mine = torch.distributed.PrefixStore("pulse", store)
+        while not self._end.wait(self._tick):
+            mine.set(str(self._rank), str(self._step))
+            if time.monotonic() - self._since > self._patience:
+                steps = [int(mine.get(str(n))) if mine.check([str(n)]) else -1 for n in range(self._count)]
+                self._say(told(steps, self._rank, self._patience))
+                os._exit(_EXIT)
+
+
+def told(steps: list[int], rank: int, patience: float) -> str:
+    """Who hangs, by the steps that all have begun."""
+    last = max(steps)
+    behind = [f"process {n} (in step {step + 1})" for n, step in enumerate(steps) if step < last]
+    who = f"{', '.join(behind)} did not begin step {last + 1}" if behind else f"all are in step {last + 1}"
+    return f"error: process {rank} waited for {patience:g} s: {who}"

@@ -1,0 +1,158 @@
+"""Several processes of a run: replicas and shards take the steps of one, and continue each other's checkpoints."""
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdxl_trainer import distributed, files, sharding
+from sdxl_trainer.configfile import dumps
+from sdxl_trainer.errors import UserError
+from sdxl_trainer.log import read_metrics
+
+MODULES = ["sdxl_trainer.train", "sdxl_trainer.configfile", "diffusers.models.unets.unet_2d_condition", "accelerate"]
+OPTIONS = {
+    "data": [{"crop": "random", "flip": True, "caption_dropout": 0.3, "buckets": "area", "bucket_step": 8}],
+    "ema": {"enabled": True},
+    "timesteps": {"sampling": "stratified"},
+    "learn": [{"match": r"unet\..*"}, {"match": r"text_encoder.*"}],
+    "validation": {"prompts": ["a red circle"], "images": 3, "steps": 2},
+}
+TRAIN = {"steps": 6, "batch_size": 4, "micro_batch": 2, "checkpoint_every": 3, "learning_rate": 1e-5}
+
+
+def rank(path: str, number: int, processes: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if processes > 1:
+        group = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    from sdxl_trainer.cli import guarded
+    from sdxl_trainer.configfile import load
+    from sdxl_trainer.train import train
+
+    raise SystemExit(guarded(lambda: train(load(Path(path)))))
+
+
+def launch(path: Path, processes: int) -> list[int]:
+    """A run on that many processes, told of each other by plain environment variables; gives the exit codes."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(MODULES)
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    started = [context.Process(target=rank, args=(str(path), n, processes, port)) for n in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
+
+
+def test_a_run_moves_between_one_process_replicas_and_shards(config: Callable[..., Any], tmp_path: Path) -> None:
+    """Three steps sharded on two processes, then on one, against six on one and six sharded."""
+    runs = {"one": [(6, 1, False)], "moved": [(3, 2, True), (6, 1, False)], "back": [(3, 1, False), (6, 2, True)]}
+    for name, parts in runs.items():
+        for steps, processes, shard in parts:
+            train = {**TRAIN, "steps": steps, "shard": shard}
+            made = config(**{**OPTIONS, "train": train, "output_dir": str(tmp_path / name)})
+            path = tmp_path / f"{name}.toml"
+            path.write_text(dumps(made), encoding="utf-8")
+            assert launch(path, processes) == [0] * processes
+            manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+            assert manifest["hardware"]["processes"] == processes
+    one = read_metrics(tmp_path / "one" / "metrics.jsonl")
+    for name in ("moved", "back"):
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+        assert len(list((tmp_path / name / "samples" / "step-000006").glob("*.png"))) == 3
+        names = {"unet", "unet_raw", "text_encoder_2", "checkpoint-3", "checkpoint-6"}
+        for folder in names:
+            ours, theirs = (files.tree_hashes(tmp_path / run / folder).keys() for run in (name, "one"))
+            assert ours == theirs
+        for part in ("unet", "checkpoint-6/unet_ema"):
+            file = "diffusion_pytorch_model.safetensors"
+            weights = [read(tmp_path / run / part / file) for run in (name, "one")]
+            apart = torch.cat([(weights[0][key] - weights[1][key]).abs().flatten() for key in weights[1]])
+            # AdamW's step is the rate whatever the gradient's size: rounding decides the sign where that is near zero.
+            assert float(apart.max()) <= 2 * TRAIN["learning_rate"] * TRAIN["steps"]
+            assert float(apart.mean()) < 1e-7
+            assert (tmp_path / name / part / "config.json").read_bytes() == (
+                tmp_path / "one" / part / "config.json"
+            ).read_bytes()
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"torch\.compile"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient accumulation"),
+    ],
+)
+def test_engines_that_are_not_ours_are_refused(
+    config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        distributed.make(config(), "fp32")
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({}, "first version of FSDP"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing"),
+        ({"FSDP_VERSION": "2", "FSDP_IGNORED_MODULES": "unet.conv_in"}, "fsdp_ignored_modules"),
+        ({"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "EVERYTHING"}, "no wrap policy"),
+    ],
+)
+def test_settings_of_fsdp_that_are_refused(
+    config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str
+) -> None:
+    monkeypatch.setattr(distributed, "_launcher_shards", lambda: True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        distributed.sharding(config(), print)
+
+
+def test_settings_of_fsdp_that_are_honoured(config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_launcher_shards", lambda: True)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    said: list[str] = []
+    assert distributed.sharding(config(), said.append) == sharding.Sharding()
+    monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Transformer2DModel,ResnetBlock2D")
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    found = distributed.sharding(config(), said.append)
+    assert found == sharding.Sharding(("Transformer2DModel", "ResnetBlock2D"), None, reshard=False)
+    assert said == ["no effect with FSDP 2 here: fsdp_state_dict_type"]
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP")
+    monkeypatch.setenv("FSDP_MIN_NUM_PARAMS", "5000")
+    assert distributed.sharding(config(), said.append) == sharding.Sharding((), 5000, reshard=False)
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "adafactor", "muon", "prodigy", "came"])
+def test_optimizers_that_need_whole_tensors_are_refused(name: str) -> None:
+    from sdxl_trainer import optim
+    from sdxl_trainer.config import Optimizer
+
+    with pytest.raises(UserError, match=f"{name} needs whole tensors"):
+        optim.refuse_sharded(Optimizer(name=name))
