@@ -1,5 +1,4 @@
-"""What stands between a long run and the things that end one: memory, spikes of the loss, services that go away, and
-processes that hang."""
+"""What stands between a long run and the things that end one: memory, spikes of the loss, processes that hang."""
 
 import os
 import re
@@ -8,9 +7,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -76,21 +74,6 @@ class Spikes:
                 spike = loss / usual
         self.recent.append(loss)
         return spike
-
-
-class Dispensable(AbstractContextManager[None]):
-    """What fails in here stops nothing: it is told, and `lost` is called. For the services of others."""
-
-    def __init__(self, what: str, say: Callable[[str], None], lost: Callable[[], None] = lambda: None) -> None:
-        self._what, self._say, self._lost = what, say, lost
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        self._say(f"{self._what} is lost ({said}); the run goes on, metrics.jsonl has everything")
-        self._lost()
-        return True
 
 
 class Pulse:

@@ -32,6 +32,7 @@ FREE = (
     "train.micro_batch",
     "train.checkpoint",
     "train.shard",
+    "train.hang_timeout",
     "train.validate_every",
     "train.workers",
     "model.path",

@@ -17,6 +17,7 @@ from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.ema import Ema
 from sdxl_trainer.errors import Interrupted
+from sdxl_trainer.guards import Pulse, Spikes
 from sdxl_trainer.log import Console, Metrics
 from sdxl_trainer.model import SDXL, LatentScale
 from sdxl_trainer.objective import Objective
@@ -83,8 +84,10 @@ class State:
     step: int
     ema: Ema | None
     broken: Tensor
+    skipped: int = 0  # steps whose loss or gradient was not finite
     each: list[Tensor] = field(default_factory=list)  # losses [B] of the micro-batches of the step
     unread: list[Unread] = field(default_factory=list)
+    spikes: Spikes = field(default_factory=Spikes)
     measures: list[tuple[int, float]] = field(default_factory=list)  # validation losses by step
 
     @property
@@ -134,6 +137,7 @@ class Job:
     validation: Metrics  # the measures of the validation loss
     trackers: Trackers
     saver: Saver
+    pulse: Pulse
     console: Console
     watch: Watch
     output: Path

@@ -13,6 +13,7 @@ from sdxl_trainer import (
     distributed,
     ema,
     files,
+    guards,
     held_out,
     kinds,
     manifest,
@@ -258,6 +259,7 @@ def _assemble(
         order=order,
         validator=Validator(config, accelerator, base, samples, scheduler, run.dtype, console.say, trackers),
         scheduler=scheduler,
+        pulse=guards.Pulse(accelerator, config.train.hang_timeout, print),
         saver=Saver(config, output, console.say, accelerator.is_main_process),
         metrics=Metrics(output / "metrics.jsonl", state.step, accelerator.is_main_process),
         validation=Metrics(measures, state.step or -1, accelerator.is_main_process),
@@ -322,7 +324,8 @@ def _model(
         prior = priors.beside(sdxl, lambda: _frozen_copy(config, base, accelerator, precision, stock, frozen))
     run = Run(config, accelerator, prepared, optimizer, groups, goal, scale, inputs, begin.steps, prior)
     broken = torch.zeros((), dtype=torch.bool, device=accelerator.device)
-    return run, State(at.step if at else 0, averages, broken)
+    skipped = at.state().get("skipped", 0) if at else 0
+    return run, State(at.step if at else 0, averages, broken, skipped)
 
 
 def _frozen_copy(

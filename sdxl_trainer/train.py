@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import checkpoint, distributed, finish, held_out, lock, optim, parameters, setup, sharding
+from sdxl_trainer import checkpoint, distributed, finish, guards, held_out, lock, optim, parameters, setup, sharding
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch
@@ -59,7 +59,9 @@ def _may_step(run: Run, state: State, loss: Tensor, norm: Tensor) -> bool:
     others the host has to look. Under fp16 the loss scaler skips such steps itself."""
     if run.accelerator.scaler is not None:
         return True
-    state.broken |= ~(torch.isfinite(loss) & torch.isfinite(norm))
+    broken = ~(torch.isfinite(loss) & torch.isfinite(norm))
+    # From the first such step on none touches the weights, unless some may be skipped.
+    state.broken = broken if run.config.train.skip_nonfinite else state.broken | broken
     optimizer = run.optimizer.optimizer
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = state.broken.float()
@@ -72,14 +74,17 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
 
     Raises UserError for what the user can fix and Interrupted after a signal, when everything is saved.
     """
-    with stopping() as stop, lock.held(Path(config.output_dir).expanduser(), distributed.leads()):
+    output = Path(config.output_dir).expanduser()
+    with stopping() as stop, lock.held(output, distributed.leads()), guards.memory_explained(config):
         job = setup.prepare_job(config, start)
         if job is None:
-            return Path(config.output_dir).expanduser()
+            return output
         stop.gently = True
         try:
+            job.pulse.begin()
             _loop(job, stop)
         finally:
+            job.pulse.close()
             job.console.end()
             try:
                 job.saver.close()
@@ -120,6 +125,7 @@ def _loop(job: Job, stop: Stop) -> None:
     job.console.progress(state.step, run.steps, "steps")
     job.watch.lap()
     for epoch, images, micro_batches in batches:
+        job.pulse.beat(state.step)
         loss, norm, rate = train_step(run, state, micro_batches, images)
         # A sample that fills up a process's share has no weight, and no name.
         weights = [weight for batch in micro_batches for weight in batch.weight.tolist()]
@@ -164,10 +170,16 @@ def _read(job: Job) -> None:
     seconds = job.watch.lap() / len(state.unread)
     memory, rows = distributed.memory_gb(accelerator.device), list[dict[str, Any]]()
     for unread, loss, norm in zip(state.unread, losses, norms, strict=True):
-        if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(norm)):
-            job.metrics.write(rows)
-            raise _diverged(job, unread)
         row = {**unread.row, "loss": loss, "grad_norm": norm if math.isfinite(norm) else None}
+        if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(norm)):
+            row |= {"loss": loss if math.isfinite(loss) else None, "skipped": True}
+            _count_skipped(job, unread, rows)
+        else:
+            height = state.spikes.height(loss)
+            if height is not None:
+                row["spike"] = height
+                names = shortened(_pictures(unread))
+                job.console.say(f"step {row['step']}: loss {loss:.4f}, {height:.3g} times the usual: {names}")
         if job.run.config.log.pictures:
             own = [[name, found] for name, found in zip(unread.names, unread.each.tolist(), strict=True) if name]
             row["pictures"] = distributed.gathered(own)
@@ -177,14 +189,35 @@ def _read(job: Job) -> None:
     if accelerator.is_main_process:
         job.metrics.write(rows)
         for row in rows if job.trackers.workers else []:
-            told = {k: v for k, v in row.items() if k not in {"step", "images", "pictures"}}
-            told |= {f"loss_for_{Path(name).name}": found for name, found in row.get("pictures", [])}
-            job.trackers.scalars(told, row["step"])
+            job.trackers.scalars(_tracked(row), row["step"])
     last = rows[-1]
     rate = f"{last['samples_per_second']:.3g} images/s"
     job.console.progress(
-        last["step"], job.run.steps, "steps", f"loss {last['loss']:.4f}  lr {last['learning_rate']:.3g}  {rate}"
+        last["step"], job.run.steps, "steps", f"loss {losses[-1]:.4f}  lr {last['learning_rate']:.3g}  {rate}"
     )
+
+
+def _tracked(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the metrics as trackers are given it."""
+    told = {k: v for k, v in row.items() if k not in {"step", "images", "pictures"} and v is not None}
+    return told | {f"loss_for_{Path(name).name}": found for name, found in row.get("pictures", [])}
+
+
+def _count_skipped(job: Job, unread: Unread, rows: list[dict[str, Any]]) -> None:
+    """A step that is not finite has not touched the weights. As many as the config allows are named and passed over."""
+    job.state.skipped += 1
+    if job.state.skipped > job.run.config.train.skip_nonfinite:
+        job.metrics.write(rows)
+        raise _diverged(job, unread)
+    names = shortened(_pictures(unread))
+    job.console.say(f"step {unread.row['step']} is skipped, its loss or gradient is not finite: {names}")
+
+
+def _pictures(unread: Unread) -> list[str]:
+    """The pictures of a step on all processes, which all have to ask: those with losses that are not finite, or all."""
+    own = [(name, loss) for name, loss in zip(unread.names, unread.each.tolist(), strict=True) if name]
+    found = distributed.gathered(own)
+    return [name for name, loss in found if not math.isfinite(loss)] or [name for name, _ in found]
 
 
 def _diverged(job: Job, unread: Unread) -> UserError:
@@ -194,9 +227,7 @@ def _diverged(job: Job, unread: Unread) -> UserError:
         return UserError(what, job.run.config.model.path, "use an undamaged base or an earlier checkpoint")
     what = f"the loss or gradient of step {unread.row['step']} is not finite; the weights were not touched"
     fix = "look at these pictures and captions; a lower train.learning_rate or precision fp32 may help"
-    losses = zip(unread.names, unread.each.tolist(), strict=True)
-    broken = [name for name, loss in losses if name and not math.isfinite(loss)]
-    return UserError(what, shortened(broken or [name for name in unread.names if name]), fix)
+    return UserError(what, shortened(_pictures(unread)), fix)
 
 
 def _save(job: Job) -> None:
@@ -207,6 +238,7 @@ def _save(job: Job) -> None:
             "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
             "config": run.config.model_dump(mode="json"),
             "data": job.data_hash,
+            "skipped": state.skipped,
         }
         optimizer = run.optimizer.optimizer
         contents = checkpoint.contents(state.step, run.sdxl, state.ema, optimizer, run.groups, record)

@@ -27,6 +27,10 @@ class Train(Section):
         False,
         "shard weights, gradients, optimizer, averages among processes (FSDP2); does not change the result",
     )
+    skip_nonfinite: int = option(
+        0, "steps that may be skipped because their loss or gradient is not finite, before the run stops", ge=0
+    )
+    hang_timeout: float = option(3600.0, "seconds after which processes name one that hangs, and all end", gt=0)
     checkpoint_every: int = option(500, "steps between checkpoints; 0: none", ge=0)
     checkpoints_limit: Positive | None = option(None, "how many checkpoints to keep; default: all")
     checkpoint_mirror: PathText | None = option(

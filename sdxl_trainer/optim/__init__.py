@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdxl_trainer import sharding
 from sdxl_trainer.config import Optimizer, Train
 from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.optim.rates import SHAPES, factor, set_learning_rates
@@ -196,7 +197,7 @@ def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         optimizer.train()  # type: ignore[attr-defined]
         with torch.no_grad():
-            torch._foreach_copy_(parameters, training)
+            torch._foreach_copy_([sharding.local(p) for p in parameters], [sharding.local(t) for t in training])
 
 
 def loaded(optimizer: torch.optim.Optimizer) -> None:
