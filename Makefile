@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-large test-learning lint format bench schema clean
+.PHONY: demo test test-large test-learning lint format bench torture hostile schema clean
 
 demo: $(READY)
 	$(BIN)/sdxl demo
@@ -29,6 +29,12 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/loop.py
+
+torture: $(READY)  # 200 kills over runs of every method; an hour or more
+	$(BIN)/python benchmarks/torture.py
+
+hostile: $(READY)  # 1,000 hostile or broken inputs; about an hour
+	$(BIN)/python benchmarks/hostile.py
 
 schema: $(READY)  # what docs say of the options, from the code
 	$(BIN)/sdxl schema > docs/config.schema.json

@@ -3,6 +3,7 @@
 import os
 import re
 import statistics
+import sys
 import threading
 import time
 from collections import deque
@@ -81,9 +82,11 @@ class Pulse:
     one that waits for `patience` seconds in the same step looks who is behind, names them, and ends, so that a launcher
     may start all of them anew."""
 
-    def __init__(self, accelerator: Any, patience: float, say: Callable[[str], None], tick: float = 1.0) -> None:
+    def __init__(
+        self, accelerator: Any, patience: float, say: Callable[[str], None] | None = None, tick: float = 1.0
+    ) -> None:
         self._rank, self._count = accelerator.process_index, accelerator.num_processes
-        self._patience, self._say, self._tick = patience, say, tick
+        self._patience, self._say, self._tick = patience, say or _on_stderr, tick
         self._step, self._since, self._end = -1, time.monotonic(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -110,6 +113,10 @@ class Pulse:
                 steps = [int(mine.get(str(n))) if mine.check([str(n)]) else -1 for n in range(self._count)]
                 self._say(told(steps, self._rank, self._patience))
                 os._exit(_EXIT)
+
+
+def _on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def told(steps: list[int], rank: int, patience: float) -> str:

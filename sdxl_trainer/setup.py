@@ -259,7 +259,7 @@ def _assemble(
         order=order,
         validator=Validator(config, accelerator, base, samples, scheduler, run.dtype, console.say, trackers),
         scheduler=scheduler,
-        pulse=guards.Pulse(accelerator, config.train.hang_timeout, print),
+        pulse=guards.Pulse(accelerator, config.train.hang_timeout),
         saver=Saver(config, output, console.say, accelerator.is_main_process),
         metrics=Metrics(output / "metrics.jsonl", state.step, accelerator.is_main_process),
         validation=Metrics(measures, state.step or -1, accelerator.is_main_process),
