@@ -18,6 +18,7 @@ from sdxl_trainer.data import sources
 from sdxl_trainer.data.records import Record
 from sdxl_trainer.data.sources.extras import KOHYA
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.presets import Preset
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 RUNS = Path("runs")
@@ -106,14 +107,14 @@ def begun(folder: Path, wish: Wish, name: str) -> tuple[dict[str, Any], dict[str
     count = len(records)
     steps = preset.steps_for(count)
     train = {"steps": steps, **sections.pop("train")}
-    notes["train.steps"] = f"{count} pictures, each seen {steps * train['batch_size'] / count:.3g} times"
+    notes["train.steps"] = f"{count} pictures, each seen {steps * preset.batch / count:.3g} times"
     every = max(1, steps // 4)
     train |= {"checkpoint_every": every, "checkpoints_limit": 2}
     tree: dict[str, Any] = {
         "preset": preset.name,
         "output_dir": str(RUNS / name),
         "model": {"path": model},
-        "data": [data],
+        "data": [data, *_class(preset, data, wish, notes)],
         "train": train,
         **sections,
     }
@@ -124,6 +125,20 @@ def begun(folder: Path, wish: Wish, name: str) -> tuple[dict[str, Any], dict[str
     train["validate_every"] = every
     tree["validation"] = {"prompts": [prompt], "images": 2, "at_start": True}
     return tree, notes
+
+
+def _class(preset: Preset, data: dict[str, Any], wish: Wish, notes: dict[str, str]) -> list[dict[str, Any]]:
+    """The same pictures as any of their class, whose looks are to stay what the base makes of them."""
+    if preset.class_caption is None:
+        return []
+    word = (wish.trigger or "").strip().partition(" ")[2].strip()
+    if not word:
+        what = f"the preset {preset.name} needs a trigger with the class in it, such as 'sks dog'"
+        raise UserError(what, "--trigger", 'write the new word and its class: --trigger "sks dog"')
+    notes["data.1.prior_prediction"] = "what the base makes of the class stays"
+    own = {key: value for key, value in data.items() if key not in {"trigger", "caption", "kohya_folders"}}
+    caption = preset.class_caption.replace("{class}", word)
+    return [{**own, "caption": caption, "caption_only": True, "prior_prediction": True, "regularisation": True}]
 
 
 def _fit_to_model(model: str, data: dict[str, Any], notes: dict[str, str]) -> None:

@@ -36,11 +36,19 @@ class Preset:
     warmup: float
     caption: str
     values: Mapping[str, Any]
+    class_caption: str | None = (
+        None  # the same pictures are seen under it too, to keep what the base makes of the class
+    )
+
+    @property
+    def batch(self) -> int:
+        """Pictures of a step under their own captions."""
+        return self.values["train"]["batch_size"] // (2 if self.class_caption else 1)
 
     def steps_for(self, pictures: int) -> int:
         """Optimizer steps that show each of so many pictures `views` times, within the preset's limits."""
         low, high = self.steps
-        return min(high, max(low, ceil(pictures * self.views / self.values["train"]["batch_size"])))
+        return min(high, max(low, ceil(pictures * self.views / self.batch)))
 
 
 def names() -> list[str]:
@@ -136,13 +144,14 @@ def shown(name: str) -> str:
     preset = read(name, "sdxl presets")
     few, many = preset.pictures
     low, high = preset.steps
-    batch = preset.values["train"]["batch_size"]
     rows = {
         "for": f"{few:,} to {many:,} pictures",
-        "train.steps": f"pictures x {preset.views} / {batch}, at least {low:,}, at most {high:,}",
+        "train.steps": f"pictures x {preset.views} / {preset.batch}, at least {low:,}, at most {high:,}",
         **({"schedule.warmup_steps": f"{preset.warmup:.0%} of the steps"} if preset.warmup else {}),
         "data.caption": f'"{preset.caption}" where a picture has none',
     }
+    if preset.class_caption:
+        rows["data.1.prior_prediction"] = f'the same pictures as "{preset.class_caption}"'
     for section, values in preset.values.items():
         rows |= {f"{section}.{option}": _word(value) for option, value in values.items()}
     rate = _effective(preset)

@@ -124,6 +124,19 @@ def test_an_edited_file_is_used_as_it_is_and_what_differs_is_told(
     assert path.read_text() == edited
 
 
+def test_dreambooth_keeps_the_class_that_the_trigger_names(photos: Path, base: Path) -> None:
+    wish = Wish(trigger="sks dog", preset="dreambooth", model=str(base))
+    made = from_folder.load(photos, wish, [])
+    subject, kind = made.data
+    assert (subject.caption, subject.trigger) == ("a photo of sks dog", "sks dog")
+    assert (kind.caption, kind.caption_only, kind.trigger) == ("a photo of dog", True, None)
+    assert (kind.prior_prediction, kind.regularisation, kind.path) == (True, True, subject.path)
+    # 6 pictures, 150 times, 2 of a step's 4 under their own caption: fewer than the preset's 600 steps.
+    assert made.train.steps == 600
+    with pytest.raises(UserError, match="needs a trigger with the class in it"):
+        from_folder.begun(photos, Wish(trigger="sks", preset="dreambooth", model=str(base)), "x")
+
+
 def test_another_name_is_another_run(photos: Path, base: Path) -> None:
     from_folder.load(photos, Wish(trigger="sks dog", model=str(base)), [])
     second = from_folder.load(photos, Wish(trigger="sks cat", model=str(base), name="second"), [])
