@@ -1,5 +1,6 @@
 """A page in headless Chromium, over its debugging pipe: what it logs, asks the network for, and how it lies."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -64,8 +65,10 @@ class Browser:
         (child_in, self.to), (self.out, child_out) = os.pipe(), os.pipe()
 
         def place() -> None:
-            os.dup2(child_in, 3)
-            os.dup2(child_out, 4)
+            # By way of higher numbers: the pipes may be 3 and 4 themselves.
+            high = [fcntl.fcntl(number, fcntl.F_DUPFD, 10) for number in (child_in, child_out)]
+            os.dup2(high[0], 3)
+            os.dup2(high[1], 4)
 
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={self.folder.name}", "about:blank"]
         quiet = subprocess.DEVNULL
