@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.main
 
-from sdxl_trainer import configfile
+from sdxl_trainer import cli, configfile, reference
 from sdxl_trainer.config import Config
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +164,11 @@ def test_the_schema_in_the_docs_is_the_config_s() -> None:
 def test_the_table_of_options_in_the_docs_is_the_config_s() -> None:
     text = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert configfile.options_table() in text, "run: sdxl schema --table"
+
+
+def test_the_reference_of_the_commands_in_the_docs_is_that_of_the_commands() -> None:
+    made = reference.commands(typer.main.get_command(cli.app))
+    assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8") == made, "run: make schema"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda p: p.name)

@@ -1,15 +1,19 @@
 """What the page can ask for. Each is a plain function from (studio, what was sent) to what is answered; what takes
 long becomes a command in the queue. The tables at the end say which address does what."""
 
+import shlex
 import shutil
 import uuid
 import zipfile
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from sdxl_trainer.data.sources.tree import CAPTIONS, METADATA, PICTURES
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.report import compare as comparison
+from sdxl_trainer.report import records
 from sdxl_trainer.studio import album as albums
 from sdxl_trainer.studio import jobs, live, settings, starts, trial, views, wording
 from sdxl_trainer.studio.workspace import checked_name, inside
@@ -208,7 +212,7 @@ def checked(studio: "Studio", sent: Sent) -> Any:
     """What `sdxl check --report` has written, to be shown in the page; nothing if it got nowhere."""
     path = studio.workspace.run(sent.get("name")) / "check.html"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return {"html": text.partition("<main>")[2].partition("</main>")[0], "written": live.stamp(path) / 1e9}
+    return {"html": main_of(text), "written": live.stamp(path) / 1e9}
 
 
 def train(studio: "Studio", sent: Sent) -> Any:
@@ -256,13 +260,17 @@ def run(studio: "Studio", sent: Sent) -> Any:
 
 
 def compare(studio: "Studio", sent: Sent) -> Any:
-    """Two runs side by side: their numbers, curves and pictures, and what differs in their configs."""
-    names = [checked_name(sent.get(key)) for key in ("one", "two")]
-    trees = [live.config_of(studio.workspace, name) for name in names]
-    return {
-        "runs": [live.page(studio.workspace, name) for name in names],
-        "differences": settings.changes(*trees),
-    }
+    """Several runs side by side, as `sdxl report RUN RUN` shows them."""
+    names = [checked_name(name) for name in str(sent.get("names") or "").split(",")]
+    found = [records.read(studio.workspace.run(name)) for name in names[: comparison.MOST]]
+    text = comparison.page(found, comparison.names(found), datetime.now().astimezone())
+    folders = [studio.workspace.shown(run.folder) for run in found]
+    return {"html": main_of(text), "command": shlex.join(["sdxl", "report", *folders])}
+
+
+def main_of(page: str) -> str:
+    """What a page of the report holds, without its frame."""
+    return page.partition("<main>")[2].rpartition("</main>")[0]
 
 
 def tried(studio: "Studio", sent: Sent) -> Any:

@@ -317,3 +317,17 @@ def test_problems_of_one_kind_are_told_once() -> None:
     assert one["what"] == "20 pictures, for example: 0 x 0 pixels is too small"
     assert one["where"].endswith("7.png and 12 more")
     assert other == {"what": "the picture is damaged", "where": "x.png", "fix": "replace it"}
+
+
+def test_runs_are_compared_as_the_report_compares_them(client: TestClient, tmp_path: Path) -> None:
+    from tests.fake_runs import fake_run
+
+    for name in ("one", "two"):
+        fake_run(tmp_path / "home" / "runs" / name, steps=100, ema=False)
+    found = client.get("/api/compare", params={"names": "one,two"}).json()
+    assert found["command"] == "sdxl report runs/one runs/two"
+    assert "2 runs compared" in found["html"]
+    assert "<script>alert" not in found["html"]
+    for names in ("one", "one,one", "one,../two", "one,missing", ""):
+        answer = client.get("/api/compare", params={"names": names})
+        assert answer.status_code == (200 if names == "one" else 400)

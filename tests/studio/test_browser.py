@@ -87,7 +87,7 @@ def window(address: str) -> Iterator[Callable[..., Any]]:
 
 def go(page: Any, name: str) -> None:
     page.get_by_role("navigation").get_by_role("link", name=name, exact=True).click()
-    page.get_by_role("heading", level=1, name=name).wait_for()
+    page.get_by_role("heading", level=1, name=name, exact=True).wait_for()
 
 
 def looks_right(page: Any, name: str) -> None:
@@ -182,7 +182,7 @@ def training(page: Any) -> None:
 
 
 def test_every_page_is_usable_at_every_width(window: Callable[..., Any], home: Path) -> None:
-    from tests.test_report import fake_run
+    from tests.fake_runs import fake_run
 
     for name in ("one", "two"):
         fake_run(home / "runs" / name, ema=False)
@@ -203,6 +203,7 @@ def test_every_page_is_usable_at_every_width(window: Callable[..., Any], home: P
             if name in {"Training", "Compare"}:
                 page.locator(".chart").first.wait_for()
             looks_right(page, f"{name}-{shown}")
+        assert page.get_by_text("2 runs compared").is_visible()
         page.close()
 
 

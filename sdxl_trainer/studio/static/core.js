@@ -13,13 +13,10 @@ export const h = (tag, given = {}, ...children) => {
   return made;
 };
 
-/** Put a part of the report into an element; the server has escaped whatever is in it. Where the same part of two
-    reports is on a page, `prefix` keeps its ids apart. */
-export const show = (place, html, prefix = "") => {
+/** Put a part of the report into an element; the server has escaped whatever is in it. */
+export const show = (place, html) => {
   place.innerHTML = html;
-  for (const name of prefix ? ["id", "for", "aria-labelledby"] : []) {
-    for (const element of place.querySelectorAll(`[${name}]`)) element.setAttribute(name, prefix + element.getAttribute(name));
-  }
+  for (const title of place.querySelectorAll("h1")) title.replaceWith(h("h2", { class: "title" }, ...title.childNodes)); // a page has one
   for (const wire of [wireCurves, wirePictures, wireCopies]) wire(place);
 };
 

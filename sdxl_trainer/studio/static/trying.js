@@ -1,5 +1,5 @@
 // Try: prompts on the base, any checkpoint or the result, also while it trains. Compare: two runs side by side.
-import { button, choice, command, ended, get, h, labelled, number, post, problem, Refused, runs, section, show, studio, table, trying, url } from "./core.js";
+import { command, ended, get, h, labelled, number, post, problem, Refused, runs, section, show, studio, table, trying, url } from "./core.js";
 
 const kept = []; // trials of this visit, the latest first
 
@@ -83,25 +83,17 @@ export const compare = async (page) => {
   page.append(h("h1", {}, "Compare"));
   const names = studio.now.runs.filter((run) => run.step).map((run) => run.name);
   if (names.length < 2) return page.append(h("p", {}, "There are not yet two runs that have begun."));
-  const one = choice(names.map((name) => [name]), names[0]);
-  const two = choice(names.map((name) => [name]), names[1]);
-  const result = h("div", { "aria-live": "polite" });
+  const boxes = names.map((name, index) => h("input", { type: "checkbox", value: name, checked: index < 2 }));
+  const result = h("div", { class: "inner", "aria-live": "polite" });
   const look = trying(async () => {
-    const found = await get("compare", { one: one.value, two: two.value });
-    const side = (html, index) => {
-      const place = h("div", {});
-      show(place, html, `${index}-`);
-      return place;
-    };
-    const pair = (part, wrap = "") => h("div", { class: "sides" }, found.runs.map((run, index) => h("div", {}, h("h3", {}, run.name), h("div", { class: wrap }, side(run.html[part] ?? "", index)))));
-    result.replaceChildren(
-      section("Options that differ", found.differences.length ? table("Differences", ["option", found.runs[0].name, found.runs[1].name], found.differences.map(({ key, was, is }) => [key, JSON.stringify(was) ?? "–", JSON.stringify(is) ?? "–"])) : h("p", {}, "None.")),
-      section("Numbers", pair("figures")),
-      section("Curves", pair("curves", "stack")),
-      section("Pictures", pair("pictures")),
-    );
+    const chosen = boxes.filter((box) => box.checked).map((box) => box.value);
+    if (chosen.length < 2) return result.replaceChildren(h("p", { class: "muted" }, "Choose two or more."));
+    const found = await get("compare", { names: chosen.join(",") });
+    show(result, found.html);
+    result.append(command(found.command));
+    return undefined;
   });
-  for (const field of [one, two]) field.addEventListener("change", look);
-  page.append(h("div", { class: "rowed" }, labelled("One", one), labelled("The other", two)), result);
+  for (const box of boxes) box.addEventListener("change", look);
+  page.append(h("fieldset", {}, h("legend", {}, "Runs"), boxes.map((box) => h("label", { class: "check" }, box, box.value))), result);
   await look();
 };
