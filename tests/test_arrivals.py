@@ -250,6 +250,23 @@ def test_kohya_s_learning_rates_of_blocks_are_those_of_our_names(base: Path) -> 
     assert all(any(re.fullmatch(pattern, name) for name in names) for pattern in UNET_BLOCKS)
 
 
+def test_kohya_s_ranks_of_blocks(here: Path) -> None:
+    text = Path("kohya-lora.toml").read_text()
+    ranks = ",".join(str(number) for number in range(1, 24))
+    Path("blocks.toml").write_text(text.replace('"conv_dim=8", "conv_alpha=4"', f'"block_dims={ranks}"'))
+    config, _ = converted("blocks.toml")
+    # Blocks with attention, by their numbers there: 4 in input blocks 4, 5, 7, 8; the middle; output blocks 0 to 5.
+    assert list(config.adapter.ranks.values()) == [6, 7, 9, 10, 12, 14, 15, 16, 17, 18, 19]
+    Path("blocks.toml").write_text(text.replace('"conv_dim=8", "conv_alpha=4"', f'"block_dims=0{ranks[1:]}"'))
+    assert next(iter(converted("blocks.toml")[0].adapter.ranks.values())) == 6
+    Path("blocks.toml").write_text(
+        text.replace('"conv_dim=8", "conv_alpha=4"', f'"block_dims={ranks.replace("6,", "0,", 1)}"')
+    )
+    config, lines = converted("blocks.toml")
+    assert config.adapter.ranks == {}
+    assert "network_args.block_dims" in lines_of("dropped", lines)
+
+
 def test_arguments_are_read_and_never_evaluated() -> None:
     found = account.pairs(["betas=0.9,0.99", "weight_decay=0.1", "x=__import__('os').getcwd()", "on=True"], "here")
     assert found == {"betas": [0.9, 0.99], "weight_decay": 0.1, "x": "__import__('os').getcwd", "on": True}

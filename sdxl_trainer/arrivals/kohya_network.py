@@ -195,17 +195,24 @@ def _ranks(account: Account, arguments: Account, kind: str) -> None:
             account.assumed(f"adapter.{option}", default, f"the default of {name}")
     if arguments.look("rs_lora"):
         arguments.kept("rs_lora", "adapter.rslora", True)
-    for name, option in (("block_dims", "ranks"), ("block_alphas", "alphas")):
-        if arguments.has(name):
-            values = [float(value) for value in arguments.look(name)]
-            if len(values) == len(UNET_BLOCKS):
-                pairs_ = zip(UNET_BLOCKS, values, strict=True)
-                table = {
-                    p: int(v) if option == "ranks" else v
-                    for p, v in pairs_
-                    if v and ".attentions" in p.replace("|attentions", ".attentions")
-                }
-                arguments.kept(name, f"adapter.{option}", table)
+    _ranks_of_blocks(arguments)
+
+
+def _ranks_of_blocks(arguments: Account) -> None:
+    """Ranks and alphas of the 23 blocks; those without attention get no adapter."""
+    for name, option, kind in (("block_dims", "ranks", int), ("block_alphas", "alphas", float)):
+        if not arguments.has(name):
+            continue
+        given = arguments.look(name)
+        values = [kind(value) for value in (given if isinstance(given, list) else str(given).split(","))]
+        if len(values) != len(UNET_BLOCKS):
+            what = f"network_args.{name} has {len(values)} values, and the UNet {len(UNET_BLOCKS)} blocks"
+            raise UserError(what, arguments.where, "give one for each")
+        table = {m: v for m, v in zip(UNET_BLOCKS, values, strict=True) if "attentions" in m}
+        if min(table.values()) <= 0:
+            arguments.dropped(name, "blocks of rank 0 are left out by adapter.targets here: name the others there")
+        else:
+            arguments.kept(name, f"adapter.{option}", table)
 
 
 def _targets(arguments: Account, account: Account, module: str, parts: list[str]) -> None:
