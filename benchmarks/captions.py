@@ -84,7 +84,7 @@ def speeds(count: int) -> dict[str, Any]:
     records = [(0, Record(str(i), (", ".join(draw.sample(tags, 20)),), bytes, "")) for i in range(count)]
     data = Data(path="x", shuffle_tags=True, tag_dropout=0.1, keep_tags=1)
     began = time.perf_counter()
-    prompts = [prompt for choice in captions.choices([data], records) for prompt in choice.prompts()]
+    prompts = [prompt for choice in captions.Choices([data], records) for prompt in choice.prompts()]
     made = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as place:
         for name in folder.TOKENIZERS:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sdxl_trainer import base as bases
@@ -37,6 +38,8 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Activation bytes per image and latent pixel and UNet channel of the widest level, counted on SDXL at 1024 pixels
 # (8.05 GiB with autocast, 0.62 GiB with gradient checkpointing, for 128 x 128 latents; half of that in bf16).
 _ACTIVATIONS = {False: 8.05 * 2**30 / (128 * 128), True: 0.62 * 2**30 / (128 * 128)}
+# Pictures whose captions are read.
+LOOKED_AT = 20_000
 _SDXL_PARAMETERS = 2_567_463_684
 
 
@@ -103,10 +106,15 @@ def raise_first(found: list[dict[str, Any]]) -> None:
 
 
 def captions(config: Config, base: Base, stock: Stock) -> findings.Captions:
-    """What the captions are like."""
-    tokenizers, chunks = prepare.read(config, base, stock)
-    cut = text.cuts(tokenizers, stock.prompts, chunks)
-    return findings.captions(config, stock.pictures, stock.choices, dict(zip(stock.prompts, chunks, strict=True)), cut)
+    """What the captions are like; of a large set those of `LOOKED_AT` pictures, evenly spread."""
+    count = len(stock.pictures)
+    numbers = np.arange(count) if count <= LOOKED_AT else np.arange(LOOKED_AT) * count // LOOKED_AT
+    choices = [stock.choices[int(number)] for number in numbers]
+    prompts = list(dict.fromkeys(prompt for choice in choices for prompt in choice.prompts()))
+    tokenizers, chunks = prepare.read(config, base, prompts)
+    cut = text.cuts(tokenizers, prompts, chunks)
+    pictures = stock.pictures.take(numbers)
+    return findings.captions(config, pictures, choices, dict(zip(prompts, chunks, strict=True)), cut)
 
 
 def learning(
@@ -128,7 +136,8 @@ def memory(
     beside = config.adapter or config.token
     base = narrow.BYTES[precision if config.train.frozen == "auto" else config.train.frozen] if beside else weights
     images = config.train.micro_batch or config.train.batch_size
-    rows, columns = max((p.geometries[0].target for p in stock.pictures), key=lambda t: t[0] * t[1])
+    trained = {stock.pictures.targets[number] for number in np.unique(stock.pictures.rows["target"])}
+    rows, columns = max(trained, key=lambda t: t[0] * t[1])
     per_pixel = _ACTIVATIONS[config.train.gradient_checkpointing] * (unet / _SDXL_PARAMETERS) ** 0.5
     share = 1.0 if precision == "fp32" else 0.5 + 0.5 * (config.train.weights == "fp32")
     prior = any(data.prior_prediction for data in config.data) and not beside
@@ -164,7 +173,12 @@ def _learns(config: Config, groups: list[parameters.Group], unet: int) -> list[t
 
 
 def _data(config: Config, stock: Stock, order: plan.Plan) -> list[tuple[str, str]]:
-    variants = sum(len(p.geometries) for p in stock.pictures)
+    variants = sum(
+        len(stock.pictures.of(number)) * (1 + data.flip)
+        if data.crop == "center"
+        else sum(len(stock.pictures[int(i)].geometries) for i in stock.pictures.of(number))
+        for number, data in enumerate(config.data)
+    )
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
     rows = [
         ("pictures", f"{len(stock.pictures)}, with {variants} crops and flips"),
@@ -174,9 +188,8 @@ def _data(config: Config, stock: Stock, order: plan.Plan) -> list[tuple[str, str
 
 
 def _cache(base: Base, stock: Stock) -> list[tuple[str, str]]:
-    latents, texts = stock.missing_latents(), stock.missing_texts()
-    wanted = len({stock.keys.latent(p, g) for p in stock.cached for g in p.geometries})
-    bytes_ = sum(g.target[0] * g.target[1] / 64 * 16 for _, g in latents)
+    (wanted, latents), texts = stock.needed, stock.missing_texts()
+    bytes_ = latents.cells() * 16
     return [
         ("latents", f"{wanted - len(latents)} cached, {len(latents)} to encode ({size(bytes_)})"),
         ("captions", _texts(base, stock, len(texts))),

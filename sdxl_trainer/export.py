@@ -2,15 +2,16 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
+from typing import cast
 
 from sdxl_trainer import files, publish
 from sdxl_trainer.config import Config
 from sdxl_trainer.convert import adapters, preview, sources
 from sdxl_trainer.convert.request import Request
-from sdxl_trainer.data.pictures import Picture
+from sdxl_trainer.data.pictures import Picture, Pictures
 from sdxl_trainer.formats import lora, metadata, single_file
 from sdxl_trainer.formats.lora_names import Layout
 from sdxl_trainer.run import Job
@@ -63,7 +64,7 @@ def described(job: Job) -> dict[str, str]:
         told |= {f"ss_network_{name}": str(value) for name, value in network.items()}
     if config.adapter or config.token:
         told |= {"ss_output_name": export.name or job.output.resolve().name} | metadata.SDXL_ADAPTER
-    told |= _settings(config) | _data(job.samples.pictures, config) | _course(job)
+    told |= _settings(config) | _data(cast(Pictures, job.samples.pictures), config) | _course(job)
     given = {"author": export.author, "description": export.description, "license": export.license}
     given |= {"trigger_phrase": _trigger(config)}
     # What the user wrote to be read stays, however little is said of the rest.
@@ -95,17 +96,17 @@ def _settings(config: Config) -> dict[str, str]:
     return {f"ss_{name}": str(value) for name, value in values.items()}
 
 
-def _data(pictures: Sequence[Picture], config: Config) -> dict[str, str]:
+def _data(pictures: Pictures, config: Config) -> dict[str, str]:
     """Pictures, tags and sizes, as A1111 shows them."""
     names = [f"{REPEATS}_{_folder(data.path)}" for data in config.data]
     named = [f"{name} {i}" if name in names[:i] else name for i, name in enumerate(names)]
     folders = dict(zip(named, config.data, strict=True))
-    own = {name: [p for p in pictures if p.data is data] for name, data in folders.items()}
-    tags = {name: _tags(found) for name, found in own.items()}
+    own = {name: pictures.of(number) for number, name in enumerate(folders)}
+    tags = {name: _tags(pictures[int(number)] for number in found) for name, found in own.items()}
     trigger = _trigger(config)
     if not any(tags.values()) and trigger:
         tags = {f"{REPEATS}_trigger": {trigger: len(pictures)}}
-    sizes = Counter(picture.geometries[0].target for picture in pictures)
+    sizes = Counter(pictures.targets[number] for number in pictures.rows["target"].tolist())
     buckets = {
         str(number): {"resolution": [width, height], "count": count}
         for number, ((height, width), count) in enumerate(sorted(sizes.items()))
@@ -130,7 +131,7 @@ def _course(job: Job) -> dict[str, str]:
     return told
 
 
-def _tags(pictures: Sequence[Picture]) -> dict[str, int]:
+def _tags(pictures: Iterable[Picture]) -> dict[str, int]:
     """How often each tag stands in the captions, the most frequent first; a sentence without commas is one tag."""
     captions = [caption for picture in pictures for caption in picture.captions]
     counts = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())

@@ -158,7 +158,7 @@ def _fit_to_model(model: str, data: dict[str, Any], notes: dict[str, str]) -> No
             data["bucket_step"] = max(8, 64 * side // 1024 // 8 * 8)
 
 
-def _records(folder: Path, data: dict[str, Any], wish: Wish) -> list[Record]:
+def _records(folder: Path, data: dict[str, Any], wish: Wish) -> Sequence[Record]:
     """The pictures there are; what is wrong with the folder is told before a file is written."""
     try:
         return sources.records(Data.model_validate(data), seed=0, where="folder")

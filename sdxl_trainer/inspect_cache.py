@@ -56,6 +56,6 @@ def _collect(stock: prepare.Stock) -> int:
     latents = {stock.keys.latent(p, g) for p in stock.cached for g in p.geometries}
     latents |= masks.rows(stock.cached).keys()
     if stock.holes:
-        latents |= holes.rows(stock.keys, stock.cached, stock.holes).keys()
+        latents |= holes.rows(stock.keys, stock.cached, stock.holes)
     texts = {f"{stock.keys.text_row(p)}.{kind}" for p in stock.prompts for kind in ("states", "pooled")}
     return sum(cache.collect_garbage(s.folder, n) for s, n in ((stock.latents, latents), (stock.texts, texts)))

@@ -54,10 +54,10 @@ def begin(job: Job, stock: Stock) -> None:
             "data": {
                 "ledger": ledger.rows(config, stock, job.order),
                 "pictures": len(stock.pictures),
-                "captions": len({caption for picture in stock.pictures for caption in picture.captions}),
+                "captions": stock.pictures.distinct_captions(),
                 "sets": [
-                    {"path": d.path, "pictures": sum(p.data is d for p in stock.pictures), "resolution": d.resolution}
-                    for d in config.data
+                    {"path": d.path, "pictures": len(stock.pictures.of(i)), "resolution": d.resolution}
+                    for i, d in enumerate(config.data)
                 ],
             },
             "data_hash": job.data_hash,

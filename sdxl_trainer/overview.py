@@ -2,10 +2,10 @@
 
 import base64
 import io
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from sdxl_trainer import pace
@@ -14,7 +14,7 @@ from sdxl_trainer.config import Config
 from sdxl_trainer.data import findings, picture_findings
 from sdxl_trainer.data.encode import DTYPES
 from sdxl_trainer.data.ledger import cut_off, enlarged
-from sdxl_trainer.data.pictures import Picture
+from sdxl_trainer.data.pictures import Picture, Pictures
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.data.problems import Notes
@@ -44,21 +44,21 @@ def facts(
     groups = _groups(pictures, seen)
     small = thumbnails(pictures, [number for numbers in groups.values() for number in numbers])
     samples = steps * config.train.batch_size
-    sizes = [picture.geometries[0].target for picture in pictures]
-    area = sum(height * width for height, width in sizes) / len(sizes) / 64
+    sides = np.array(pictures.targets)[pictures.rows["target"]] / 8
+    area = float(sides.prod(axis=1).mean())
     seconds, source = pace.estimate(config, base, sdxl, samples, area, DTYPES[stock.keys.text_precision])
     latents = stock.missing_latents()
     return {
         "name": config.data[0].path.rstrip("/").rsplit("/", 1)[-1] if len(config.data) == 1 else config.output_dir,
         "findings": [asdict(finding) for finding in found],
         "counts": picture_findings.counted(config, pictures, stock.held_out, notes),
-        "looked_at": {"pictures": seen.looked_at, "of": len({picture.content for picture in pictures})},
+        "looked_at": {"pictures": seen.looked_at, "of": len(np.unique(pictures.column("content"), axis=0))},
         "buckets": picture_findings.histogram(pictures),
         "steps": {"all": steps, "epoch": order.steps_per_epoch, "batch_size": config.train.batch_size},
         "samples_per_epoch": order.samples_per_epoch,
         "to_encode": {
             "latents": len(latents),
-            "bytes": sum(g.target[0] * g.target[1] // 64 * 16 for _, g in latents),
+            "bytes": latents.cells() * 16,
             "captions": len(stock.missing_texts()),
         },
         "time": {"seconds": seconds, "from": source},
@@ -67,7 +67,7 @@ def facts(
     }
 
 
-def _groups(pictures: Sequence[Picture], seen: Survey) -> dict[str, list[int]]:
+def _groups(pictures: Pictures, seen: Survey) -> dict[str, list[int]]:
     """Which pictures are shown, and where."""
     each = sorted({number: None for number in seen.looks})
     cut = [n for n, share in picture_findings.ordered(pictures, cut_off) if share > 0.01][:WORST]

@@ -12,9 +12,6 @@ from pydantic import ValidationError
 from sdxl_trainer import checkpoint, files, mirror
 from sdxl_trainer.checkpoint import Checkpoint, Damaged
 from sdxl_trainer.config import Config
-from sdxl_trainer.data import cache
-from sdxl_trainer.data.captions import Choice
-from sdxl_trainer.data.pictures import Picture
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.errors import UserError, shortened
@@ -57,8 +54,7 @@ def starting_point(
     """Choose the checkpoint, verify it, and refuse to continue another run's."""
     checkpoint.sweep(output)
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
-    pictures = [_identity(p, choice) for p, choice in zip(stock.pictures, stock.choices, strict=True)]
-    data_hash = cache.key(pictures, stock.keys.vae, stock.keys.text)
+    data_hash = stock.data_hash
     last = _last_run(output)
     if start.mode == "new" and (last or checkpoint.found(output)):
         fix = "choose another output_dir, or delete this folder if you do not need it"
@@ -82,13 +78,6 @@ def starting_point(
             say(f"not an exact continuation, since these changed: {shortened(changed)}")
     # At its last step a run is not done: its pipeline may not have been written yet.
     return Begin(chosen, max(steps, chosen.step + start.at_least_one_step), False, data_hash)
-
-
-def _identity(picture: Picture, choice: Choice) -> list[Any]:
-    """What of a picture decides its steps and is not in the config."""
-    record = picture.record
-    more = [picture.mask, [g.crop for g in picture.geometries] if record.focus else None, record.repeats]
-    return [picture.content, [prompt.texts for prompt in choice.prompts()]] + (more if more != [None, None, 1] else [])
 
 
 def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:

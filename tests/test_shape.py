@@ -22,7 +22,7 @@ SOURCES = sorted(
 
 # Lower layers first: a module imports only from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "files", "lock", "sharding", "keyed", "config", "chunking"],
+    ["errors", "files", "lock", "sharding", "keyed", "config", "chunking", "threads"],
     [
         "schedule",
         "noise",
@@ -45,6 +45,7 @@ LAYERS = [
         "data.images",
         "data.sources",
         "data.plan",
+        "data.table",
         "data.cache",
         "data.masks",
         "data.problems",

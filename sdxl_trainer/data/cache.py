@@ -6,6 +6,9 @@ its own shards; a shard that two of them made alike has one name.
 
 import hashlib
 import json
+import os
+import tempfile
+import threading
 import uuid
 import zlib
 from collections.abc import Collection, Iterable
@@ -14,17 +17,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from sdxl_trainer import files
+from sdxl_trainer.data.table import Table, empty, keys, opened
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.formats import header
 
 SHARD_BYTES = 64 << 20
 _NAME_DIGITS = 32
 SUMS = "checksums"  # among the notes of a shard
+# Shards that are kept open.
+OPEN = 128
+# safetensors' names of what rows are made of.
+TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def key(*parts: Any) -> str:
@@ -32,46 +41,106 @@ def key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
 
 
+# Where a row begins in its shard, of which type and shape it is, and its checksum: -1 in shards of older versions.
+COLUMNS = {"begin": ("<i8", ()), "shard": ("<i4", ()), "kind": ("<i4", ()), "sum": ("<i8", ())}
+
+
 @dataclass
 class Store:
-    """The rows of one folder. Reading is memory-mapped; nothing is decoded."""
+    """The rows of one folder, found by a sorted table of all shards' headers, which lies beside the folder. A row is
+    read by itself: nothing is decoded, and no row stays in memory."""
 
     folder: Path
-    shard_of: dict[str, Path] = field(default_factory=dict)
-    _opened: dict[Path, Any] = field(default_factory=dict)
-    _sums: dict[Path, dict[str, int]] = field(default_factory=dict)
-    _checked: set[str] = field(default_factory=set)
+    table: Table = field(default_factory=lambda: empty(COLUMNS))
+    shards: list[str] = field(default_factory=list)
+    kinds: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    _opened: dict[str, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _checked: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     def __contains__(self, row: str) -> bool:
-        return row in self.shard_of
+        return self.table.place(row) >= 0
+
+    def __len__(self) -> int:
+        return len(self.table)
 
     def get(self, row: str) -> Tensor:
-        """A row, compared with its checksum when it is read for the first time. UserError if it is damaged: its shard
-        is set aside then, so that the same command encodes it anew."""
-        path = self.shard_of[row]
+        """A row, compared with its checksum when it is read for the first time; KeyError if there is none of that name.
+        UserError if it is damaged: its shard is set aside then, so that the same command encodes it anew."""
+        at = self.table.place(row)
+        if at < 0:
+            raise KeyError(row)
+        dtype, shape = self.kinds[self.table.columns["kind"][at]]
+        tensor = torch.empty(shape, dtype=TYPES[dtype])
+        name = self.shards[self.table.columns["shard"][at]]
+        buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
         try:
-            if path not in self._opened:
-                opened = safe_open(path, framework="pt")
-                self._sums[path] = _sums(opened.metadata())
-                self._opened[path] = opened
-            tensor = self._opened[path].get_tensor(row)
-        except (OSError, SafetensorError) as error:
-            raise _set_aside(path, f"a file of the cache cannot be read: {error}") from None
-        if row not in self._checked:
-            expected = self._sums[path].get(row)
-            # Shards of older versions have no sums.
-            if self._sums[path] and expected != checksum(tensor):
-                raise _set_aside(path, "a row of the cache is damaged: its bytes are not those that were written")
-            self._checked.add(row)
+            with self._lock:
+                # Within the lock, for another thread may close the oldest file.
+                count = os.preadv(self._file(name), [buffer], int(self.table.columns["begin"][at]))
+        except OSError as error:
+            raise _set_aside(self.folder / name, f"a file of the cache cannot be read: {error.strerror}") from None
+        if count != len(buffer):
+            raise _set_aside(self.folder / name, "a file of the cache is shorter than it was")
+        if len(self._checked) != len(self.table):
+            self._checked = np.zeros(len(self.table), dtype=bool)
+        if not self._checked[at]:
+            expected = int(self.table.columns["sum"][at])
+            if expected not in (-1, checksum(tensor)):
+                what = "a row of the cache is damaged: its bytes are not those that were written"
+                raise _set_aside(self.folder / name, what)
+            self._checked[at] = True
         return tensor
 
+    def _file(self, name: str) -> int:
+        number = self._opened.pop(name, None)
+        if number is None:
+            while len(self._opened) >= OPEN:
+                os.close(self._opened.pop(next(iter(self._opened))))
+            number = os.open(self.folder / name, os.O_RDONLY)
+        self._opened[name] = number
+        return number
+
     def refresh(self) -> "Store":
-        """Read the headers of shards that are new since the last look, also those of other processes."""
-        known = set(self.shard_of.values())
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path not in known:
-                self.shard_of.update(dict.fromkeys(_header(path), path))
+        """Take in the headers of shards that are new since the last look, also those of other processes. Where one is
+        gone, all are read anew."""
+        there = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if there == self.shards:
+            return self
+        if not set(self.shards) <= set(there):
+            self.table, self.shards, self.kinds = empty(COLUMNS), [], []
+        known, number_of = set(self.shards), {name: number for number, name in enumerate(there)}
+        found = {name: _header(self.folder / name) for name in there if name not in known}
+        kinds = sorted({*self.kinds, *(kind for rows in found.values() for _, kind, *_ in rows)})
+        kind_of = {kind: number for number, kind in enumerate(kinds)}
+        columns = self.table.columns
+        if len(self.table):
+            columns["shard"] = np.array([number_of[name] for name in self.shards], "<i4")[columns["shard"]]
+            columns["kind"] = np.array([kind_of[kind] for kind in self.kinds], "<i4")[columns["kind"]]
+        more = {
+            "begin": np.array([begin for rows in found.values() for _, _, begin, _ in rows], "<i8"),
+            "sum": np.array([total for rows in found.values() for *_, total in rows], "<i8"),
+            "shard": np.repeat([number_of[name] for name in found], [len(rows) for rows in found.values()]).astype(
+                "<i4"
+            ),
+            "kind": np.array([kind_of[kind] for rows in found.values() for _, kind, _, _ in rows], "<i4"),
+        }
+        # Of one row in two shards that of the first name is taken, whatever the order in which they came.
+        names = keys(name for rows in found.values() for name, *_ in rows)
+        self.table = self.table.with_rows(names, more, "shard")
+        self.shards, self.kinds = there, kinds
+        self._checked = np.zeros(len(self.table), dtype=bool)
+        self.table.notes = {"shards": json.dumps(self.shards), "kinds": json.dumps(self.kinds)}
         return self
+
+    def save(self) -> None:
+        """Write the table, for the next start to find."""
+        if self.shards and json.loads(opened(self.index, COLUMNS).notes.get("shards", "[]")) != self.shards:
+            self.table.save(self.index)
+
+    @property
+    def index(self) -> Path:
+        return self.folder.with_suffix(".index")
 
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
@@ -98,7 +167,16 @@ def _set_aside(path: Path, what: str) -> UserError:
 
 
 def open_store(folder: Path) -> Store:
-    return Store(folder).refresh()
+    """The rows of a folder: from its table, and the headers of shards that are not in it yet."""
+    store = Store(folder)
+    found = opened(store.index, COLUMNS)
+    if found.notes:
+        store.table, store.shards = found, json.loads(found.notes["shards"])
+        store.kinds = [(dtype, tuple(shape)) for dtype, shape in json.loads(found.notes["kinds"])]
+    known = store.shards
+    if store.refresh().shards != known:
+        store.save()
+    return store
 
 
 @dataclass
@@ -142,15 +220,22 @@ def write_shard(folder: Path, rows: dict[str, Tensor], notes: dict[str, Any]) ->
 
 
 def damaged(folder: Path) -> list[Path]:
-    """Shards whose bytes are not those that were written."""
-    return [p for p in sorted(folder.glob("*.safetensors")) if not p.stem == files.sha256(p)[:_NAME_DIGITS]]
+    """Shards whose bytes are not those that were written, and the table if it is not what the shards say."""
+    bad = [p for p in sorted(folder.glob("*.safetensors")) if not p.stem == files.sha256(p)[:_NAME_DIGITS]]
+    store = Store(folder)
+    if bad or not store.index.is_file():
+        return bad
+    with tempfile.TemporaryDirectory() as anew:
+        right = Path(anew) / "index"
+        store.refresh().table.save(right)
+        return [] if files.sha256(right) == files.sha256(store.index) else [store.index]
 
 
 def collect_garbage(folder: Path, needed: Collection[str]) -> int:
     """Delete rows that are not needed; gives the bytes freed. Shards holding both kinds are written anew."""
     before, store = Store(folder).bytes(), open_store(folder)
     for path in sorted(folder.glob("*.safetensors")):
-        names = _header(path)
+        names = [name for name, *_ in _header(path)]
         live = [name for name in names if name in needed]
         if len(live) == len(names):
             continue
@@ -173,6 +258,14 @@ def finite(rows: Iterable[tuple[str, Tensor]]) -> None:
         )
 
 
-def _header(path: Path) -> list[str]:
-    """Names of a shard's rows, after checking that the file is as long as its header says."""
-    return list(header.read(path, "delete it: what it held is encoded anew"))
+def _header(path: Path) -> list[tuple[str, tuple[str, tuple[int, ...]], int, int]]:
+    """(name, (type, shape), place in the file, checksum) of a shard's rows, after checking that the file is as long as
+    its header says."""
+    entries, told = header.described(path, "delete it: what it held is encoded anew")
+    sums = _sums(told)
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    return [
+        (name, (entry["dtype"], tuple(entry["shape"])), start + entry["data_offsets"][0], sums.get(name, -1))
+        for name, entry in entries.items()
+    ]

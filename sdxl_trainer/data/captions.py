@@ -11,9 +11,10 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from sdxl_trainer import keyed
 from sdxl_trainer.chunking import Prompt
@@ -92,30 +93,39 @@ def refuse(sets: Sequence[Data], options: TextOptions, prompts: Sequence[str], w
         raise UserError(what, where, "set emphasis = true under [[data]], or remove it")
 
 
-def choices(sets: Sequence[Data], records: Sequence[tuple[int, Record]]) -> list[Choice]:
-    """One for each (number of its data set, record). UserError: what captions lack for the options to work."""
-    for index, data in enumerate(sets):
-        _refuse_unused(data, [record for number, record in records if number == index], f"data.{index}")
-    known: dict[tuple[int, tuple[str, ...], tuple[str, ...]], Choice] = {}
-    made = []
-    for index, record in records:
-        what = (index, record.captions, record.seconds)
-        if what not in known:
-            known[what] = _choice(sets[index], record, f"data.{index}")
-        made.append(known[what])
-    return made
+class Choices(Sequence[Choice]):
+    """One for each (number of its data set, record), made when it is asked for. UserError, at once: what captions lack
+    for the options to work."""
+
+    def __init__(self, sets: Sequence[Data], records: Sequence[tuple[int, Record]]) -> None:
+        self.sets, self.records = sets, records
+        self._made = lru_cache(maxsize=4096)(partial(_choice, sets))
+        for index, data in enumerate(sets):
+            _refuse_unused(data, (record for number, record in records if number == index), f"data.{index}")
+        if any(data.wildcards or data.caption_weights for data in sets):
+            for _ in self:
+                pass
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        number, record = self.records[index]
+        return self._made(number, record.captions, record.seconds, record.name)
 
 
-def _choice(data: Data, record: Record, key: str) -> Choice:
-    count = len(record.captions)
+def _choice(
+    sets: Sequence[Data], number: int, captions: tuple[str, ...], seconds: tuple[str, ...], name: str
+) -> Choice:
+    data, key, count = sets[number], f"data.{number}", len(captions)
     weights = data.caption_weights[:count] or (1.0,) * count
     if len(weights) < count or not sum(weights):
         what = f"the picture has {count} captions, their weights are {list(data.caption_weights)}"
         fix = "give as many weights as a picture has captions at most, so that one caption can be drawn"
-        raise UserError(what, f"{record.name}, {key}.caption_weights", fix)
+        raise UserError(what, f"{name}, {key}.caption_weights", fix)
     odds = tuple(part / sum(weights) for part in accumulate(weights))
-    seconds = record.seconds or (None,) * count
-    made = tuple(_variants(data, text, second, key) for text, second in zip(record.captions, seconds, strict=True))
+    others = seconds or (None,) * count
+    made = tuple(_variants(data, text, other, key) for text, other in zip(captions, others, strict=True))
     return Choice(odds, made)
 
 
@@ -308,16 +318,37 @@ def _lines(path: Path, changed: int, size: int) -> tuple[str, ...]:
     return options
 
 
-def _refuse_unused(data: Data, records: Sequence[Record], key: str) -> None:
+def _refuse_unused(data: Data, records: Iterable[Record], key: str) -> None:
     """Options that could do something, but find nothing in any caption (law 7)."""
-    texts = [text for record in records for text in (*record.captions, *record.seconds)]
-    if data.keep_separator and not any(data.keep_separator in text for text in texts):
+    several = len(data.caption_weights) > 1
+    if not (data.keep_separator or data.wildcards or several):
+        return
+    whole = data.caption_prefix + data.caption_suffix
+    separated, wild, many = False, any(mark in whole for mark in ("{", "__")), False
+    for record in records:
+        texts = (*record.captions, *record.seconds)
+        separated |= any((data.keep_separator or "") in text for text in texts)
+        wild |= any(mark in text for text in texts for mark in ("{", "__"))
+        many |= len(record.captions) > 1
+    if data.keep_separator and not separated:
         what = f"{key}.keep_separator = '{data.keep_separator}' has no effect: no caption holds it"
         raise UserError(what, data.path, "correct it, or use keep_tags to keep each caption's first tags")
-    whole = [*texts, data.caption_prefix, data.caption_suffix]
-    if data.wildcards and not any(mark in text for text in whole for mark in ("{", "__")):
+    if data.wildcards and not wild:
         what = f"{key}.wildcards has no effect: no caption holds {{a|b}} or __name__"
         raise UserError(what, data.path, "remove it")
-    if len(data.caption_weights) > 1 and not any(len(record.captions) > 1 for record in records):
+    if several and not many:
         what = f"{key}.caption_weights has no effect: no picture has more than one caption"
         raise UserError(what, data.path, "remove it")
+
+
+def wildcards(sets: Sequence[Data]) -> list[str]:
+    """What the wildcard files say, as a hash of each folder: part of what decides the captions."""
+    found = []
+    for data in sets:
+        digest = hashlib.sha256()
+        folder = Path(data.wildcards_dir).expanduser() if data.wildcards_dir else None
+        for path in sorted(folder.rglob("*.txt")) if folder else ():
+            digest.update(f"{path.relative_to(folder or path)}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+        found.append(digest.hexdigest())
+    return found

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from torch import Tensor
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Cache, TextOptions
-from sdxl_trainer.data import cache, images
+from sdxl_trainer.data import cache, images, table
 from sdxl_trainer.data.geometry import Geometry
-from sdxl_trainer.data.pictures import Memo, Picture
+from sdxl_trainer.data.pictures import Memo, Picture, Pictures
 from sdxl_trainer.data.problems import raise_all
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import pretrained
@@ -40,6 +41,11 @@ class Keys:
     text: str
     text_precision: str
     reading: TextOptions
+
+    def described(self) -> list[Any]:
+        """All of it, with the versions of what makes the rows."""
+        reading = self.reading.model_dump(mode="json")
+        return [self.vae, self.vae_precision, self.text, self.text_precision, reading, images.DECODER, TEXT_VERSION]
 
     def latent(self, picture: Picture, geometry: Geometry) -> str:
         return cache.key(
@@ -78,10 +84,51 @@ def keys(base: Base, options: Cache, reading: TextOptions, text_precision: str, 
     return made
 
 
-def missing_latents(store: cache.Store, keys: Keys, pictures: Sequence[Picture]) -> list[tuple[Picture, Geometry]]:
-    """What must be encoded, each key once."""
-    wanted = {keys.latent(p, g): (p, g) for p in pictures for g in p.geometries}
-    return [work for row, work in wanted.items() if row not in store]
+class Work(Sequence[tuple[Picture, Geometry]]):
+    """Pictures under geometries to be encoded: two numbers each, in the order of the pictures."""
+
+    def __init__(self, pictures: Pictures, numbers: np.ndarray) -> None:
+        self.pictures, self.numbers = pictures, numbers  # int64 [n, 2]: picture, geometry
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Work(self.pictures, self.numbers[index])
+        picture = self.pictures[int(self.numbers[index, 0])]
+        return picture, picture.geometries[self.numbers[index, 1]]
+
+    def cells(self) -> int:
+        """Latent cells of all pairs together."""
+        sides = np.array(self.pictures.targets, dtype="<i8").reshape(-1, 2) // 8
+        return int(sides[self.pictures.rows["target"][self.numbers[:, 0]]].prod(axis=1).sum())
+
+    def by_picture(self) -> list["Work"]:
+        """The same, in parts of one picture each."""
+        return [self[a:b] for a, b in pairwise([*np.flatnonzero(self._first()).tolist(), len(self)])]
+
+    def _first(self) -> np.ndarray:
+        return np.concatenate([[True], self.numbers[1:, 0] != self.numbers[:-1, 0]]) if len(self) else np.zeros(0, bool)
+
+
+def wanted(
+    store: cache.Store, pictures: Pictures, names: Callable[[Picture, Geometry], Sequence[str]]
+) -> tuple[int, Work]:
+    """How many rows pictures need, and for what rows are missing. `names` gives those of a picture under a geometry;
+    pairs whose first row is the same are one."""
+    found, numbers = [np.zeros((0, 1, 2), "<i8")], [np.zeros((0, 2), "<i8")]
+    for start in range(0, len(pictures), table.BATCH):
+        part = [(i, pictures[i]) for i in range(start, min(start + table.BATCH, len(pictures)))]
+        pairs = [(i, n, names(p, g)) for i, p in part for n, g in enumerate(p.geometries)]
+        keys = table.keys(name for _, _, rows in pairs for name in rows)
+        found.append(keys.reshape(len(pairs), -1, 2))
+        numbers.append(np.array([(i, n) for i, n, _ in pairs], "<i8").reshape(-1, 2))
+    whole = np.concatenate(found[1:] or found)
+    _, first = np.unique(whole[:, 0], axis=0, return_index=True)
+    rows = whole[first].reshape(-1, 2)
+    missing = (store.table.find(rows) < 0).reshape(len(first), -1).any(axis=1)
+    return len(rows), Work(pictures, np.concatenate(numbers)[np.sort(first[missing])])
 
 
 def fill_latents(
@@ -89,7 +136,7 @@ def fill_latents(
     options: Cache,
     store: cache.Store,
     keys: Keys,
-    work: Sequence[tuple[Picture, Geometry]],
+    work: Work,
     device: torch.device,
     progress: Progress,
 ) -> None:
@@ -154,14 +201,14 @@ def fill_texts(
 class _Decoder(torch.utils.data.Dataset[Any]):
     """Decodes in worker processes, each picture once: item -> pixels of all its geometries, or the error."""
 
-    def __init__(self, work: Sequence[tuple[Picture, list[Geometry]]]) -> None:
+    def __init__(self, work: Sequence[Work]) -> None:
         self.work = work
 
     def __len__(self) -> int:
         return len(self.work)
 
     def __getitem__(self, index: int) -> tuple[int, list[np.ndarray] | UserError]:
-        picture, geometries = self.work[index]
+        picture, geometries = self.work[index][0][0], [geometry for _, geometry in self.work[index]]
         scaled: dict[tuple[int, int], Any] = {}
         try:
             image = images.decode(picture.record.read(), picture.name)
@@ -173,22 +220,18 @@ class _Decoder(torch.utils.data.Dataset[Any]):
         return index, [images.cut(scaled[geometry.resized], geometry) for geometry in geometries]
 
 
-def decoded(work: Sequence[tuple[Picture, Geometry]], options: Cache) -> Iterator[Decoded | UserError]:
-    """Pixels of every (picture, geometry), in the order of the work but with a picture's geometries together."""
-    grouped: dict[int, tuple[Picture, list[Geometry]]] = {}
-    for picture, geometry in work:
-        grouped.setdefault(id(picture), (picture, []))[1].append(geometry)
-    items = list(grouped.values())
+def decoded(work: Work, options: Cache) -> Iterator[Decoded | UserError]:
+    """Pixels of every (picture, geometry), each picture read once."""
+    items = work.by_picture()
     workers = min(8, os.cpu_count() or 1) if options.workers is None else options.workers
     loader = torch.utils.data.DataLoader(
         _Decoder(items), batch_size=None, num_workers=min(workers, len(items)), collate_fn=_unchanged
     )
     for index, result in loader:
-        picture, geometries = items[index]
         if isinstance(result, UserError):
             yield result
         else:
-            yield from (Decoded(picture, g, pixels) for g, pixels in zip(geometries, result, strict=True))
+            yield from (Decoded(p, g, pixels) for (p, g), pixels in zip(items[index], result, strict=True))
 
 
 def _unchanged(item: Any) -> Any:

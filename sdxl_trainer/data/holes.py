@@ -5,7 +5,6 @@ in the step, and the posterior sample of the masked picture too (law 3). A row o
 then mean and standard deviation of the masked picture's latents, unscaled.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ from sdxl_trainer import keyed, noise
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.config import Cache, Inpainting
 from sdxl_trainer.data import cache, encode
-from sdxl_trainer.data.encode import Keys, Progress
+from sdxl_trainer.data.encode import Keys, Progress, Work
 from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.masks import CELL
-from sdxl_trainer.data.pictures import Picture
+from sdxl_trainer.data.pictures import Picture, Pictures
 from sdxl_trainer.data.problems import raise_all
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import pretrained
@@ -28,7 +27,6 @@ from sdxl_trainer.model import LatentScale
 
 # Part of every row's key: raise it when masks would be drawn otherwise.
 VERSION = 1
-Work = tuple[Picture, Geometry]
 
 
 def drawn(target: tuple[int, int], content: int, variant: int, options: Inpainting) -> np.ndarray:
@@ -74,16 +72,19 @@ def key(keys: Keys, picture: Picture, geometry: Geometry, variant: int, options:
     return cache.key("hole", VERSION, keys.latent(picture, geometry), variant, drawing)
 
 
-def rows(keys: Keys, pictures: Sequence[Picture], options: Inpainting) -> dict[str, Work]:
-    """All rows that these pictures need."""
+def rows(keys: Keys, pictures: Pictures, options: Inpainting) -> set[str]:
+    """Names of all rows that these pictures need."""
     variants = range(options.masks_per_image)
-    return {key(keys, p, g, variant, options): (p, g) for p in pictures for g in p.geometries for variant in variants}
+    return {key(keys, p, g, variant, options) for p in pictures for g in p.geometries for variant in variants}
 
 
-def missing(store: cache.Store, keys: Keys, pictures: Sequence[Picture], options: Inpainting) -> list[Work]:
+def missing(store: cache.Store, keys: Keys, pictures: Pictures, options: Inpainting) -> Work:
     """The pictures and geometries of which a row must be encoded, each once."""
-    wanted = {keys.latent(*work): work for row, work in rows(keys, pictures, options).items() if row not in store}
-    return list(wanted.values())
+
+    def names(picture: Picture, geometry: Geometry) -> list[str]:
+        return [key(keys, picture, geometry, variant, options) for variant in range(options.masks_per_image)]
+
+    return encode.wanted(store, pictures, names)[1]
 
 
 @torch.no_grad()
@@ -92,7 +93,7 @@ def fill(
     cached: Cache,
     store: cache.Store,
     keys: Keys,
-    work: Sequence[Work],
+    work: Work,
     options: Inpainting,
     device: torch.device,
     progress: Progress,

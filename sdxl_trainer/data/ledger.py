@@ -1,14 +1,15 @@
 """What becomes of the pictures: how many are trained at which size, how often, and what is cut off or held out."""
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+
+import numpy as np
 
 from sdxl_trainer.config import Config
+from sdxl_trainer.data.buckets import Size
 from sdxl_trainer.data.geometry import Geometry
-from sdxl_trainer.data.pictures import Picture
+from sdxl_trainer.data.pictures import Pictures
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.prepare import Stock
-from sdxl_trainer.errors import shortened
 
 Rows = list[tuple[str, str]]
 
@@ -33,9 +34,9 @@ def _sets(config: Config, stock: Stock, order: Plan) -> Rows:
     if len(config.data) == 1 and config.data[0].repeats == 1 and not stock.held_out:
         return []
     found = []
-    for data, stream in zip(config.data, order.streams, strict=True):
-        pictures = len({stock.pictures[i].record.name for i in stream.pictures})
-        held = len({p.record.name for p in stock.held_out if p.data is data})
+    for number, (data, stream) in enumerate(zip(config.data, order.streams, strict=True)):
+        pictures = len(np.unique(stock.pictures.rows["record"][stream.pictures]))
+        held = len(np.unique(stock.held_out.rows["record"][stock.held_out.of(number)]))
         parts = [f"{pictures} pictures", f"{stream.count} samples per epoch"]
         parts += ["the base's prediction as target"] if data.prior_prediction else []
         parts += [f"loss weight {data.weight:g}"] if data.weight != 1 else []
@@ -44,14 +45,21 @@ def _sets(config: Config, stock: Stock, order: Plan) -> Rows:
     return found
 
 
-def _buckets(pictures: Sequence[Picture], order: Plan) -> Rows:
-    groups: dict[tuple[int, int], list[Geometry]] = defaultdict(list)
-    for picture in pictures:
-        groups[picture.geometries[0].target].append(picture.geometries[0])
+def by_size(pictures: Pictures) -> list[tuple[Size, int, float, float]]:
+    """(target size, pictures, mean share cut off, largest enlargement) of every size that is trained."""
+    target, lost, scale = pictures.rows["target"], pictures.measured(cut_off), pictures.measured(enlarged)
+    groups = {kind: target == kind for kind in np.unique(target).tolist()}
+    return [
+        (pictures.targets[kind], int(of.sum()), float(lost[of].mean()), float(scale[of].max()))
+        for kind, of in groups.items()
+    ]
+
+
+def _buckets(pictures: Pictures, order: Plan) -> Rows:
     found = []
-    for (height, width), members in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
-        lost, largest = sum(map(cut_off, members)) / len(members), max(map(enlarged, members))
-        text = f"{len(members)} pictures, {lost:.1%} cut off"
+    groups = by_size(pictures)
+    for (height, width), count, lost, largest in sorted(groups, key=lambda row: (-row[1], row[0])):
+        text = f"{count} pictures, {lost:.1%} cut off"
         found.append((f"{width} x {height}", text + (f", enlarged up to {largest:.2f} times" if largest > 1 else "")))
     if len(groups) == 1:
         return found
@@ -62,12 +70,17 @@ def _buckets(pictures: Sequence[Picture], order: Plan) -> Rows:
 
 
 def _exceptions(stock: Stock) -> Rows:
-    upscaled = [p.name for p in stock.pictures if enlarged(p.geometries[0]) > 1]
-    found = [("enlarged pictures", f"{len(upscaled)}: {shortened(upscaled, 3)}" if upscaled else "none")]
-    if any(p.mask for p in stock.pictures):
-        without = sum(p.mask is None for p in stock.pictures)
-        found.append(("masks", f"{len(stock.pictures) - without} pictures with, {without} without"))
-    doubles = len({(id(p.data), p.name) for p in stock.pictures}) - len({p.content for p in stock.pictures})
+    pictures = stock.pictures
+    upscaled = np.flatnonzero(pictures.measured(enlarged) > 1)
+    names = [pictures[int(i)].name for i in upscaled[:3]]
+    more = f" and {len(upscaled) - 3} more" if len(upscaled) > 3 else ""
+    found = [("enlarged pictures", f"{len(upscaled)}: {', '.join(names)}{more}" if names else "none")]
+    masks = [source.masks for source in pictures.sources]
+    if any(masks):
+        having = sum(bool(m and m[r]) for m, r in ((masks[s], r) for s, r in pictures.rows[["source", "record"]]))
+        found.append(("masks", f"{having} pictures with, {len(pictures) - having} without"))
+    each = pictures.take(np.unique(pictures.rows[["source", "record"]], return_index=True)[1])
+    doubles = len(each) - len(np.unique(each.column("content"), axis=0))
     if doubles > 0:
         found.append(("duplicates", f"{doubles} pictures have the same bytes as another"))
     return found

@@ -1,14 +1,16 @@
 """What is worth knowing about the pictures before a training, worst first: damaged, doubled, cut, enlarged."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from sdxl_trainer.config import Config
 from sdxl_trainer.data.findings import EXAMPLES, LEVELS, Captions, Finding
 from sdxl_trainer.data.geometry import Geometry
-from sdxl_trainer.data.ledger import cut_off, enlarged
-from sdxl_trainer.data.pictures import Picture
+from sdxl_trainer.data.ledger import by_size, cut_off, enlarged
+from sdxl_trainer.data.pictures import Picture, Pictures
 from sdxl_trainer.data.problems import Notes, Problem
 from sdxl_trainer.data.survey import Survey, flat, near_copies
 
@@ -18,7 +20,7 @@ MUCH_CUT, MUCH_ENLARGED = 0.25, 1.25
 GROUPS, MEMBERS = 8, 4
 
 
-def pictures(config: Config, found: Sequence[Picture], notes: Notes, seen: Survey) -> list[Finding]:
+def pictures(config: Config, found: Pictures, notes: Notes, seen: Survey) -> list[Finding]:
     """Findings about pictures and their files."""
     several = len(config.data) > 1
     stops = [
@@ -45,12 +47,13 @@ def ranked(about_pictures: Iterable[Finding], captions: Captions | None) -> list
     return sorted(found, key=lambda finding: (LEVELS.index(finding.level), -finding.count))
 
 
-def copies(found: Sequence[Picture]) -> list[list[int]]:
+def copies(found: Pictures) -> list[list[int]]:
     """Groups of pictures with the same bytes, by number; a picture in several resolutions is one."""
-    groups: dict[str, dict[tuple[int, str], int]] = defaultdict(dict)
-    for number, picture in enumerate(found):
-        groups[picture.content].setdefault((id(picture.data), picture.name), number)
-    return [list(members.values()) for members in groups.values() if len(members) > 1]
+    each = found.take(np.unique(found.rows[["source", "record"]], return_index=True)[1])
+    numbers = np.unique(found.rows[["source", "record"]], return_index=True)[1]
+    kinds, counts = np.unique(each.column("content"), axis=0, return_inverse=True, return_counts=True)[1:]
+    kinds = kinds.reshape(-1)
+    return [numbers[kinds == kind].tolist() for kind in np.flatnonzero(counts > 1)]
 
 
 def _split(where: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -62,14 +65,14 @@ def _split(where: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def _listed(found: Sequence[Picture], groups: Sequence[Sequence[int]]) -> tuple[tuple[str, str], ...]:
+def _listed(found: Pictures, groups: Sequence[Sequence[int]]) -> tuple[tuple[str, str], ...]:
     return tuple(
         (found[members[0]].name, "same as " + ", ".join(found[n].name for n in members[1:MEMBERS]))
         for members in groups[:GROUPS]
     )
 
 
-def _doubles(found: Sequence[Picture]) -> Finding | None:
+def _doubles(found: Pictures) -> Finding | None:
     groups = copies(found)
     if not groups:
         return None
@@ -80,7 +83,7 @@ def _doubles(found: Sequence[Picture]) -> Finding | None:
     return Finding("copies", what, extra, "keep one of each, or set repeats if that is meant", _listed(found, groups))
 
 
-def _near(found: Sequence[Picture], seen: Survey) -> Finding | None:
+def _near(found: Pictures, seen: Survey) -> Finding | None:
     groups = near_copies(seen.looks)
     if not groups:
         return None
@@ -89,7 +92,7 @@ def _near(found: Sequence[Picture], seen: Survey) -> Finding | None:
     return Finding("near copies", "pictures look like another one", extra, "keep the best of each", shown)
 
 
-def _cut(config: Config, found: Sequence[Picture]) -> Finding | None:
+def _cut(config: Config, found: Pictures) -> Finding | None:
     worst = [(number, share) for number, share in ordered(found, cut_off) if share > MUCH_CUT]
     if not worst:
         return None
@@ -98,7 +101,7 @@ def _cut(config: Config, found: Sequence[Picture]) -> Finding | None:
     return Finding("cut off", f"pictures lose more than {MUCH_CUT:.0%} to the crop", len(worst), fix, shown)
 
 
-def _enlarged(config: Config, found: Sequence[Picture]) -> Finding | None:
+def _enlarged(config: Config, found: Pictures) -> Finding | None:
     worst = [(number, scale) for number, scale in ordered(found, enlarged) if scale > MUCH_ENLARGED]
     if not worst:
         return None
@@ -108,7 +111,7 @@ def _enlarged(config: Config, found: Sequence[Picture]) -> Finding | None:
     return Finding("enlarged", what, len(worst), fix, shown[:EXAMPLES], "harms")
 
 
-def _flat(found: Sequence[Picture], seen: Survey) -> Finding | None:
+def _flat(found: Pictures, seen: Survey) -> Finding | None:
     numbers = flat(seen.looks)
     if not numbers:
         return None
@@ -121,14 +124,12 @@ def _size(picture: Picture) -> str:
     return f"{width} x {height}"
 
 
-def ordered(found: Sequence[Picture], measure: Callable[[Geometry], float]) -> list[tuple[int, float]]:
+def ordered(found: Pictures, measure: Callable[[Geometry], float]) -> list[tuple[int, float]]:
     """(number, measure of its first geometry) of each picture, largest first, each name once."""
-    best: dict[tuple[int, str], tuple[int, float]] = {}
-    for number, picture in enumerate(found):
-        value, name = measure(picture.geometries[0]), (id(picture.data), picture.name)
-        if name not in best or value > best[name][1]:
-            best[name] = (number, value)
-    return sorted(best.values(), key=lambda item: -item[1])
+    values = found.measured(measure)
+    order = np.argsort(-values, kind="stable")
+    first = np.sort(np.unique(found.rows[["source", "record"]][order], return_index=True)[1])
+    return [(int(number), float(values[number])) for number in order[first]]
 
 
 def rectangle(geometry: Geometry) -> tuple[float, float, float, float]:
@@ -139,35 +140,26 @@ def rectangle(geometry: Geometry) -> tuple[float, float, float, float]:
     return left / columns, top / rows, width / columns, height / rows
 
 
-def histogram(found: Sequence[Picture]) -> list[dict[str, object]]:
+def histogram(found: Pictures) -> list[dict[str, object]]:
     """One row per size that is trained: width, height, pictures, mean share cut off, largest enlargement."""
-    groups: dict[tuple[int, int], list[Geometry]] = defaultdict(list)
-    for picture in found:
-        groups[picture.geometries[0].target].append(picture.geometries[0])
     return [
-        {
-            "width": width,
-            "height": height,
-            "pictures": len(members),
-            "cut_off": sum(map(cut_off, members)) / len(members),
-            "enlarged": max(map(enlarged, members)),
-        }
-        for (height, width), members in sorted(groups.items(), key=lambda item: item[0][1] / item[0][0])
+        {"width": width, "height": height, "pictures": count, "cut_off": lost, "enlarged": scale}
+        for (height, width), count, lost, scale in sorted(by_size(found), key=lambda row: row[0][1] / row[0][0])
     ]
 
 
-def counted(config: Config, trained: Sequence[Picture], held: Sequence[Picture], notes: Notes) -> list[dict[str, Any]]:
+def counted(config: Config, trained: Pictures, held: Pictures, notes: Notes) -> list[dict[str, Any]]:
     """Per data set what became of every file or row that was met: the counts add up to them."""
 
-    def names(pictures: Sequence[Picture]) -> Counter[int]:
-        return Counter(data for data, _ in {(id(p.data), p.name) for p in pictures})
+    def names(pictures: Pictures) -> list[int]:
+        return [len(np.unique(pictures.rows["record"][pictures.of(number)])) for number in range(len(config.data))]
 
     use, out = names(trained), names(held)
     return [
         {
             "path": data.path,
-            "trained": use[id(data)],
-            "held_out": out[id(data)],
+            "trained": use[i],
+            "held_out": out[i],
             "unusable": sum(n for place, n in notes.unusable.items() if place.startswith(f"data.{i}.path")),
             "skipped": dict(
                 sum((c for place, c in notes.skipped.items() if place.startswith(f"data.{i}.path")), Counter[str]())

@@ -4,19 +4,24 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sdxl_trainer import files
 from sdxl_trainer.config import Config, Data
 from sdxl_trainer.data import images, masks, sources
+from sdxl_trainer.data.buckets import Size
 from sdxl_trainer.data.geometry import Geometry, variants
 from sdxl_trainer.data.problems import Notes, Problem, raise_all
-from sdxl_trainer.data.records import Mask, Record
+from sdxl_trainer.data.records import Mask, Record, Records
+from sdxl_trainer.data.table import BATCH, Table, empty, opened
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.threads import mapped
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,7 @@ class Picture:
     @property
     def held_out(self) -> bool:
         """Whether it is kept out of training: decided by its bytes alone, so that it never changes sides."""
-        draw = int(hashlib.sha256(f"held out {self.content}".encode()).hexdigest()[:12], 16)
-        return draw < self.data.held_out * 16**12
+        return is_held_out(self.content, self.data.held_out)
 
     @property
     def name(self) -> str:
@@ -45,13 +49,22 @@ class Picture:
         return self.record.captions
 
 
+# What is known of a picture's bytes by its stamp: their SHA-256, and height and width in pixels.
+FACTS = {"content": ("u1", (32,)), "size": ("<i4", (2,))}
+# New facts after which they are saved, since looking at millions of pictures takes hours.
+SAVED = 50_000
+
+
 @dataclass
 class Memo:
-    """What is known about files that did not change since: hashes and sizes, by stamp. Losing it costs time only."""
+    """What is known about files that did not change since: hashes and sizes, by stamp. Losing it costs time only.
+    `facts` are those of pictures, `known` all others."""
 
     path: Path
     known: dict[str, Any] = field(default_factory=dict)
+    facts: Table = field(default_factory=lambda: empty(FACTS))
     changed: bool = False
+    learned: list[tuple[np.ndarray, bytes, tuple[int, int]]] = field(default_factory=list)
 
     def recall(self, stamp: str, length: int) -> list[Any] | None:
         """The list that is known under a stamp, None if there is none of that length."""
@@ -63,10 +76,29 @@ class Memo:
         self.changed = True
         return value
 
+    def learn(self, stamp: np.ndarray, content: bytes, size: tuple[int, int]) -> None:
+        """Note the facts of a picture under the key of its stamp."""
+        self.learned.append((stamp, content, size))
+        if len(self.learned) >= SAVED:
+            self.save()
+
     def save(self) -> None:
         if self.changed:
             files.write_json(self.path, self.known)
             self.changed = False
+        if self.learned:
+            stamps, contents, sizes = zip(*self.learned, strict=True)
+            more = {
+                "content": np.frombuffer(b"".join(contents), dtype="u1").reshape(-1, 32),
+                "size": np.array(sizes, dtype="<i4").reshape(-1, 2),
+                "newness": np.zeros(len(stamps), "<i4"),
+            }
+            columns = {**self.facts.columns, "newness": np.ones(len(self.facts), "<i4")}
+            merged = Table(columns).with_rows(np.array(stamps), more, "newness")
+            del merged.columns["newness"]
+            merged.save(self.path.with_name("pictures.table"))
+            self.facts = opened(self.path.with_name("pictures.table"), FACTS)
+            self.learned.clear()
 
 
 def open_memo(folder: Path) -> Memo:
@@ -75,39 +107,161 @@ def open_memo(folder: Path) -> Memo:
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
         known = {}
-    return Memo(path, known if isinstance(known, dict) else {})
+    return Memo(path, known if isinstance(known, dict) else {}, opened(folder / "pictures.table", FACTS))
 
 
-def load(config: Config, memo: Memo, notes: Notes | None = None) -> list[Picture]:
+@dataclass(frozen=True)
+class Source:
+    """A data set's records that can be used, with the facts about them: `content` uint8 [n, 32], `size` int32 [n, 2]
+    height and width; `masks` and `focus` (of masks) where these are asked for."""
+
+    data: Data
+    number: int
+    records: Records
+    content: np.ndarray
+    size: np.ndarray
+    masks: tuple[str | None, ...] | None = None
+    focus: tuple[tuple[float, float] | None, ...] | None = None
+
+
+ROW = np.dtype([("source", "<u2"), ("target", "<u2"), ("resolution", "u1"), ("plain", "?"), ("record", "<u4")])
+
+
+class Pictures(Sequence[Picture]):
+    """Pictures by number, made when they are asked for: a few bytes each in memory. `rows` say which record of which
+    source a picture is, at which resolution and target size, and whether it has its first geometry alone."""
+
+    def __init__(self, sources: Sequence[Source], targets: Sequence[Size], rows: np.ndarray) -> None:
+        self.sources, self.targets, self.rows = tuple(sources), tuple(targets), rows
+        self._made = lru_cache(maxsize=256)(self._make)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._made(int(index) % len(self))
+
+    def __iter__(self) -> Iterator[Picture]:
+        return (self._make(index) for index in range(len(self)))
+
+    def __reduce__(self) -> Any:
+        return Pictures, (self.sources, self.targets, self.rows)
+
+    def take(self, numbers: np.ndarray, plain: bool = False) -> "Pictures":
+        """Some of the pictures; `plain` ones have their first geometry alone."""
+        rows = self.rows[numbers].copy()
+        rows["plain"] |= plain
+        return Pictures(self.sources, self.targets, rows)
+
+    def and_also(self, other: "Pictures") -> "Pictures":
+        """These pictures and others of the same sources."""
+        return Pictures(self.sources, self.targets, np.concatenate([self.rows, other.rows]))
+
+    def _make(self, index: int) -> Picture:
+        row = self.rows[index]
+        source, number = self.sources[row["source"]], int(row["record"])
+        record = source.records[number]
+        content = source.content[number].tobytes().hex()
+        focus = source.focus[number] if source.focus else None
+        options = geometries(
+            source.data, tuple(source.size[number].tolist()), content, row["resolution"], record, focus
+        )
+        mask = source.masks[number] if source.masks else None
+        return Picture(record, source.data, content, options[:1] if row["plain"] else options, mask)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of the sources or of their records, for each picture."""
+        first = self.sources[0]
+        shape = (getattr(first, name) if hasattr(first, name) else getattr(first.records, name)).shape[1:]
+        values = [getattr(s, name) if hasattr(s, name) else getattr(s.records, name) for s in self.sources]
+        found = np.empty((len(self), *shape), dtype=values[0].dtype)
+        for number, column in enumerate(values):
+            mine = self.rows["source"] == number
+            found[mine] = column[self.rows["record"][mine]]
+        return found
+
+    def measured(self, measure: Callable[[Geometry], float]) -> np.ndarray:
+        """A number of each picture that its first geometry's sizes decide: float64 [n]."""
+        sizes = self.column("size").astype("<i8")
+        alike = np.stack([self.rows["source"], self.rows["resolution"], sizes[:, 0], sizes[:, 1]], axis=1)
+        kinds, first, inverse = np.unique(alike, axis=0, return_index=True, return_inverse=True)
+        values = [measure(self[int(number)].geometries[0]) for number in first]
+        return np.array(values, dtype=np.float64)[inverse.reshape(-1)] if len(kinds) else np.zeros(0)
+
+    def distinct_captions(self) -> int:
+        """How many different captions the pictures have, if no two have a part of theirs in common."""
+        first = np.unique(self.column("said"), axis=0, return_index=True)[1]
+        return int(self.column("captions")[first].sum())
+
+    def of(self, source: int) -> np.ndarray:
+        """Numbers of the pictures of one data set."""
+        return np.flatnonzero(self.rows["source"] == source)
+
+    def digest(self) -> str:
+        """SHA-256 over all that pictures and their records say, in their order."""
+        found = hashlib.sha256()
+        for start in range(0, len(self), BATCH):
+            part = self.take(np.arange(start, min(start + BATCH, len(self))))
+            for name in ("content", "said", "repeats"):
+                found.update(np.ascontiguousarray(part.column(name)).data)
+            for name in ("source", "target", "resolution", "plain"):
+                found.update(np.ascontiguousarray(part.rows[name]).data)
+        for source in self.sources:
+            found.update(json.dumps([source.masks, source.focus]).encode())
+        found.update(json.dumps(self.targets).encode())
+        return found.hexdigest()
+
+
+def geometries(
+    data: Data, size: Any, content: str, resolution: int, record: Record, focus: tuple[float, float] | None
+) -> tuple[Geometry, ...]:
+    """All geometries of a picture at the resolution of that number."""
+    wanted = (data.resolution, *data.more_resolutions)[resolution]
+    return tuple(variants(data, size, int(content[:16], 16), record.name, wanted, focus or record.focus))
+
+
+def load(config: Config, memo: Memo, notes: Notes | None = None) -> Pictures:
     """All pictures of all data sets, in a fixed order. UserError names every picture that cannot be used; with `notes`
     it is noted, and they are left out."""
-    pictures: list[Picture] = []
+    found: list[Source] = []
+    rows: list[np.ndarray] = []
+    targets: dict[Size, int] = {}
     unreadable: list[UserError] = []
     unfit: list[UserError] = []
     for index, data in enumerate(config.data):
-        found = sources.records(
-            data,
-            seed=config.seed,
-            where=f"data.{index}.path",
-            datasets_dir=config.cache.datasets_dir,
-            index_dir=memo.path.parent / "shards",
-            notes=notes,
-        )
+        where = f"data.{index}.path"
+        folder, hub = memo.path.parent / "shards", config.cache.datasets_dir
+        records = sources.records(data, seed=config.seed, where=where, datasets_dir=hub, index_dir=folder, notes=notes)
         before = len(unreadable) + len(unfit)
-        for record, fact in zip(found, _facts(found, data, memo, unreadable), strict=True):
-            if fact is not None:
-                try:
-                    pictures += _sizes(record, data, fact)
-                except UserError as error:
-                    unfit.append(error)
+        found.append(_source(data, index, records, memo, unreadable))
+        rows.append(_rows(found[-1], targets, unfit))
         if notes is not None:
-            notes.unusable[f"data.{index}.path = '{data.path}'"] += len(unreadable) + len(unfit) - before
+            notes.unusable[f"{where} = '{data.path}'"] += len(unreadable) + len(unfit) - before
     memo.save()
     if notes is None:
         raise_all([*unreadable, *unfit])
     else:
         notes.problems += [*grouped("unreadable", unreadable), *grouped("unfit", unfit)]
-    return pictures
+    return Pictures(found, list(targets), np.concatenate(rows))
+
+
+def held_out(pictures: Pictures) -> np.ndarray:
+    """Whether each picture is kept out of training: decided by its bytes alone, so that it never changes sides."""
+    shares = [source.data.held_out for source in pictures.sources]
+    found = np.zeros(len(pictures), dtype=bool)
+    for number, share in enumerate(shares):
+        for index in pictures.of(number) if share else ():
+            row = pictures.rows[index]
+            found[index] = is_held_out(pictures.sources[number].content[row["record"]].tobytes().hex(), share)
+    return found
+
+
+def is_held_out(content: str, share: float) -> bool:
+    return int(hashlib.sha256(f"held out {content}".encode()).hexdigest()[:12], 16) < share * 16**12
 
 
 def grouped(kind: str, errors: Iterable[UserError]) -> list[Problem]:
@@ -119,48 +273,78 @@ def grouped(kind: str, errors: Iterable[UserError]) -> list[Problem]:
     return [Problem(kind, what, m[0].fix, tuple(f"{e.where}: {e.what}" for e in m)) for m in alike.values()]
 
 
-def _sizes(record: Record, data: Data, fact: "Fact") -> list[Picture]:
-    """The picture at each resolution; once where it is too small for two and `no_upscale` gives it one size."""
-    focus, number = fact.focus or record.focus, int(fact.content[:16], 16)
-    made: dict[tuple[int, int], Picture] = {}
-    for resolution in (data.resolution, *data.more_resolutions):
-        options = tuple(variants(data, fact.size, number, record.name, resolution, focus))
-        made.setdefault(options[0].target, Picture(record, data, fact.content, options, fact.mask))
-    return list(made.values())
+def _rows(source: Source, targets: dict[Size, int], unfit: list[UserError]) -> np.ndarray:
+    """ROW of each picture at each resolution; once where it is too small for two and `no_upscale` gives it one size.
+    Sizes are few, and each is looked at once."""
+    sizes, inverse = np.unique(source.size, axis=0, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    chosen = [_targets(source.data, (int(height), int(width))) for height, width in sizes]
+    bad = np.array([isinstance(options, UserError) for options in chosen], dtype=bool)
+    for number in np.flatnonzero(bad[inverse]):
+        error = chosen[inverse[number]]
+        assert isinstance(error, UserError)
+        unfit.append(UserError(error.what, source.records[int(number)].name, error.fix))
+    options = [[] if isinstance(of, UserError) else of for of in chosen]
+    flat = np.array([(r, targets.setdefault(t, len(targets))) for of in options for t, r in of], dtype="<i8")
+    flat = flat.reshape(-1, 2)
+    counts = np.array([len(of) for of in options], dtype="<i8")
+    starts = np.cumsum(counts) - counts
+    each = counts[inverse]
+    rows = np.zeros(int(each.sum()), dtype=ROW)
+    rows["source"], rows["record"] = source.number, np.repeat(np.arange(len(inverse)), each)
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(each) - each, each)
+    picked = flat[np.repeat(starts[inverse], each) + within]
+    rows["resolution"], rows["target"] = picked[:, 0], picked[:, 1]
+    return rows
 
 
-@dataclass(frozen=True)
-class Fact:
-    """What the bytes of a record say: `content` and `mask` as in Picture, the (height, width) of the upright
-    picture, and the centre of the mask where that is asked for."""
+def _targets(data: Data, size: Size) -> list[tuple[Size, int]] | UserError:
+    """(target size, number of the resolution) of pictures of a size."""
+    found: dict[Size, int] = {}
+    try:
+        for number, resolution in enumerate((data.resolution, *data.more_resolutions)):
+            found.setdefault(variants(data, size, 0, "", resolution)[0].target, number)
+    except UserError as error:
+        return error
+    return list(found.items())
 
-    content: str
-    size: tuple[int, int]
-    mask: str | None
-    focus: tuple[float, float] | None
 
-
-def _facts(records: Iterable[Record], data: Data, memo: Memo, problems: list[UserError]) -> list[Fact | None]:
-    """Facts of each record; None, and a problem noted, for what is not a picture."""
-
-    def look(record: Record) -> Fact | UserError:
+def _source(data: Data, number: int, records: Records, memo: Memo, unreadable: list[UserError]) -> Source:
+    """The records that are pictures, with their facts; a problem is noted for each that is not."""
+    places = memo.facts.find(records.stamps)
+    known = places >= 0
+    content, size = np.zeros((len(records), 32), "u1"), np.zeros((len(records), 2), "<i4")
+    content[known] = memo.facts.columns["content"][places[known]]
+    size[known] = memo.facts.columns["size"][places[known]]
+    usable = np.ones(len(records), dtype=bool)
+    for index, seen in mapped(lambda i: _look(records[i]), np.flatnonzero(~known).tolist()):
+        if isinstance(seen, UserError):
+            usable[index] = False
+            unreadable.append(seen)
+        else:
+            content[index], size[index] = np.frombuffer(seen[0], "u1"), seen[1]
+            memo.learn(records.stamps[index], *seen)
+    if data.mask == "none":
+        numbers = np.flatnonzero(usable)
+        return Source(data, number, records.take(numbers), content[numbers], size[numbers])
+    masked: dict[int, tuple[str | None, tuple[float, float] | None]] = {}
+    for index in np.flatnonzero(usable).tolist():
+        height, width = size[index].tolist()
         try:
-            content, *size = memo.recall(record.stamp, 3) or _look(record, memo)
-            mask, focus = _mask(record, data, (size[0], size[1]), content, memo)
+            masked[index] = _mask(records[index], data, (height, width), content[index].tobytes().hex(), memo)
         except UserError as error:
-            return error
-        return Fact(content, (size[0], size[1]), mask, focus)
-
-    with ThreadPoolExecutor() as pool:
-        results = list(pool.map(look, records))
-    problems += [result for result in results if isinstance(result, UserError)]
-    return [None if isinstance(result, UserError) else result for result in results]
+            unreadable.append(error)
+    kept, (masks_of, focus_of) = np.array(list(masked), dtype="<i8"), zip(*masked.values(), strict=True)
+    return Source(data, number, records.take(kept), content[kept], size[kept], masks_of, focus_of)
 
 
-def _look(record: Record, memo: Memo) -> list[Any]:
-    """SHA-256 of the bytes, height, width."""
-    content = record.read()
-    return memo.remember(record.stamp, [hashlib.sha256(content).hexdigest(), *images.probe(content, record.name)])
+def _look(record: Record) -> tuple[bytes, tuple[int, int]] | UserError:
+    """SHA-256 of the bytes, and (height, width)."""
+    try:
+        content = record.read()
+        return hashlib.sha256(content).digest(), images.probe(content, record.name)
+    except UserError as error:
+        return error
 
 
 def _mask(

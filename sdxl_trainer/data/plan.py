@@ -1,26 +1,39 @@
 """Which samples each optimizer step trains on: a pure function of (seed, batch size, data, step)."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+
+import numpy as np
 
 from sdxl_trainer import keyed
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The pictures of one data set, each `repeats[i]` times a pass, of which every epoch takes the next `count`:
-    so all are seen equally often, whatever share of a pass an epoch is."""
+    """The pictures of one data set (int64 [n]), each `repeats[i]` times a pass, of which every epoch takes the next
+    `count`: so all are seen equally often, whatever share of a pass an epoch is."""
 
-    pictures: tuple[int, ...]
-    repeats: tuple[int, ...]
+    pictures: np.ndarray
+    repeats: np.ndarray
     count: int
     paired: bool = False  # spread evenly among the samples of the other streams, so that each batch has its share
 
     @property
     def length(self) -> int:
         """Entries of one pass."""
-        return sum(self.repeats)
+        return int(self.repeats.sum())
+
+
+@dataclass(frozen=True)
+class Order:
+    """The samples of one epoch in the order in which they are trained, and where its batches begin and end."""
+
+    samples: np.ndarray
+    bounds: np.ndarray
+
+    def batch(self, number: int) -> tuple[int, ...]:
+        return tuple(self.samples[self.bounds[number, 0] : self.bounds[number, 1]].tolist())
 
 
 @dataclass(frozen=True)
@@ -34,9 +47,9 @@ class Plan:
 
     seed: int
     batch_size: int
-    group_of: tuple[Hashable, ...]
+    group_of: np.ndarray  # integers [pictures]
     streams: tuple[Stream, ...]
-    _epochs: dict[int, list[tuple[int, ...]]] = field(default_factory=dict, compare=False, repr=False)
+    _epochs: dict[int, Order] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -52,66 +65,72 @@ class Plan:
         if epoch not in self._epochs:
             self._epochs.clear()  # of the orders of all epochs only one is in use
             self._epochs[epoch] = _epoch(self, epoch)
-        return epoch, self._epochs[epoch][position]
+        return epoch, self._epochs[epoch].batch(position)
 
-    def group(self, sample: int) -> Hashable:
-        return self.group_of[sample % len(self.group_of)]
+    def group(self, sample: int) -> int:
+        return int(self.group_of[sample % len(self.group_of)])
 
 
-def make(seed: int, batch_size: int, group_of: Sequence[Hashable], streams: Sequence[Stream] | None = None) -> Plan:
+def make(
+    seed: int, batch_size: int, group_of: Sequence[int] | np.ndarray, streams: Sequence[Stream] | None = None
+) -> Plan:
     """The plan of pictures 0..n-1; without `streams` each is seen once an epoch."""
-    whole = Stream(tuple(range(len(group_of))), (1,) * len(group_of), len(group_of))
-    return Plan(seed, batch_size, tuple(group_of), tuple(streams) if streams else (whole,))
+    groups = np.asarray(group_of)
+    whole = Stream(np.arange(len(groups)), np.ones(len(groups), dtype=np.int64), len(groups))
+    return Plan(seed, batch_size, groups, tuple(streams) if streams else (whole,))
 
 
-def _epoch(plan: Plan, epoch: int) -> list[tuple[int, ...]]:
-    groups: dict[Hashable, list[int]] = {group: [] for group in plan.group_of}
-    paired: set[int] = set()
-    for number, stream in enumerate(plan.streams):
-        for sample in _chosen(plan, number, epoch):
-            groups[plan.group(sample)].append(sample)
-            if stream.paired:
-                paired.add(sample)
-    batches: list[tuple[int, ...]] = []
-    left: list[list[int]] = []
-    for number, group in enumerate(groups.values()):
-        order = keyed.generator(plan.seed, "order", epoch, number + 1).permutation(len(group))
-        shuffled = _interleaved([group[i] for i in order], paired)
-        full = len(group) // plan.batch_size * plan.batch_size
-        batches += _cut(shuffled[:full], plan.batch_size)
-        left.append(shuffled[full:])
+def _epoch(plan: Plan, epoch: int) -> Order:
+    chosen = [_chosen(plan, number, epoch) for number in range(len(plan.streams))]
+    samples = np.concatenate(chosen)
+    paired = np.repeat([stream.paired for stream in plan.streams], [len(part) for part in chosen])
+    groups = plan.group_of[samples % len(plan.group_of)]
+    kinds, first = np.unique(plan.group_of, return_index=True)
+    full: list[np.ndarray] = []
+    left: list[np.ndarray] = []
+    # Groups in the order in which the pictures begin them.
+    for number, kind in enumerate(kinds[np.argsort(first)]):
+        group = np.flatnonzero(groups == kind)
+        shuffled = group[keyed.generator(plan.seed, "order", epoch, number + 1).permutation(len(group))]
+        laid = _interleaved(samples[shuffled], paired[shuffled])
+        whole = len(group) // plan.batch_size * plan.batch_size
+        full.append(laid[:whole])
+        left.append(laid[whole:])
     order = keyed.generator(plan.seed, "leftovers", epoch).permutation(len(left))
-    batches += _cut([sample for i in order for sample in left[i]], plan.batch_size)
-    order = keyed.generator(plan.seed, "order", epoch, 0).permutation(len(batches))
-    return [batches[i] for i in order]
+    laid = np.concatenate([*full, *(left[i] for i in order)])
+    starts = np.arange(0, len(laid), plan.batch_size)
+    bounds = np.stack([starts, np.minimum(starts + plan.batch_size, len(laid))], axis=1)
+    return Order(laid, bounds[keyed.generator(plan.seed, "order", epoch, 0).permutation(len(bounds))])
 
 
-def _interleaved(samples: list[int], paired: set[int]) -> list[int]:
+def _interleaved(samples: np.ndarray, paired: np.ndarray) -> np.ndarray:
     """Those that are paired spread evenly among the others; both in the order that they have."""
-    kinds = [[s for s in samples if s not in paired], [s for s in samples if s in paired]]
-    places = [((2 * i + 1) / len(kind), number, s) for number, kind in enumerate(kinds) for i, s in enumerate(kind)]
-    return [sample for _, _, sample in sorted(places)]
+    if not paired.any():
+        return samples
+    places = np.empty(len(samples))
+    for kind in (paired, ~paired):
+        places[kind] = (2 * np.arange(kind.sum()) + 1) / max(kind.sum(), 1)
+    return samples[np.lexsort((samples, paired, places))]
 
 
-def _chosen(plan: Plan, number: int, epoch: int) -> Iterator[int]:
+def _chosen(plan: Plan, number: int, epoch: int) -> np.ndarray:
     """The samples of one stream in an epoch, in the order of the pictures where that is whole passes."""
     stream, pictures = plan.streams[number], len(plan.group_of)
-    first, last = epoch * stream.count, (epoch + 1) * stream.count
-    turns = [0] * len(stream.pictures)
-    entries = [index for index, repeats in enumerate(stream.repeats) for _ in range(repeats)]
-    for run in range(first // stream.length, -(-last // stream.length)):
-        start, stop = max(first - run * stream.length, 0), min(last - run * stream.length, stream.length)
-        taken: Sequence[int] = entries
-        if (start, stop) != (0, stream.length):
-            order = keyed.generator(plan.seed, "pass", run, number).permutation(stream.length)
-            taken = [entries[i] for i in sorted(order[start:stop])]
-        for index in taken:
-            yield stream.pictures[index] + turns[index] * pictures
-            turns[index] += 1
-
-
-def _cut(samples: list[int], size: int) -> list[tuple[int, ...]]:
-    return [tuple(samples[i : i + size]) for i in range(0, len(samples), size)]
+    first, last, length = epoch * stream.count, (epoch + 1) * stream.count, stream.length
+    turns = np.zeros(len(stream.pictures), dtype=np.int64)
+    ends = np.cumsum(stream.repeats)
+    found = []
+    for run in range(first // length, -(-last // length)):
+        start, stop = max(first - run * length, 0), min(last - run * length, length)
+        entries = np.arange(length)
+        if (start, stop) != (0, length):
+            order = keyed.generator(plan.seed, "pass", run, number).permutation(length)
+            entries = np.sort(order[start:stop])
+        index = np.searchsorted(ends, entries, side="right")  # whose entries they are; ascending
+        before = np.searchsorted(index, index)  # where the entries of the same picture begin
+        found.append(stream.pictures[index] + (turns[index] + np.arange(len(index)) - before) * pictures)
+        turns += np.bincount(index, minlength=len(turns))
+    return np.concatenate(found)
 
 
 def share(
@@ -137,4 +156,4 @@ def _part(samples: Sequence[int], rank: int, processes: int) -> Sequence[int]:
 
 def _micro_batches(plan: Plan, samples: Sequence[int], micro_batch: int) -> list[tuple[int, ...]]:
     runs = [list(run) for _, run in groupby(samples, plan.group)]
-    return [part for run in runs for part in _cut(run, micro_batch)]
+    return [tuple(run[i : i + micro_batch]) for run in runs for i in range(0, len(run), micro_batch)]

@@ -1,21 +1,25 @@
 """Everything before the first step: read the data sets, fill the cache, hand out what batches are made of."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sdxl_trainer import model, parameters, text, timesteps, tokens
+from sdxl_trainer import files, model, parameters, text, timesteps, tokens
 from sdxl_trainer.base import Base
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Config, Inpainting, TextOptions
 from sdxl_trainer.data import cache, captions, encode, holes, masks, plan
 from sdxl_trainer.data.captions import Choice
 from sdxl_trainer.data.loader import Samples
-from sdxl_trainer.data.pictures import Memo, Picture, load, open_memo
+from sdxl_trainer.data.pictures import Memo, Picture, Pictures, held_out, load, open_memo
 from sdxl_trainer.data.problems import Notes, raise_all
 from sdxl_trainer.data.records import Record
 from sdxl_trainer.data.words import Words
@@ -28,36 +32,92 @@ EMPTY = Prompt("")
 class Stock:
     """The data of a run beside what the cache holds of it."""
 
-    pictures: list[Picture]  # what is trained
-    held_out: list[Picture]
-    choices: list[Choice]  # what the text of each trained picture is drawn from
-    prompts: list[Prompt]  # distinct, with validation prompts and the empty one
+    pictures: Pictures  # what is trained
+    held_out: Pictures
+    choices: Sequence[Choice]  # what the text of each trained picture is drawn from
+    more: tuple[Prompt, ...]  # prompts beside those of the trained pictures
     text_learns: bool
     text_cached: bool  # else captions are encoded in the step
     keys: encode.Keys
     latents: cache.Store
     texts: cache.Store
     memo: Memo
+    digest: str  # of all that decides which rows are needed
+    data_hash: str  # of all that decides what steps compute and is not in the config
     measured: bool = False  # whether the loss on held-out pictures is wanted
     holes: Inpainting | None = None  # how masks are drawn, for inpainting models
     trained_part: tuple[Picture, ...] = ()  # of the trained pictures those whose loss is wanted too
 
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """All distinct prompts: of the trained pictures, for validation, and the empty one."""
+        said = np.concatenate([self.pictures.rows["source"][:, None], self.pictures.column("said")], axis=1)
+        first = np.sort(np.unique(said, axis=0, return_index=True)[1])
+        return list(dict.fromkeys([*self.more, *(p for i in first for p in self.choices[int(i)].prompts())]))
+
     @property
-    def cached(self) -> list[Picture]:
+    def cached(self) -> Pictures:
         """The pictures whose latents and masks are needed."""
-        return self.pictures + (self.held_out if self.measured else [])
+        return self.pictures.and_also(self.held_out) if self.measured else self.pictures
 
-    def missing_latents(self) -> list:
-        return encode.missing_latents(self.latents, self.keys, self.cached)
+    @cached_property
+    def settled(self) -> dict[str, int] | None:
+        """How many rows are needed, if it is known that all of them are there: then none need be looked for."""
+        try:
+            known = json.loads(self._record.read_text(encoding="utf-8"))
+            there = set(known["shards"]) <= {*self.latents.shards, *self.texts.shards}
+            return known["rows"] if there else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
-    def missing_holes(self) -> list:
-        return holes.missing(self.latents, self.keys, self.cached, self.holes) if self.holes else []
+    def settle(self) -> None:
+        """Note that every row that is needed is there, in the shards of now."""
+        if self.settled is None:
+            rows = {"latents": self.needed[0], "texts": len(self.prompts) if self.text_cached else 0}
+            shards = [*self.latents.shards, *self.texts.shards]
+            with files.explained(self._record):
+                self._record.parent.mkdir(parents=True, exist_ok=True)
+                files.write_json(self._record, {"rows": rows, "shards": shards})
+
+    @property
+    def _record(self) -> Path:
+        return self.memo.path.parent / "settled" / f"{self.digest[:32]}.json"
+
+    @cached_property
+    def needed(self) -> tuple[int, encode.Work]:
+        """How many latents are needed, and those that were missing at the first look."""
+        if self.settled is not None:
+            return self.settled["latents"], encode.Work(self.cached, np.zeros((0, 2), "<i8"))
+        return encode.wanted(self.latents, self.cached, lambda p, g: [self.keys.latent(p, g)])
+
+    def missing_latents(self) -> encode.Work:
+        return self.needed[1]
+
+    def missing_holes(self) -> encode.Work:
+        if self.settled is not None or self.holes is None:
+            return encode.Work(self.cached, np.zeros((0, 2), "<i8"))
+        return holes.missing(self.latents, self.keys, self.cached, self.holes)
 
     def missing_masks(self) -> list:
-        return masks.missing(self.latents, self.cached)
+        return [] if self.settled is not None else masks.missing(self.latents, self.cached)
 
     def missing_texts(self) -> list[Prompt]:
-        return encode.missing_texts(self.texts, self.keys, self.prompts) if self.text_cached else []
+        if self.settled is not None or not self.text_cached:
+            return []
+        return encode.missing_texts(self.texts, self.keys, self.prompts)
+
+
+class Numbered(Sequence[tuple[int, Record]]):
+    """Each picture's record with the number of its data set."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: Any) -> Any:
+        return int(self.pictures.rows["source"][index]), self.pictures[index].record
 
 
 def cache_folder(config: Config) -> Path:
@@ -70,22 +130,20 @@ def take_stock(config: Config, base: Base, text_precision: str, notes: Notes | N
     folder = cache_folder(config)
     memo = open_memo(folder)
     found = load(config, memo, notes)
-    if notes is not None and len({id(picture.data) for picture in found}) < len(config.data):
+    if notes is not None and len(np.unique(found.rows["source"])) < len(config.data):
         load(config, memo)  # nothing is left of a data set: the error that says why
-    pictures = [picture for picture in found if not picture.held_out]
-    held_out = [replace(p, geometries=p.geometries[:1]) for p in found if p.held_out]
-    measured = config.validation.loss_every is not None and bool(held_out)
+    out = held_out(found)
+    pictures, unseen = found.take(np.flatnonzero(~out)), found.take(np.flatnonzero(out), plain=True)
+    measured = config.validation.loss_every is not None and len(unseen) > 0
     part = _trained_part(config, pictures)
     _refuse_empty(config, pictures)
     text.refuse_clip_skip(base, config.text)
-    choices = captions.choices(config.data, _records(config, pictures))
-    unseen = captions.plain(config.data, _records(config, [*(held_out if measured else []), *part]))
-    trained = [prompt for choice in choices for prompt in choice.prompts()]
-    _refuse_new_words(config, pictures, choices)
-    tokens.refuse_unread(config.token, [words for prompt in trained for words in prompt.texts])
+    choices = captions.Choices(config.data, Numbered(pictures))
+    if config.token and any(data.prior_prediction for data in config.data):
+        _refuse_new_words(config, pictures, choices)
+    looked_at = captions.plain(config.data, _records(config, [*(unseen if measured else []), *part]))
     wanted = [config.validation.negative or "", *config.validation.prompts]
-    drawn = [*(written(config.text, prompt) for prompt in wanted), *(p for choice in unseen for p in choice.prompts())]
-    prompts = list(dict.fromkeys([EMPTY, *drawn, *trained]))
+    drawn = [*(written(config.text, p) for p in wanted), *(p for choice in looked_at for p in choice.prompts())]
     keys = encode.keys(base, config.cache, config.text, text_precision, memo)
     latents, texts = cache.open_store(folder / "latents"), cache.open_store(folder / "texts")
     learns = parameters.text_learns(config, text.parameter_names(base))
@@ -93,17 +151,52 @@ def take_stock(config: Config, base: Base, text_precision: str, notes: Notes | N
     if learns and not config.text.cache:
         what = "text.cache = false has no effect: text encoders that learn encode every caption in the step"
         raise UserError(what, "text.cache", "remove it")
-    stock = Stock(pictures, held_out, choices, prompts, learns, cached, keys, latents, texts, memo, measured)
-    return replace(stock, trained_part=part, holes=config.inpainting if base.inpaints else None)
+    more = tuple(dict.fromkeys([EMPTY, *drawn]))
+    said = [pictures.digest(), captions.wildcards(config.data)]
+    options = [data.model_dump(mode="json", exclude={"path"}) for data in config.data]
+    beside = [unseen.digest() if measured else None, [p.content for p in part], cached]
+    prompts = [[*prompt.texts, prompt.emphasis] for prompt in more]
+    hidden = config.inpainting if base.inpaints else None
+    drawing = [hidden.model_dump(mode="json") if hidden else None, holes.VERSION, masks.VERSION]
+    digest = cache.key(said, options, beside, prompts, keys.described(), drawing)
+    stock = Stock(
+        pictures,
+        unseen,
+        choices,
+        more,
+        learns,
+        cached,
+        keys,
+        latents,
+        texts,
+        memo,
+        digest,
+        cache.key(said, keys.vae, keys.text),
+        measured,
+        hidden,
+        part,
+    )
+    if config.token:
+        tokens.refuse_unread(config.token, [words for prompt in stock.prompts for words in prompt.texts])
+    return stock
 
 
-def _trained_part(config: Config, pictures: Sequence[Picture]) -> tuple[Picture, ...]:
+def _trained_part(config: Config, pictures: Pictures) -> tuple[Picture, ...]:
     """Trained pictures to measure, chosen by their bytes alone, each in its first geometry."""
     if config.validation.loss_every is None:
         return ()
-    learned = {cache.key("trained part", p.content): p for p in pictures if not p.data.regularisation}
-    chosen = sorted(learned)[: config.validation.trained_pictures]
-    return tuple(replace(learned[name], geometries=learned[name].geometries[:1]) for name in chosen)
+    learned: dict[str, int] = {}
+    for number, data in enumerate(config.data):
+        contents = {} if data.regularisation else dict(_contents(pictures, number))
+        learned |= {cache.key("trained part", content): index for content, index in contents.items()}
+    chosen = nsmallest(config.validation.trained_pictures, learned)
+    return tuple(pictures.take(np.array([learned[name] for name in chosen], dtype="<i8"), plain=True))
+
+
+def _contents(pictures: Pictures, source: int) -> Iterator[tuple[str, int]]:
+    """(content, number) of the pictures of one data set."""
+    for index in pictures.of(source).tolist():
+        yield pictures.sources[source].content[pictures.rows["record"][index]].tobytes().hex(), index
 
 
 def _records(config: Config, pictures: Sequence[Picture]) -> list[tuple[int, Record]]:
@@ -117,9 +210,9 @@ def written(options: TextOptions, prompt: str) -> Prompt:
     return Prompt(prompt, emphasis=options.emphasis != "off")
 
 
-def _refuse_empty(config: Config, pictures: Sequence[Picture]) -> None:
+def _refuse_empty(config: Config, pictures: Pictures) -> None:
     for index, data in enumerate(config.data):
-        if not any(picture.data is data for picture in pictures):
+        if not len(pictures.of(index)):
             what = f"held_out = {data.held_out:g} leaves no picture to train on"
             raise UserError(what, f"data.{index}.path = '{data.path}'", "hold out less, or add pictures")
 
@@ -137,9 +230,9 @@ def _refuse_new_words(config: Config, pictures: Sequence[Picture], choices: Sequ
 
 def order(config: Config, stock: Stock) -> plan.Plan:
     """Which pictures each step trains on."""
-    targets = [picture.geometries[0].target for picture in stock.pictures]
-    members = [[i for i, p in enumerate(stock.pictures) if p.data is data] for data in config.data]
-    entries = [sum(stock.pictures[i].record.repeats for i in m) for m in members]
+    members = [stock.pictures.of(number) for number in range(len(config.data))]
+    repeats = stock.pictures.column("repeats").astype("<i8")
+    entries = [int(repeats[m].sum()) for m in members]
     trained = [n for n, data in zip(entries, config.data, strict=True) if not data.regularisation]
     weights = sum(data.sampling_weight or 0.0 for data in config.data)
     counts = {}
@@ -154,14 +247,14 @@ def order(config: Config, stock: Stock) -> plan.Plan:
     learned, others = sum(counts.values()), sum(entries) - sum(trained)
     streams = [
         plan.Stream(
-            tuple(m),
-            tuple(stock.pictures[i].record.repeats for i in m),
+            m,
+            repeats[m],
             counts.get(number) or max(1, round(learned * entries[number] / others)),
             config.data[number].regularisation,
         )
         for number, m in enumerate(members)
     ]
-    return plan.make(config.seed, config.train.batch_size, targets, streams)
+    return plan.make(config.seed, config.train.batch_size, stock.pictures.rows["target"], streams)
 
 
 def fill(
@@ -185,15 +278,19 @@ def fill(
         cut = encode.fill_texts(base, config.cache, stock.texts, stock.keys, prompts, device, progress)
         _say_cut(cut, config.text, say)
     if not stock.text_cached:
-        tokenizers, chunks = read(config, base, stock)
+        tokenizers, chunks = read(config, base, stock.prompts)
         _say_cut(text.cuts(tokenizers, stock.prompts, chunks), config.text, say)
     if latents:
         encode.fill_latents(base, config.cache, stock.latents, stock.keys, latents, device, progress)
     if hidden and stock.holes:
         holes.fill(base, config.cache, stock.latents, stock.keys, hidden, stock.holes, device, progress)
     wait()
-    stock.texts.refresh()
-    stock.latents.refresh()
+    for store in (stock.texts, stock.latents):
+        store.refresh()
+        if rank == 0:
+            store.save()
+    if rank == 0:
+        stock.settle()
 
 
 def _say_cut(cut: Sequence[text.Cut], options: TextOptions, say: Callable[[str], None]) -> None:
@@ -202,19 +299,28 @@ def _say_cut(cut: Sequence[text.Cut], options: TextOptions, say: Callable[[str],
         say(f"{len(cut)} captions have more than {text.longest(options)} tokens, the rest is cut off: {some}")
 
 
-def read(config: Config, base: Base, stock: Stock) -> tuple[tuple[Any, Any], list[text.Tokens]]:
-    """The tokenizers, which know new words, and the chunks of all prompts."""
+def read(config: Config, base: Base, prompts: Sequence[Prompt]) -> tuple[tuple[Any, Any], list[text.Tokens]]:
+    """The tokenizers, which know new words, and the chunks of prompts."""
     tokenizers = tokens.tokenizers(base, config.token)
-    expanded = [tokens.expanded(config.token, prompt) for prompt in stock.prompts]
+    expanded = [tokens.expanded(config.token, prompt) for prompt in prompts]
     return tokenizers, text.tokenize(tokenizers, expanded, config.text)
 
 
-def samples(config: Config, base: Base, stock: Stock, count: int) -> Samples:
-    """What batches are made of, for a schedule of that many timesteps."""
-    chunks = dict(zip(stock.prompts, read(config, base, stock)[1], strict=True)) if not stock.text_cached else None
+def samples(
+    config: Config,
+    base: Base,
+    stock: Stock,
+    count: int,
+    pictures: Sequence[Picture] | None = None,
+    choices: Sequence[Choice] | None = None,
+) -> Samples:
+    """What batches are made of, for a schedule of that many timesteps; of the trained pictures, or those given."""
+    chunks = (
+        dict(zip(stock.prompts, read(config, base, stock.prompts)[1], strict=True)) if not stock.text_cached else None
+    )
     made = Samples(
-        stock.pictures,
-        stock.choices,
+        stock.pictures if pictures is None else pictures,
+        stock.choices if choices is None else choices,
         stock.keys,
         stock.latents,
         Words(
@@ -246,7 +352,7 @@ def measured_samples(config: Config, base: Base, stock: Stock, timesteps: int) -
         if chosen:
             choices = captions.plain(config.data, _records(config, chosen))
             pictures = [replace(p, data=p.data.model_copy(update=plain)) for p in chosen]
-            made = samples(config, base, replace(stock, pictures=pictures, choices=choices), timesteps)
+            made = samples(config, base, stock, timesteps, pictures, choices)
             found[name] = replace(made, words=replace(made.words, options=whole))
     return found
 

@@ -1,7 +1,33 @@
 """What a data source yields: pictures with their captions, not yet opened."""
 
-from collections.abc import Callable
+import hashlib
+import json
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+import numpy as np
+
+from sdxl_trainer import files
+from sdxl_trainer.data.table import BATCH, keys, open_columns, save_columns
+
+# Part of the name of what is kept: raise it when records would be read or written otherwise.
+VERSION = 1
+# The columns in which records are kept.
+SHAPES: dict[str, tuple[int, ...]] = {
+    "begin": (),
+    "length": (),
+    "stamp": (2,),
+    "said": (2,),
+    "captions": (),
+    "repeats": (),
+}
 
 
 @dataclass(frozen=True)
@@ -32,3 +58,171 @@ class Record:
     focus: tuple[float, float] | None = None
     repeats: int = 1
     seconds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lasting:
+    """Records that are the same wherever the identity is: then they need not be read again."""
+
+    identity: Sequence[object]
+    rows: Iterable[Record]
+
+
+# What reads a picture, by name: functions of (arguments as text or numbers ..., name) that give its bytes.
+Readers = Mapping[str, Callable[..., bytes]]
+
+
+class _Text:
+    """An open file without a name, closed with the last records that lie in it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.number = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self.number)
+
+    def read(self, start: int, end: int) -> bytes:
+        return os.pread(self.number, end - start, start)
+
+
+class Records(Sequence[Record]):
+    """Records by number. What they say lies in a file, and is read when it is asked for; in memory are a few numbers of
+    each: where it lies in that file, 128-bit keys of its stamp and of its captions, its repeats."""
+
+    def __init__(self, text: _Text, columns: Mapping[str, np.ndarray], readers: Readers) -> None:
+        self._text, self.columns, self._readers = text, dict(columns), readers
+
+    def __reduce__(self) -> Any:
+        # For worker processes that are not forks: they get the records themselves.
+        return packed, (list(self), self._readers)
+
+    def __len__(self) -> int:
+        return len(self.columns["length"])
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Records": ...
+    def __getitem__(self, index: int | slice) -> "Record | Records":
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        start, length = (int(self.columns[name][index]) for name in ("begin", "length"))
+        return self._decoded(self._text.read(start, start + length))
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
+    def read_by(self) -> set[str]:
+        """The names of the functions that read the pictures."""
+        rows = (json.loads(self._text.read(b, b + n)) for b, n in zip(*self._places(), strict=True))
+        return {how[0] for row in rows for how in (row[2], (row[4] or [None, row[2]])[1])}
+
+    def copy(self, path: Path) -> None:
+        """Write what the records say to another file."""
+        with path.open("wb") as file:
+            for begin, length in zip(*self._places(), strict=True):
+                file.write(self._text.read(begin, begin + length))
+
+    def _places(self) -> tuple[list[int], list[int]]:
+        return self.columns["begin"].tolist(), self.columns["length"].tolist()
+
+    def take(self, numbers: np.ndarray) -> "Records":
+        """Some of the records, in the order of their numbers."""
+        return Records(self._text, {name: column[numbers] for name, column in self.columns.items()}, self._readers)
+
+    @property
+    def stamps(self) -> np.ndarray:
+        """int64 [n, 2]: keys of the stamps."""
+        return self.columns["stamp"]
+
+    @property
+    def said(self) -> np.ndarray:
+        """int64 [n, 2]: keys of all that a record says of its picture (captions, focus)."""
+        return self.columns["said"]
+
+    @property
+    def captions(self) -> np.ndarray:
+        """int32 [n]: how many captions each has."""
+        return self.columns["captions"]
+
+    @property
+    def repeats(self) -> np.ndarray:
+        """int32 [n]"""
+        return self.columns["repeats"]
+
+    def _decoded(self, text: bytes) -> Record:
+        name, captions, how, stamp, mask, focus, repeats, seconds = json.loads(text)
+        masked = None if mask is None else Mask(mask[0], self._read(mask[1], mask[0]), mask[2])
+        point = None if focus is None else (focus[0], focus[1])
+        return Record(name, tuple(captions), self._read(how, name), stamp, masked, point, repeats, tuple(seconds))
+
+    def _read(self, how: list[Any], name: str) -> Callable[[], bytes]:
+        return partial(self._readers[how[0]], *how[1:], name)
+
+
+def packed(records: Iterable[Record], readers: Readers, folder: Path | None = None) -> Records:
+    """Records as they come, without holding more than a few of them. They are kept in a file without a name, which is
+    gone with the process, in `folder` if it is given."""
+    if folder is not None:
+        with files.explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        columns = _written(file, records, {function: name for name, function in readers.items()})
+        return Records(_Text(file), columns, readers)
+
+
+def kept(records: Lasting, readers: Readers, folder: Path, lasting: Collection[str]) -> tuple[Records, bool]:
+    """The records of the same identity as they were packed before, or packed now, and which of both. They are kept in
+    `folder`, if all of them are read by functions of the names in `lasting`."""
+    identity = hashlib.sha256(json.dumps([VERSION, records.identity]).encode()).hexdigest()
+    place = folder / "records" / identity[:32]
+    text, table = place.with_suffix(".rows"), place.with_suffix(".table")
+    found = open_columns(table, SHAPES)
+    if found is not None and text.is_file() and found[1]["text"] == files.sha256(text):
+        with text.open("rb") as file:
+            return Records(_Text(file), found[0], readers), True
+    made = packed(records.rows, readers, folder)
+    if made.read_by() <= set(lasting):
+        with files.explained(text):
+            text.parent.mkdir(parents=True, exist_ok=True)
+            files.write_atomically(text, made.copy)
+        save_columns(table, made.columns, {"text": files.sha256(text)})
+    return made, False
+
+
+def _written(file: BinaryIO, records: Iterable[Record], names: Mapping[Callable[..., bytes], str]) -> dict[str, Any]:
+    parts: list[list[np.ndarray]] = []
+    end = 0
+    rows = iter(records)
+    while batch := list(islice(rows, BATCH)):
+        texts = [_encoded(record, names) for record in batch]
+        with files.explained(Path(tempfile.gettempdir())):
+            file.write(b"".join(texts))
+        lengths = np.array([len(text) for text in texts], dtype="<i4")
+        begins = end + np.cumsum(lengths, dtype="<i8") - lengths
+        end = int(begins[-1] + lengths[-1])
+        said = keys(json.dumps([r.captions, r.seconds, r.focus]) for r in batch)
+        numbers = [(len(r.captions), r.repeats) for r in batch]
+        parts.append([begins, lengths, keys(r.stamp for r in batch), said, np.array(numbers, dtype="<i4")])
+    file.flush()
+    if not parts:
+        parts = [[np.zeros(0, "<i8"), np.zeros(0, "<i4"), keys(()), keys(()), np.zeros((0, 2), "<i4")]]
+    begins, lengths, stamps, spoken, counts = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return {"begin": begins, "length": lengths, "stamp": stamps, "said": spoken} | {
+        "captions": counts[:, 0],
+        "repeats": counts[:, 1],
+    }
+
+
+def _encoded(record: Record, names: Mapping[Callable[..., bytes], str]) -> bytes:
+    mask = record.mask
+    masked = None if mask is None else [mask.name, _how(mask.read, names), mask.stamp]
+    how = _how(record.read, names)
+    row = [record.name, record.captions, how, record.stamp, masked, record.focus, record.repeats, record.seconds]
+    return json.dumps(row, separators=(",", ":")).encode()
+
+
+def _how(read: Callable[[], bytes], names: Mapping[Callable[..., bytes], str]) -> list[Any]:
+    """The name of the function that reads, and its arguments but the picture's name."""
+    assert isinstance(read, partial)
+    return [names[read.func], *(str(part) if isinstance(part, Path) else part for part in read.args[:-1])]

@@ -5,19 +5,16 @@ its headers and hashes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from sdxl_trainer.data import images
-from sdxl_trainer.data.pictures import Picture
+from sdxl_trainer.data.pictures import Picture, Pictures
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.threads import mapped
 
-T = TypeVar("T")
 LIMIT = 2000
 # Longer side of the pictures in a report, in pixels.
 SIDE = 256
@@ -60,16 +57,15 @@ def look(image: Image.Image) -> Look:
     return Look((words[0], words[1]), float(tiles.std()), float(np.asarray(grey).std()))
 
 
-def chosen(pictures: Sequence[Picture], limit: int = LIMIT) -> list[int]:
+def chosen(pictures: Pictures, limit: int = LIMIT) -> list[int]:
     """Numbers of the pictures to look at: each picture once, at most `limit`, evenly spread, no bytes twice."""
-    first = {picture.content: number for number, picture in reversed(list(enumerate(pictures)))}
-    numbers = sorted(first.values())
+    numbers = np.sort(np.unique(pictures.column("content"), axis=0, return_index=True)[1]).tolist()
     if len(numbers) <= limit:
         return numbers
     return [numbers[i * len(numbers) // limit] for i in range(limit)]
 
 
-def survey(pictures: Sequence[Picture], progress: Callable[[int, int, str], None]) -> Survey:
+def survey(pictures: Pictures, progress: Callable[[int, int, str], None]) -> Survey:
     """Look at pictures, each decoded once at a small size."""
     numbers = chosen(pictures)
     looks: dict[int, Look] = {}
@@ -89,17 +85,6 @@ def survey(pictures: Sequence[Picture], progress: Callable[[int, int, str], None
             looks[number] = seen
         progress(done, len(numbers), "pictures looked at")
     return Survey(looks, broken)
-
-
-def mapped(one: Callable[[int], T], numbers: Iterable[int], ahead: int = 16) -> Iterable[tuple[int, T]]:
-    """(number, one(number)) in order, computed by threads with no more than `ahead` in work."""
-    with ThreadPoolExecutor() as pool:
-        waiting = iter(numbers)
-        queue = [(n, pool.submit(one, n)) for n in islice(waiting, ahead)]
-        while queue:
-            number, future = queue.pop(0)
-            yield number, future.result()
-            queue += [(n, pool.submit(one, n)) for n in islice(waiting, 1)]
 
 
 def near_copies(looks: dict[int, Look]) -> list[list[int]]:

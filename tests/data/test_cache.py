@@ -66,7 +66,7 @@ def test_garbage_goes_and_the_rest_stays(tmp_path: Path) -> None:
     filled(tmp_path, ["d"])
     freed = cache.collect_garbage(tmp_path, {"a", "c"})
     store = cache.open_store(tmp_path)
-    assert sorted(store.shard_of) == ["a", "c"]
+    assert [name for name in "abcd" if name in store] == ["a", "c"]
     assert torch.equal(store.get("c"), torch.full((8, 4, 4), 2.0).half())
     assert freed > 0
     assert cache.damaged(tmp_path) == []
@@ -90,5 +90,53 @@ def test_processes_write_side_by_side(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert [w.exitcode for w in workers] == [0, 0, 0]
-    assert len(cache.open_store(tmp_path).shard_of) == 40
+    assert len(cache.open_store(tmp_path)) == 40
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_table_is_what_the_shards_say(tmp_path: Path) -> None:
+    """However the shards came: one after the other, rows twice, one deleted again."""
+    folder = tmp_path / "latents"
+    store = filled(folder, [f"a{i}" for i in range(30)])
+    filled(folder, ["a3", "b", "c"])
+    filled(folder, ["c", "a29", "d"])
+    store.refresh().save()
+    assert [cache.damaged(folder), len(store), len(cache.open_store(folder))] == [[], 33, 33]
+    extra = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    kept = extra.read_bytes()
+    extra.unlink()
+    again = cache.open_store(folder)
+    assert sorted(name for name in ("a0", "a3", "a29", "b", "c", "d") if name in again) == ["a29", "a3", "b", "c", "d"]
+    assert [float(again.get(name)[0, 0, 0]) for name in ("a3", "b", "a29", "d")] == [0, 1, 1, 2]
+    extra.write_bytes(kept)
+    assert len(cache.open_store(folder)) == 33
+    assert cache.damaged(folder) == []
+
+
+def test_damage_of_the_table_is_found_and_costs_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "latents"
+    filled(folder, ["a", "b"]).save()
+    index = tmp_path / "latents.index"
+    whole = index.read_bytes()
+    for position in range(0, len(whole), 5):
+        index.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert cache.damaged(folder) == [index], position
+    store = cache.open_store(folder)
+    assert float(store.get("b")[0, 0, 0]) == 1
+    assert index.read_bytes() == whole
+
+
+def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "OPEN", 3)
+    for i in range(8):
+        filled(tmp_path / "latents", [f"row{i}{j}" for j in range(i + 1)])
+    store = cache.open_store(tmp_path / "latents")
+    for _ in range(2):
+        for i in range(8):
+            assert [float(store.get(f"row{i}{j}")[0, 0, 0]) for j in range(i + 1)] == list(range(i + 1))
+    assert len(store._opened) == 3
+    fresh = cache.open_store(tmp_path / "latents")
+    for name in store.shards:
+        (tmp_path / "latents" / name).unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        fresh.get("row00")

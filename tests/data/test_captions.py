@@ -35,7 +35,7 @@ def record(*texts: str, seconds: Sequence[str] = (), name: str = "a.png") -> Rec
 
 def choice(*texts: str, seconds: Sequence[str] = (), **options: Any) -> captions.Choice:
     data = Data(path="x", **options)
-    return captions.choices([data], [(0, record(*texts, seconds=seconds))])[0]
+    return captions.Choices([data], [(0, record(*texts, seconds=seconds))])[0]
 
 
 def worded(*texts: str, **options: Any) -> list[str]:
@@ -179,10 +179,10 @@ def test_the_second_encoder_may_read_another_text() -> None:
 def test_variants_depend_on_the_caption_alone() -> None:
     data = Data(path="x", shuffle_tags=True)
     texts = [f"a{i}, b, c, d, e" for i in range(5)]
-    made = captions.choices([data], [(0, record(text)) for text in texts])
-    edited = captions.choices([data], [(0, record(text)) for text in ["new", texts[3], "x, y", *texts[:2], texts[4]]])
+    made = captions.Choices([data], [(0, record(text)) for text in texts])
+    edited = captions.Choices([data], [(0, record(text)) for text in ["new", texts[3], "x, y", *texts[:2], texts[4]]])
     assert [edited[i] for i in (1, 3, 4, 5)] == [made[i] for i in (3, 0, 1, 4)]
-    again = captions.choices([data], [(0, record(texts[0], name="other.png"))])
+    again = captions.Choices([data], [(0, record(texts[0], name="other.png"))])
     assert again[0] == made[0]
 
 

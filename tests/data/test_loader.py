@@ -95,7 +95,7 @@ def test_one_of_several_captions_is_drawn(samples: Callable[..., Samples], tmp_p
     import shutil
 
     folder = tmp_path / "listed"
-    shutil.copytree(samples().pictures[0].record.read.args[0].parent, folder)
+    shutil.copytree(Path(samples().pictures[0].record.read.args[0]).parent, folder)
     row = {"file_name": "0.png", "text": ["a red circle", "a blue square", "a green circle"]}
     for other in folder.glob("[1-9]*.png"):
         other.unlink()

@@ -1,8 +1,10 @@
 """The plan: every picture as often as asked, the same whatever the micro-batch and the number of processes."""
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,10 @@ from sdxl_trainer.data import plan
 from sdxl_trainer.data.plan import Plan, Stream
 
 GROUPS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
+
+
+def stream(pictures: Sequence[int], repeats: Sequence[int], count: int) -> Stream:
+    return Stream(np.array(pictures), np.array(repeats), count)
 
 
 def epoch(made: Plan, number: int) -> list[tuple[int, ...]]:
@@ -49,7 +55,7 @@ def test_repeats_are_exact_on_any_number_of_processes(
     streams, first = [], 0
     for repeats, times in zip(sets, passes, strict=False):
         pictures = range(first, first + len(repeats))
-        streams.append(Stream(tuple(pictures), tuple(repeats), times * sum(repeats)))
+        streams.append(stream(pictures, repeats, times * sum(repeats)))
         first += len(repeats)
     made = plan.make(0, batch, [picture % 3 for picture in range(first)], streams)
     wanted = Counter({p: n * s.count // s.length for s in streams for p, n in zip(s.pictures, s.repeats, strict=True)})
@@ -69,7 +75,7 @@ def test_repeats_are_exact_on_any_number_of_processes(
 @pytest.mark.parametrize("count", [1, 3, 7, 10, 13, 25])
 def test_part_of_a_pass_goes_on_in_the_next_epoch(count: int) -> None:
     """10 pictures, any number of samples an epoch: after any number of epochs all were seen equally often, but one."""
-    made = plan.make(5, 4, [0] * 6 + [1] * 4, [Stream(tuple(range(10)), (1,) * 10, count)])
+    made = plan.make(5, 4, [0] * 6 + [1] * 4, [stream(range(10), [1] * 10, count)])
     seen: Counter[int] = Counter(dict.fromkeys(range(10), 0))
     for number in range(12):
         samples = [s for batch in epoch(made, number) for s in batch]
@@ -80,7 +86,7 @@ def test_part_of_a_pass_goes_on_in_the_next_epoch(count: int) -> None:
 
 def test_any_step_can_be_asked_alone_and_in_any_order() -> None:
     groups = [0] * 10 + [1] * 7
-    for streams in (None, [Stream(tuple(range(17)), (2,) * 17, 23)]):
+    for streams in (None, [stream(range(17), [2] * 17, 23)]):
         forward = [plan.make(3, 4, groups, streams).step(step) for step in range(20)]
         assert [plan.make(3, 4, groups, streams).step(step) for step in reversed(range(20))] == forward[::-1]
 

@@ -6,6 +6,7 @@ A new kind of source is one module with a function that gives records, and one l
 import logging
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import numpy as np
 from sdxl_trainer import keyed
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.problems import Notes
-from sdxl_trainer.data.records import Record
+from sdxl_trainer.data.records import Lasting, Readers, Record, Records, kept, packed
 from sdxl_trainer.data.sources import dataset, folder, shards
-from sdxl_trainer.data.sources.tree import scan
+from sdxl_trainer.data.sources.tree import read_file, scan
 from sdxl_trainer.errors import UserError, shortened
 
+READERS: Readers = {"file": read_file, "row": dataset.read_row, "shard": shards.read}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 log = logging.getLogger("sdxl_trainer")
 
@@ -32,7 +34,7 @@ def records(
     split: str | None = None,
     index_dir: Path | None = None,
     notes: Notes | None = None,
-) -> list[Record]:
+) -> Records:
     """The pictures of one data set with their captions, in a fixed order; no picture is opened.
 
     `where` names the option in messages (data.0.path), `datasets_dir` is where hub datasets are kept, `split`
@@ -40,16 +42,31 @@ def records(
     everything that is wrong with the data set at once; with `notes` it is noted, and pictures that cannot be used are
     left out.
     """
-    found = _records(data, split or data.split, where, datasets_dir, index_dir, notes)
-    if data.caption_only and data.caption is not None:
-        found = [replace(record, captions=(data.caption.strip(),), seconds=()) for record in found]
+    rows = _records(data, split or data.split, where, datasets_dir, index_dir, notes)
+    found = _packed(rows, data, where, index_dir.parent if index_dir else None, notes)
     if data.max_samples is None:
         return found
     if data.max_samples > len(found):
         log.info("%s: max_samples is %d, there are %d pictures: all are used", where, data.max_samples, len(found))
     if notes is not None:
         notes.skipped[where]["not drawn (max_samples)"] += len(found) - data.max_samples
-    return [found[index] for index in subset(len(found), data.max_samples, seed)]
+    return found.take(np.array(subset(len(found), data.max_samples, seed)))
+
+
+def _packed(
+    rows: Iterable[Record] | Lasting, data: Data, where: str, folder: Path | None, notes: Notes | None
+) -> Records:
+    lasting, each = (rows, rows.rows) if isinstance(rows, Lasting) else (None, rows)
+    if data.caption_only and data.caption is not None:
+        alone = (data.caption.strip(),)
+        each = (replace(record, captions=alone, seconds=()) for record in each)
+    # With notes all is read, since the counts of what is left out are wanted too.
+    if lasting is None or folder is None or notes is not None:
+        return packed(each, READERS, folder)
+    found, before = kept(Lasting(lasting.identity, each), READERS, folder, {"row", "shard"})
+    if before:
+        log.info("%s = '%s': %d pictures, as before", where, data.path, len(found))
+    return found
 
 
 def pictures(folder: Path, place: str, mask_suffix: str) -> list[str]:
@@ -65,7 +82,7 @@ def subset(count: int, wanted: int, seed: int) -> list[int]:
 
 def _records(
     data: Data, split: str, where: str, datasets_dir: str | None, index_dir: Path | None, notes: Notes | None
-) -> list[Record]:
+) -> Iterable[Record] | Lasting:
     place = f"{where} = '{data.path}'"
     if "://" in data.path:
         return _shards(data, split, place, index_dir, notes)
@@ -91,7 +108,7 @@ def _records(
     return folder.records(data, tree, split, place, notes)
 
 
-def _shards(data: Data, split: str, place: str, index_dir: Path | None, notes: Notes | None) -> list[Record]:
+def _shards(data: Data, split: str, place: str, index_dir: Path | None, notes: Notes | None) -> Lasting:
     _refuse(data, ("name", "folder"), "these are shards", place)
     _refuse_folders_only(data, place, "these are shards", ("file", "column"))
     if split != "train":
@@ -115,7 +132,7 @@ def _folder(text: str, place: str) -> Path | None:
     return path
 
 
-def _remote(data: Data, split: str, place: str, datasets_dir: str | None, notes: Notes | None) -> list[Record]:
+def _remote(data: Data, split: str, place: str, datasets_dir: str | None, notes: Notes | None) -> Lasting:
     if HUB_ID.fullmatch(data.path):
         _refuse_folders_only(data, place)
         return dataset.loaded(data, split, place, datasets_dir, None, notes)

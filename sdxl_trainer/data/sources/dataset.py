@@ -8,7 +8,7 @@ import errno
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, partial
 from itertools import repeat
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.problems import Found, Notes, refuse, total
-from sdxl_trainer.data.records import Mask, Record
+from sdxl_trainer.data.records import Lasting, Mask, Record
 from sdxl_trainer.data.sources import extras
 from sdxl_trainer.data.sources.tree import read_file
 from sdxl_trainer.errors import UserError, closest
@@ -62,7 +62,7 @@ def holds(table: Path, column: str) -> bool:
         return False
 
 
-def saved(data: Data, root: Path, split: str, place: str, notes: Notes | None = None) -> list[Record]:
+def saved(data: Data, root: Path, split: str, place: str, notes: Notes | None = None) -> Lasting:
     """Records of a dataset or dict of datasets written by save_to_disk."""
     import datasets
     import pyarrow
@@ -79,7 +79,7 @@ def saved(data: Data, root: Path, split: str, place: str, notes: Notes | None = 
 
 def loaded(
     data: Data, split: str, place: str, datasets_dir: str | None, local: Path | None, notes: Notes | None = None
-) -> list[Record]:
+) -> Lasting:
     """Records of what `datasets.load_dataset` opens: a local folder, or a dataset on the hub where that is None."""
     import datasets
     import pyarrow
@@ -152,22 +152,32 @@ def _records(
     root: Path | None,
     datasets_dir: str | None = None,
     notes: Notes | None = None,
-) -> list[Record]:
+) -> Lasting:
     roots = [root] if root else _caches(datasets_dir)
-    found: list[Record] = []
-    problems: Found = defaultdict(list)
-    rows = 0
-    for part in _parts(splits, split, place):
-        _require_columns(data, splits[part.split], place)
-        rows += part.last - part.first
-        found += _part(data, part, roots, problems)
-    refuse(problems, PROBLEMS, place, notes)
-    if not rows:
+    parts = list(_parts(splits, split, place))
+    if not parts:
         raise UserError(f"split '{split}' has no rows", place, "choose another split, or remove the data set")
+    for name in dict.fromkeys(part.split for part in parts):
+        _require_columns(data, splits[name], place)
+    files = [_stamp(Path(path)) for path in dict.fromkeys(part.path for part in parts)]
+    identity = [data.model_dump(mode="json"), [astuple(part) for part in parts], files]
+    return Lasting(identity, _rows(data, parts, split, place, roots, notes))
+
+
+def _rows(
+    data: Data, parts: Sequence[Part], split: str, place: str, roots: Sequence[Path], notes: Notes | None
+) -> Iterator[Record]:
+    problems: Found = defaultdict(list)
+    rows = sum(part.last - part.first for part in parts)
+    found = 0
+    for part in parts:
+        for record in _part(data, part, roots, problems):
+            found += 1
+            yield record
+    refuse(problems, PROBLEMS, place, notes)
     if notes is not None:
-        notes.unusable[place] += rows - len(found)
-    log.info("%s: %d pictures of split '%s'", place, len(found), split)
-    return found
+        notes.unusable[place] += rows - found
+    log.info("%s: %d pictures of split '%s'", place, found, split)
 
 
 def _part(data: Data, part: Part, roots: Sequence[Path], problems: Found) -> Iterator[Record]:

@@ -18,7 +18,7 @@ from typing import Any
 from sdxl_trainer import files
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.problems import Found, Notes, refuse, total
-from sdxl_trainer.data.records import Mask, Record
+from sdxl_trainer.data.records import Lasting, Mask, Record
 from sdxl_trainer.data.sources import extras
 from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES, natural
 from sdxl_trainer.errors import UserError
@@ -37,12 +37,18 @@ PROBLEMS = {
 Sample = tuple[str, list[tuple[str, int, int]], dict[str, str | None]]
 
 
-def records(data: Data, place: str, index_dir: Path | None, notes: Notes | None = None) -> list[Record]:
+def records(data: Data, place: str, index_dir: Path | None, notes: Notes | None = None) -> Lasting:
     """The samples of all shards in natural order of their names."""
+    found = list(_shards(data.path, place))
+    return Lasting([data.model_dump(mode="json"), found], _rows(data, found, place, index_dir, notes))
+
+
+def _rows(
+    data: Data, found_shards: list[tuple[str, str]], place: str, index_dir: Path | None, notes: Notes | None
+) -> Iterator[Record]:
     problems: Found = defaultdict(list)
-    found: list[Record] = []
-    alone, unusable, told = 0, 0, False
-    for shard, stamp in _shards(data.path, place):
+    found, alone, unusable, told = 0, 0, 0, False
+    for shard, stamp in found_shards:
         for name, pictures, texts in _index(shard, stamp, place, index_dir):
             told |= any(suffix in texts for suffix in CAPTIONS)
             label = f"{shard.rsplit('/', 1)[-1]}/{name}"
@@ -54,7 +60,8 @@ def records(data: Data, place: str, index_dir: Path | None, notes: Notes | None 
                 problems["twice"].append(label)
             record = _record(data, shard, stamp, label, pictures[0], texts, problems)
             if total(problems) == before:
-                found.append(record)
+                found += 1
+                yield record
             else:
                 unusable += 1
     refuse(problems, PROBLEMS, place, notes)
@@ -65,8 +72,7 @@ def records(data: Data, place: str, index_dir: Path | None, notes: Notes | None 
         raise UserError("caption_per_line has no effect: there are no caption files", place, "remove it")
     if not found and not unusable:
         raise UserError("the shards hold no pictures", place, f"pack pictures ({' '.join(sorted(PICTURES))}) in them")
-    log.info("%s: %d pictures; samples without a picture: %d", place, len(found), alone)
-    return found
+    log.info("%s: %d pictures; samples without a picture: %d", place, found, alone)
 
 
 def read(shard: str, offset: int, size: int, name: str) -> bytes:
@@ -119,11 +125,21 @@ def _index(shard: str, stamp: str, place: str, index_dir: Path | None) -> list[S
         system, path = _open(shard)
         with system.open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             samples = _walk(tar)
+            _refuse_open_end(tar, stream, shard, place)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"the shard {shard} cannot be read: {error}", place, "download or pack it once more") from None
     if known:
         files.write_json(known, samples)
     return samples
+
+
+def _refuse_open_end(tar: tarfile.TarFile, stream: Any, shard: str, place: str) -> None:
+    """The library takes a shard that is cut short between two files, or damaged there, for one that ends."""
+    stream.seek(tar.offset)
+    block = stream.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
+        what = f"the shard {shard} is cut short or damaged after {len(tar.getmembers())} files"
+        raise UserError(what, place, "download or pack it once more")
 
 
 def _walk(tar: tarfile.TarFile) -> list[Sample]:

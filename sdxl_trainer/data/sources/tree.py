@@ -46,10 +46,10 @@ def _chunks(part: str) -> list[str | int]:
     return [int(chunk) if index % 2 else chunk for index, chunk in enumerate(re.split("([0-9]+)", part.casefold()))]
 
 
-def read_file(path: Path, name: str) -> bytes:
+def read_file(path: Path | str, name: str) -> bytes:
     """The bytes of a picture. UserError names it if it cannot be read any more."""
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise UserError(
             f"the picture cannot be read: {error.strerror}", name, "restore the file and make it readable"
