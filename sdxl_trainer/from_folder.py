@@ -39,6 +39,8 @@ class Wish:
         options = {"trigger": "data.0.trigger", "preset": "preset", "model": "model.path", "name": "output_dir"}
         for option, place in options.items():
             value = getattr(self, option)
+            if value is not None and not path.exists():
+                raise UserError(f"there is no folder '{path}'", "command line", "give the folder of your pictures")
             if value is not None:
                 what = f"--{option} is for beginning from a folder, and '{path}' is none"
                 raise UserError(what, "command line", f'write {place}="{value}" in the place of --{option}')

@@ -55,6 +55,7 @@ ROWS = [
         command=(*START, "--trigger", "sks cat"),
     ),
     Bad("a name with a slash", "'a/b' cannot be the name", "slashes", command=(*START, "--name", "a/b")),
+    Bad("no such folder", "there is no folder 'photoz'", "pictures", command=("train", "photoz", "--trigger", "sks")),
     Bad(
         "a trigger beside a config",
         "--trigger is for beginning from a folder",
