@@ -1,5 +1,6 @@
 """Files of prompts, grids, and what the command refuses."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from PIL import Image
 
 from sdxl_trainer import cli, sample
 from sdxl_trainer.errors import UserError
-from sdxl_trainer.sampling import grid, order, prompts
+from sdxl_trainer.sampling import grid, order, prompts, samplers
 
 LINES = """# two pictures
 a cat --w 832 --h 1216 --d 7 --s 30 --l 6.5 --n blurry, dark --ss euler_a
@@ -192,3 +193,28 @@ def test_the_command(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.argv", [*argv, "--guidance", "lots"])
     assert cli.guarded(cli.command) == 2
     assert "'lots' for '--guidance' is not a number from 0" in capsys.readouterr().err
+
+
+# diffusers' DPM2 mixes NumPy and PyTorch in a way that newer ones warn of.
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+@pytest.mark.parametrize("spacing", samplers.SPACINGS)
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_every_sampler_s_name_is_known_or_refused_with_a_reason(base: Path, name: str, spacing: str) -> None:
+    """Under A1111's name and ComfyUI's; a scheduler has what its name says."""
+    facts, options = samplers.SAMPLERS[name], samplers.SPACINGS[spacing][0]
+    config = json.loads((base / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    assert samplers.split(f"{facts.comfy}_{samplers.SPACINGS[spacing][1]}") == (name, spacing)
+    import diffusers
+
+    lacking = options.keys() - inspect.signature(getattr(diffusers, facts.kind).__init__).parameters.keys()
+    if lacking:
+        with pytest.raises(UserError, match=f"has no spacing '{spacing}'"):
+            samplers.scheduler(config, f"{name} {spacing}")
+        return
+    made = samplers.scheduler(config, f"{name} {spacing}".upper())
+    assert type(made).__name__ == facts.kind
+    for key, value in {**facts.options, **options}.items():
+        assert made.config[key] == value
+    assert made.config["beta_end"] == config["beta_end"]
+    made.set_timesteps(5)
+    assert len(made.timesteps) >= 5
