@@ -38,5 +38,6 @@ def _listen(port: int) -> socket.socket:
     try:
         listening.bind((HOST, port))
     except OSError as error:
+        listening.close()
         raise UserError(f"port {port}: {error.strerror}", "sdxl ui --port", "give another, or 0 for any") from None
     return listening

@@ -331,3 +331,17 @@ def test_runs_are_compared_as_the_report_compares_them(client: TestClient, tmp_p
     for names in ("one", "one,one", "one,../two", "one,missing", ""):
         answer = client.get("/api/compare", params={"names": names})
         assert answer.status_code == (200 if names == "one" else 400)
+
+
+def test_what_the_command_refuses(tmp_path: Path) -> None:
+    import socket
+
+    from sdxl_trainer import studio
+
+    with socket.socket() as other:
+        other.bind((studio.HOST, 0))
+        other.listen()
+        with pytest.raises(jobs.UserError, match=f"port {other.getsockname()[1]}"):
+            studio.serve(tmp_path, other.getsockname()[1], show=False)
+    with pytest.raises(jobs.UserError, match="there is no folder"):
+        studio.serve(tmp_path / "missing", 0, show=False)
