@@ -4,7 +4,7 @@ Each method teaches micro-SDXL the demo's new shape from the demo's pictures, an
 and after. Beside each new picture a step has one that the base drew (prior preservation), unless the row says
 otherwise. Each row runs in a process of its own, in one thread; a row that is finished is not run again.
 
-    python benchmarks/methods.py [ROW ...] [--again] [--steps 300] [--rate RATE] [--work runs/methods]
+    python benchmarks/methods.py [ROW ...] [--again] [--steps 550] [--rate RATE] [--work runs/methods]
     python benchmarks/methods.py --table      writes the table into docs/methods.md and runs nothing
 """
 
@@ -26,7 +26,7 @@ from sdxl_trainer import demo, files
 RESULT = Path(__file__).parent / "results" / "methods.json"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "methods.md"
 MARKS = ("<!-- made by python benchmarks/methods.py -->", "<!-- end -->")
-BATCH = 8
+BATCH, STEPS = 8, 550
 ASKED = {"new": 32, "old": 48}  # fewer of the demo's questions about old shapes: this is done for every row
 CLASS = 40  # pictures that the base draws for prior preservation
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"default: all of {', '.join(ROWS)}")
     parser.add_argument("--again", action="store_true", help="run finished rows too")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rate", type=float, help="try another learning rate; the row keeps its own")
     parser.add_argument("--work", type=Path, default=Path("runs/methods"))
     parser.add_argument("--table", action="store_true", help="only write the table")
@@ -124,14 +124,19 @@ def main() -> None:
     results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {"base": {}, "tried": {}}
     for name in [] if options.table else options.rows or ["base", *ROWS]:
         done = results["base"] if name == "base" else results["tried"].setdefault(name, {})
-        key = "0" if name == "base" else f"{options.rate or ROWS[name].rate:g}"
+        key = "base" if name == "base" else tried(options.rate or ROWS[name].rate, options.steps)
         if key in done and not options.again:
             continue
         done[key] = run(name, options)
-        results |= {"steps": options.steps, "batch": BATCH, "asked": ASKED}
+        results |= {"batch": BATCH, "asked": ASKED}
         files.write_json(RESULT, results)
+        document(results)
         print(name, key, {kind: done[key]["accuracy"][kind]["shape"] for kind in demo.ASKED}, flush=True)
     document(results)
+
+
+def tried(rate: float, steps: int) -> str:
+    return f"{rate:g}, {steps} steps"
 
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -245,31 +250,31 @@ def document(results: dict[str, Any]) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A row for each method, and every learning rate that was tried with what came of it."""
+    """A row for each method at its own rate, with as many steps as it was given last; and all that was tried."""
     lines = [
-        "| method | new shape, % | old shapes, % | learns | file | CPU time | peak memory |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| method | steps | new shape, % | old shapes, % | learns | file | CPU time | peak memory |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    before = results["base"]["0"]["accuracy"]
-    rates = ["", "| method | rate: new, old |", "| --- | --- |"]
+    before = results["base"]["base"]["accuracy"]
+    tries = ["", "| method | learning rate, steps: new, old |", "| --- | --- |"]
     for name, row in ROWS.items():
-        tried = results["tried"].get(name, {})
-        found = tried.get(f"{row.rate:g}")
-        if found is None:
+        made = results["tried"].get(name, {})
+        own = [key for key in made if key.startswith(f"{row.rate:g}, ")]
+        if not own:
             continue
+        found, steps = made[own[-1]], own[-1].split(", ")[1].removesuffix(" steps")
         now = found["accuracy"]
-        new, old = (f"{100 * before[kind]['shape']:.0f} → {100 * now[kind]['shape']:.0f}" for kind in demo.ASKED)
+        new, old = (f"{100 * before[kind]['shape']:.0f} → {100 * now[kind]['shape']:.0f}" for kind in ASKED)
         size, minutes = f"{found['file_bytes'] / 1e3:,.0f} kB", f"{found['cpu_seconds'] / 60:.1f} min"
         lines.append(
-            f"| {row.title} | {new} | {old} | {found['parameters']:,} | {size} | {minutes} "
+            f"| {row.title} | {steps} | {new} | {old} | {found['parameters']:,} | {size} | {minutes} "
             f"| {found['peak_rss_mb']:,} MB |"
         )
-        each = "; ".join(
-            f"{rate}: " + ", ".join(f"{100 * made['accuracy'][kind]['shape']:.0f}" for kind in demo.ASKED)
-            for rate, made in sorted(tried.items(), key=lambda pair: float(pair[0]))
-        )
-        rates.append(f"| {row.title} | {each} |")
-    return "\n".join(lines + rates) + "\n"
+        each = [
+            f"{k}: " + ", ".join(f"{100 * v['accuracy'][kind]['shape']:.0f}" for kind in ASKED) for k, v in made.items()
+        ]
+        tries.append(f"| {row.title} | {'; '.join(each)} |")
+    return "\n".join(lines + tries) + "\n"
 
 
 if __name__ == "__main__":
