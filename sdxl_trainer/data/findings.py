@@ -230,6 +230,8 @@ def _alike(pictures: Sequence[Picture]) -> list[Finding]:
         sets[id(picture.data)].append(picture)
     for members in sets.values():
         data, names = members[0].data, {p.name: p.captions for p in members}
+        if data.caption_only or data.regularisation:
+            continue  # one caption is what was asked for
         fallback = [name for name, texts in names.items() if data.caption and texts == (data.caption.strip(),)]
         if fallback:
             shown = tuple((name, data.caption or "") for name in fallback[:EXAMPLES])

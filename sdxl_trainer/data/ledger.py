@@ -79,7 +79,7 @@ def _exceptions(stock: Stock) -> Rows:
     if any(masks):
         having = sum(bool(m and m[r]) for m, r in ((masks[s], r) for s, r in pictures.rows[["source", "record"]]))
         found.append(("masks", f"{having} pictures with, {len(pictures) - having} without"))
-    each = pictures.take(np.unique(pictures.rows[["source", "record"]], return_index=True)[1])
+    each = pictures.take(pictures.distinct())
     doubles = len(each) - len(np.unique(each.column("content"), axis=0))
     if doubles > 0:
         found.append(("duplicates", f"{doubles} pictures have the same bytes as another"))

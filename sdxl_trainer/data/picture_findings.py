@@ -49,8 +49,8 @@ def ranked(about_pictures: Iterable[Finding], captions: Captions | None) -> list
 
 def copies(found: Pictures) -> list[list[int]]:
     """Groups of pictures with the same bytes, by number; a picture in several resolutions is one."""
-    each = found.take(np.unique(found.rows[["source", "record"]], return_index=True)[1])
-    numbers = np.unique(found.rows[["source", "record"]], return_index=True)[1]
+    numbers = found.distinct()
+    each = found.take(numbers)
     kinds, counts = np.unique(each.column("content"), axis=0, return_inverse=True, return_counts=True)[1:]
     kinds = kinds.reshape(-1)
     return [numbers[kinds == kind].tolist() for kind in np.flatnonzero(counts > 1)]

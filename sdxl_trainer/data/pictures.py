@@ -197,6 +197,13 @@ class Pictures(Sequence[Picture]):
         first = np.unique(self.column("said"), axis=0, return_index=True)[1]
         return int(self.column("captions")[first].sum())
 
+    def distinct(self) -> np.ndarray:
+        """A number for each picture that is to be learned, at one of its resolutions. The pictures of prior prediction
+        may be the subject's own."""
+        numbers = np.unique(self.rows[["source", "record"]], return_index=True)[1]
+        learned = np.array([not source.data.prior_prediction for source in self.sources])
+        return numbers[learned[self.rows["source"][numbers]]]
+
     def of(self, source: int) -> np.ndarray:
         """Numbers of the pictures of one data set."""
         return np.flatnonzero(self.rows["source"] == source)

@@ -94,6 +94,24 @@ def test_prompts_in_turn_are_the_captions(
     assert captions == {f"{n:05}": (("a circle",), ("a green circle",))[n % 2] for n in range(5)}
 
 
+def test_check_says_what_is_to_be_drawn_and_nothing_of_what_is_meant(
+    config: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One caption for a subject and its pictures seen twice are DreamBooth, and no findings."""
+    from sdxl_trainer import check
+
+    class_pictures = CLASS | {"path": str(tmp_path / "class")}
+    check.run(config(data=[SUBJECT, class_pictures, KEPT], adapter={"rank": 2}))
+    said = capsys.readouterr().out
+    assert "5 class pictures of 'a circle' are to be drawn first" in said
+    assert "the base's prediction as target" in said
+    assert "duplicates" not in said
+    assert "are the one for all" not in said
+    check.run(config(data=[SUBJECT, KEPT], train={"frozen": "bf16"}))
+    assert "frozen base (prior_prediction)" in capsys.readouterr().out
+    assert not (tmp_path / "class").exists()
+
+
 def test_killed_while_drawing(config: Callable[..., Any], tmp_path: Path) -> None:
     """The rest is drawn by two processes: together they are what one draws."""
     from sdxl_trainer.inspect_cache import run
