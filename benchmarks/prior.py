@@ -3,11 +3,12 @@
 The subject is one circle, which is purple, shown in six pictures under "a sks circle". After the training three things
 are counted with the reader of the toy world, for each of several seeds:
 
-    learned  "a large sks circle in the center on a ... background" drawn as a purple circle
+    learned  "a sks circle" drawn as a purple circle
+    carried  "a large sks circle in the center on a ... background" drawn as one too: words that it was not taught with
     taken    "a large red circle ..." and its like in other colours drawn as a purple circle
     kept     the same drawn as what they say: a circle of that colour on that background
 
-    python benchmarks/prior.py [--seeds 3] [--steps 160] [--work runs/prior]     finished arms are not run again
+    python benchmarks/prior.py [--seeds 3] [--steps 160] [--work runs/prior]     what is finished is not run again
 """
 
 import argparse
@@ -22,7 +23,6 @@ import torch
 import toyworld
 from sdxl_trainer import attach, demo, files
 from sdxl_trainer.configfile import validated
-from sdxl_trainer.run import Start
 from sdxl_trainer.train import train
 from toyworld import score
 
@@ -95,11 +95,12 @@ def drawn(pipeline: Any, prompts: list[str]) -> list[np.ndarray]:
 
 
 def measured(pipeline: Any) -> dict[str, float]:
-    """Learned, taken and kept, each from 0 to 1."""
+    """Learned, carried, taken and kept, each from 0 to 1."""
     pairs = [(c, g) for c in COLOURS for g in GROUNDS if c != g][1::2][:ASKED]
     found = {}
     for name, prompts in (
-        ("subject", [f"a large sks circle in the center on a {ground} background" for _, ground in pairs]),
+        ("subject", ["a sks circle"] * 16),
+        ("elsewhere", [f"a large sks circle in the center on a {ground} background" for _, ground in pairs]),
         ("class", [f"a large {colour} circle in the center on a {ground} background" for colour, ground in pairs]),
     ):
         readings = [score.read(picture) for picture in drawn(pipeline, prompts)]
@@ -107,13 +108,14 @@ def measured(pipeline: Any) -> dict[str, float]:
     wanted = [(("circle", colour), ground) for colour, ground in pairs]
     return {
         "learned": statistics.mean(thing == SUBJECT for thing, _ in found["subject"]),
+        "carried": statistics.mean(thing == SUBJECT for thing, _ in found["elsewhere"]),
         "taken": statistics.mean(thing == SUBJECT for thing, _ in found["class"]),
         "kept": statistics.mean(seen == asked for seen, asked in zip(found["class"], wanted, strict=True)),
     }
 
 
 def arm(work: Path, name: str, seed: int, steps: int) -> dict[str, float]:
-    output = train(validated(settings(work, name, seed, steps), name), Start("restart"))
+    output = train(validated(settings(work, name, seed, steps), name))
     beside = "adapter" in ARMS[name][0]
     pipeline = demo.pipeline(demo.BASE if beside else output)
     attach.attach(pipeline, [str(output)] if beside else [])
@@ -122,10 +124,10 @@ def arm(work: Path, name: str, seed: int, steps: int) -> dict[str, float]:
 
 def table(results: dict[str, Any]) -> str:
     """Medians over the seeds, with the smallest and largest."""
-    lines = ["| | learned | taken | kept |", "| --- | --- | --- | --- |"]
+    lines = ["| | learned | carried | taken | kept |", "| --- | --- | --- | --- | --- |"]
     for name, runs in {"the base": {"0": results["base"]}, **results["arms"]}.items():
         found = []
-        for key in ("learned", "taken", "kept"):
+        for key in ("learned", "carried", "taken", "kept"):
             values = sorted(100 * run[key] for run in runs.values())
             spread = f" ({values[0]:.0f} to {values[-1]:.0f})" if len(values) > 1 else ""
             found.append(f"{statistics.median(values):.0f} %{spread}")
