@@ -207,6 +207,7 @@ def config_text(name: str, part: Any, noted: Ema | None = None) -> str:
     if name != "unet":
         return part.config.to_json_string().strip()
     config = json.loads(part.to_json_string())
+    config.pop("_name_or_path", None)  # where this machine had it
     config["_class_name"] = config["_class_name"].removeprefix("FSDP")  # what fully_shard calls the sharded module
     if noted is not None:
         config |= {"decay": noted.decay, "min_decay": 0.0, "optimization_step": noted.updates}

@@ -186,7 +186,11 @@ def noise_schedule(config: Config, base: Base) -> tuple[schedule.Schedule, str]:
         raise UserError(
             f"the base predicts '{prediction}'", "scheduler_config.json", f"set objective.prediction; {allowed}"
         )
-    made = schedule.from_scheduler_config(scheduler, config.objective.zero_terminal_snr)
+    try:
+        made = schedule.from_scheduler_config(scheduler, config.objective.zero_terminal_snr)
+    except (TypeError, ValueError, RuntimeError, OverflowError, KeyError) as error:
+        what = f"the noise schedule cannot be made: {error}"
+        raise UserError(what, "scheduler_config.json", "copy or download this part of the model again") from error
     if made.levels is not None:
         _refuse_with_edm(config, prediction)
     if made.zero_terminal_snr and prediction == "epsilon":

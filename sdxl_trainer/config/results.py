@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from sdxl_trainer.config.section import Fraction, PathText, Positive, Section, Side, Text, option
+from sdxl_trainer.config.section import Fraction, InsidePath, PathText, Positive, Section, Side, Text, option
 
 
 class Validation(Section):
@@ -33,7 +33,7 @@ class Validation(Section):
 
 class Log(Section):
     trackers: tuple[str, ...] = option((), "any of tensorboard, wandb, or another tracker of accelerate")
-    dir: PathText = option("logs", "folder of the trackers, under output_dir")
+    dir: InsidePath = option("logs", "folder of the trackers, under output_dir")
     project: str = option("sdxl-trainer", "project name for the trackers")
     pictures: bool = option(
         False, "each picture's own loss too: in metrics.jsonl under pictures, for trackers as loss_for_NAME"

@@ -24,6 +24,16 @@ def _possible(path: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_possible)]
+
+
+def _below(path: str) -> str:
+    """Refuse what leads out of the output folder."""
+    if Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts:
+        raise ValueError("a folder below output_dir, without ..")
+    return path
+
+
+InsidePath = Annotated[PathText, AfterValidator(_below)]
 # Sides of pictures: latents have an eighth of them.
 Side = Annotated[int, Field(ge=8, multiple_of=8)]
 

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from importlib.metadata import packages_distributions
 from io import StringIO
 from typing import Any
 
@@ -150,6 +151,8 @@ def state_bytes(options: Optimizer, weight: int) -> float:
 
 def _class(kind: Kind) -> Any:
     module, _, name = kind.place.partition(":")
+    if kind.place not in {known.place for known in KINDS.values()}:
+        _refuse_uninstalled(module)
     try:
         found = getattr(importlib.import_module(module), name)
     except ImportError as error:
@@ -163,6 +166,14 @@ def _class(kind: Kind) -> Any:
         what = f"{kind.place} is not an optimizer of PyTorch with a learning rate 'lr'"
         raise UserError(what, "optimizer.name", "name a subclass of torch.optim.Optimizer")
     return found
+
+
+def _refuse_uninstalled(module: str) -> None:
+    """A config may name what was installed, not make a file run that lies in some folder."""
+    package = module.partition(".")[0]
+    if package not in packages_distributions():
+        what = f"{module} is not of an installed package, and importing it would run whatever it is"
+        raise UserError(what, "optimizer.name", f"pip install {package}, or choose another optimizer")
 
 
 def _is_optimizer(found: Any) -> bool:

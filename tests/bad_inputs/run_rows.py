@@ -88,6 +88,7 @@ CHECKPOINT = "run/checkpoint-2"
 WEIGHTS = f"{CHECKPOINT}/unet/diffusion_pytorch_model.safetensors"
 STATE = f"{CHECKPOINT}/state.json"
 ROWS = [
+    Bad("logs outside of the output", "below output_dir", "", options={"log.dir": "../../logs"}),
     Bad(
         "output_dir is a file",
         "cannot write: file exists",
