@@ -41,7 +41,8 @@ def key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
 
 
-# Where a row begins in its shard, of which type and shape it is, and its checksum: -1 in shards of older versions.
+# Where a row begins in its shard, of which type and shape it is, and its checksum: -1 in shards of older
+# versions, whose bytes are compared with their name at the first look, -2 where it is missing.
 COLUMNS = {"begin": ("<i8", ()), "shard": ("<i4", ()), "kind": ("<i4", ()), "sum": ("<i8", ())}
 
 
@@ -162,6 +163,8 @@ def _sums(metadata: dict[str, str] | None) -> dict[str, int]:
 def _set_aside(path: Path, what: str) -> UserError:
     aside = path.with_name(f"{path.name}.damaged")
     with suppress(OSError):  # what cannot be renamed has to be deleted by hand
+        # The table too: what it says of this shard may come from a damaged header.
+        path.parent.with_suffix(".index").unlink(missing_ok=True)
         path.rename(aside)
     return UserError(what, str(path), f"it is {aside.name} now: run the same command, which encodes it anew")
 
@@ -263,9 +266,16 @@ def _header(path: Path) -> list[tuple[str, tuple[str, tuple[int, ...]], int, int
     its header says."""
     entries, told = header.described(path, "delete it: what it held is encoded anew")
     sums = _sums(told)
+    if not sums and len(path.stem) == _NAME_DIGITS and path.stem != files.sha256(path)[:_NAME_DIGITS]:
+        raise _set_aside(path, "a file of the cache is damaged: its bytes are not those that were written")
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
     return [
-        (name, (entry["dtype"], tuple(entry["shape"])), start + entry["data_offsets"][0], sums.get(name, -1))
+        (
+            name,
+            (entry["dtype"], tuple(entry["shape"])),
+            start + entry["data_offsets"][0],
+            sums.get(name, -2 if sums else -1),
+        )
         for name, entry in entries.items()
     ]
