@@ -95,8 +95,8 @@ const parts = (state, save, go) => {
     section("The usual ones", h("div", { class: "form" }, first.map((key) => all.find((field) => field.key === key)).filter(Boolean).map(cell("usual"))), state.effective ? h("p", { class: "muted" }, `Effective learning rate ${state.effective}: adapters of other ranks compare by it.`) : null),
     section("All options", names.map((part) => h("details", { "data-part": part }, h("summary", {}, part ? `[${part}]` : "top of the file"), h("div", { class: "form" }, all.filter((field) => field.section === part).map(cell("option")))))),
     section("The file",
-      state.changes.length ? h("details", { "data-part": "changes" }, h("summary", {}, `${state.changes.length} values differ from how it began`), table("Differences", ["option", "was", "is"], state.changes.map(({ key, was, is }) => [key, JSON.stringify(was) ?? "default", JSON.stringify(is) ?? "default"]))) : h("p", { class: "muted" }, "As it began."),
-      h("details", { "data-part": "text" }, h("summary", {}, "As text"), area, h("p", { class: "rowed" }, button("Save the text", () => save({ toml: area.value }), { class: "main" })))),
+      state.changes.length ? h("details", { "data-part": "(changes)" }, h("summary", {}, `${state.changes.length} values differ from how it began`), table("Differences", ["option", "was", "is"], state.changes.map(({ key, was, is }) => [key, JSON.stringify(was) ?? "default", JSON.stringify(is) ?? "default"]))) : h("p", { class: "muted" }, "As it began."),
+      h("details", { "data-part": "(text)" }, h("summary", {}, "As text"), area, h("p", { class: "rowed" }, button("Save the text", () => save({ toml: area.value }), { class: "main" })))),
     before(state, go),
   ].filter(Boolean);
 };
