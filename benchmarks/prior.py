@@ -128,7 +128,7 @@ def table(results: dict[str, Any]) -> str:
     for name, runs in {"the base": {"0": results["base"]}, **results["arms"]}.items():
         found = []
         for key in ("learned", "carried", "taken", "kept"):
-            values = sorted(100 * run[key] for run in runs.values())
+            values = sorted(100 * run[key] for run in runs.values() if key in run)
             spread = f" ({values[0]:.0f} to {values[-1]:.0f})" if len(values) > 1 else ""
             found.append(f"{statistics.median(values):.0f} %{spread}")
         lines.append(f"| {name} | {' | '.join(found)} |")
@@ -152,7 +152,7 @@ def main() -> None:
     for seed in range(options.seeds):
         for name in (name for name in ARMS if name.partition(",")[0] in options.arms.split(",")):
             done = results["arms"].setdefault(name, {})
-            if str(seed) not in done:
+            if "learned" not in done.get(str(seed), {}):
                 done[str(seed)] = arm(options.work, name, seed, options.steps)
                 print(name, seed, done[str(seed)], flush=True)
                 files.write_json(RESULT, results)
