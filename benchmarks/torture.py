@@ -10,6 +10,7 @@ half-written may be there.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -180,9 +181,10 @@ def compared(root: Path, name: str, processes: int, exits: list[int]) -> list[st
     # In the cache a draft may be of another process that writes there too: it is never read, and stays.
     hidden = [p for p in ours.rglob(".*") if "cache" not in p.relative_to(ours).parts]
     wrong = [f"left behind: {p.name}" for p in hidden if p.name.endswith((".tmp", ".old"))]
+    # Headers of results tell when the run began: tensors are compared, and whole files of checkpoints.
     hashes = [
         {
-            path: digest
+            path: digest if path.startswith("checkpoint-") else tensors_of(place / path)
             for path, digest in files.tree_hashes(place).items()
             if path.endswith(".safetensors") and not path.startswith("cache")
         }
@@ -199,6 +201,12 @@ def compared(root: Path, name: str, processes: int, exits: list[int]) -> list[st
         checkpoint.verify(found)
     shutil.rmtree(ours)
     return wrong
+
+
+def tensors_of(path: Path) -> str:
+    """SHA-256 of all bytes after a safetensors file's header."""
+    content = path.read_bytes()
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ its own shards; a shard that two of them made alike has one name.
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import threading
@@ -264,7 +265,15 @@ def finite(rows: Iterable[tuple[str, Tensor]]) -> None:
 def _header(path: Path) -> list[tuple[str, tuple[str, tuple[int, ...]], int, int]]:
     """(name, (type, shape), place in the file, checksum) of a shard's rows, after checking that the file is as long as
     its header says."""
-    entries, told = header.described(path, "delete it: what it held is encoded anew")
+    again = "delete it: what it held is encoded anew"
+    entries, told = header.described(path, again)
+    for entry in entries.values():
+        shape: Any = entry.get("shape")
+        begin, end = entry["data_offsets"]
+        fits = isinstance(shape, list) and all(isinstance(side, int) and side >= 0 for side in shape)
+        kind = TYPES.get(str(entry.get("dtype")))
+        if not fits or kind is None or end - begin != kind.itemsize * math.prod(shape):
+            raise UserError("the file is cut short or damaged: its header contradicts itself", str(path), again)
     sums = _sums(told)
     if not sums and len(path.stem) == _NAME_DIGITS and path.stem != files.sha256(path)[:_NAME_DIGITS]:
         raise _set_aside(path, "a file of the cache is damaged: its bytes are not those that were written")
