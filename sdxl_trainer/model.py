@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdxl_trainer import text, untrained
+from sdxl_trainer import unet as unets
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.config import Model, TextOptions
 from sdxl_trainer.formats import pretrained
@@ -170,22 +171,32 @@ def load(
 
 
 def _load_unet(options: Model, base: Base, folder: Path | None, dtype: torch.dtype, seed: int) -> Any:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
+    kind = _unet_class(base.config("unet"), options.attention)
     if folder is None and options.init == "random":
         with pretrained.explained(base.part("unet")):
+            made = untrained.make(base.config("unet"), seed)
+            with torch.device("meta"):
+                unet: Any = kind.from_config(base.config("unet"))
+            unet.load_state_dict(made.state_dict(), assign=True)
             # PyTorch's own: that of diffusers warns of every cast.
-            return nn.Module.to(untrained.make(base.config("unet"), seed), dtype)
+            return nn.Module.to(unet, dtype)
     path, variant = (folder / "unet", None) if folder else (base.part("unet"), weights_file(base, "unet"))
-    return pretrained.load(UNet2DConditionModel, path, variant, torch_dtype=dtype)
+    return pretrained.load(kind, path, variant, torch_dtype=dtype)
+
+
+def _unet_class(config: dict[str, Any], attention: str = "sdpa") -> Any:
+    """Our UNet, or the library's for layouts and attention kernels that ours does not have."""
+    if attention == "sdpa" and unets.fits(config):
+        return unets.UNet
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel
 
 
 def skeleton(base: Base, text_learns: bool, reading: TextOptions = TEXT) -> SDXL:
     """The model without weights: names and shapes."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
     with torch.device("meta"), pretrained.explained(base.part("unet")):
-        unet = UNet2DConditionModel.from_config(base.config("unet"))
+        unet = _unet_class(base.config("unet")).from_config(base.config("unet"))
         return SDXL(unet, text.empty_encoders(base) if text_learns else None, reading)
 
 

@@ -37,6 +37,8 @@ LAYERS = [
         "formats",
         "report",
         "blueprint",
+        "kernels",
+        "unet",
         "untrained",
         "data.records",
         "data.options",

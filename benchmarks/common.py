@@ -1,0 +1,67 @@
+"""What the benchmarks share: rounds in turn, medians and spread, the machine, results as JSON."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "sdxl-trainer")
+
+
+def parser(document: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=(document or "").splitlines()[0])
+
+
+def in_turn(contestants: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 1) -> dict[str, list[float]]:
+    """Seconds of each contestant, round by round: A B A B, so that a neighbour's load meets them all."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(warm + rounds):
+        for name, run in contestants.items():
+            began = time.perf_counter()
+            run()
+            if number >= warm:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> dict[str, Any]:
+    """How many times as long one takes as the other: of the medians, and the quartiles of the rounds."""
+    of_rounds = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
+    low, _, high = statistics.quantiles(of_rounds, n=4) if len(of_rounds) > 1 else of_rounds * 3
+    return {"ratio": statistics.median(seconds[slow]) / statistics.median(seconds[fast]), "quartiles": [low, high]}
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, load and versions, to stand beside every figure."""
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return {
+        "processor": model or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "bf16_instructions": "avx512_bf16" in flags or "amx_bf16" in flags,
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def write(name: str, result: Mapping[str, Any]) -> Path:
+    """results/<name>.json, with the machine."""
+    path = RESULTS / f"{name}.json"
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**result, "machine": machine()}, indent=1) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,101 @@
+"""The operations that a UNet spends its time in, each in the form that is fastest where it runs."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# oneDNN's matrix products reach twice the speed of the BLAS that PyTorch calls, on AMD's CPUs with AVX-512 at least.
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., I] times weight [O, I] transposed, plus bias [O]."""
+    exact = x.dtype == weight.dtype == torch.float32
+    if _ONEDNN and exact and x.is_cpu and weight.is_cpu and not torch.is_autocast_enabled("cpu"):
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left [..., K] times right [N, K] transposed, plus bias [N]."""
+    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer in fp32 whose three products are all oneDNN's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        of_x = _product(gradient, weight.t()) if wanted[0] else None
+        of_weight = _product(rows.t(), x.flatten(0, -2).t()) if wanted[1] else None
+        return of_x, of_weight, rows.sum(0) if wanted[2] else None
+
+
+def geglu(both: Tensor) -> Tensor:
+    """[..., 2 D] to [..., D]: the first half times the exact (erf) GELU of the second (Shazeer 2020)."""
+    return _Geglu.apply(both)
+
+
+class _Geglu(torch.autograd.Function):
+    """Keeps its input alone: autograd would keep three more halves, and put two gradients together with a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        value, gate = both.chunk(2, dim=-1)
+        return F.gelu(gate).mul_(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        value, gate = both.chunk(2, dim=-1)
+        of_both = torch.empty_like(both)
+        of_value, of_gate = of_both.chunk(2, dim=-1)
+        torch.mul(gradient, F.gelu(gate), out=of_value)
+        torch.ops.aten.gelu_backward.grad_input(gradient * value, gate, grad_input=of_gate)
+        return of_both
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """[B, S, H * d] from query [B, S, H * d], key and value [B, L, H * d]."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    if q.is_cpu and q.dtype != torch.float32:
+        # PyTorch's kernel for 16 bits on a CPU is up to three times slower than the one for 32.
+        with torch.autocast("cpu", enabled=False):
+            found = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    else:
+        found = F.scaled_dot_product_attention(q, k, v)
+    return found.transpose(1, 2).flatten(2)
+
+
+class GroupNorm(nn.GroupNorm):
+    """In fp32 on a CPU: PyTorch's backward pass for 16 bits is many times slower where channels lie last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cpu or x.dtype == torch.float32:
+            return super().forward(x)
+        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Conv1x1(nn.Conv2d):
+    """A convolution that looks at one place: on a CPU a matrix product, with no copy where channels lie last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cpu:
+            return super().forward(x)
+        return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)

@@ -1,0 +1,215 @@
+"""Our UNet against the library's: the same numbers, names and files."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from sdxl_trainer import blueprint, kernels
+from sdxl_trainer import unet as unets
+
+TINY = blueprint.SIZES["tiny"]
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return {**blueprint.configs(TINY)["unet"], **changes}
+
+
+# The refiner's layout: four levels, attention in the middle ones, one depth for all.
+REFINER = {
+    "block_out_channels": [32, 64, 64, 64],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [2, 4, 4, 4],
+    "transformer_layers_per_block": 2,
+    "layers_per_block": 2,
+}
+# Deeper where it is narrower, three resnets on the way up, heads of 16.
+DEEP = blueprint.configs(
+    replace(TINY, unet=blueprint.UNetSize((32, 64, 128), (2, 4, 8), (1, 2, 3), layers=2, time_dim=32, groups=16))
+)["unet"]
+CONFIGS = {
+    "tiny": config(),
+    "deep": DEEP,
+    "refiner": config(**REFINER),
+    "inpainting": config(in_channels=9),
+    "one number of heads": config(attention_head_dim=4),
+}
+
+
+def pair(made: dict[str, Any]) -> tuple[Any, Any]:
+    """The library's UNet, and ours with its weights; both train."""
+    torch.manual_seed(0)
+    theirs, ours = UNet2DConditionModel.from_config(made), unets.UNet(made)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.train(), ours.train()
+
+
+def inputs(made: dict[str, Any], size: tuple[int, int] = (8, 8)) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(1)
+    pooled = made["projection_class_embeddings_input_dim"] - 6 * made["addition_time_embed_dim"]
+    return {
+        "sample": torch.randn(3, made["in_channels"], *size, generator=draw),
+        "timestep": torch.tensor([0, 417, 999]),
+        "encoder_hidden_states": torch.randn(3, 77, made["cross_attention_dim"], generator=draw),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn(3, pooled, generator=draw),
+            "time_ids": torch.tensor([[1024, 768, 0, 33, 1024, 1024]] * 3),
+        },
+    }
+
+
+def differs(one: Tensor, other: Tensor) -> float:
+    """Distance, relative to the size of `other`."""
+    return float((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-9))
+
+
+def step(unet: Any, given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What it predicts, and the gradients of all that learns."""
+    prediction = unet(**given, return_dict=False)[0]
+    prediction.float().backward(torch.linspace(-1, 1, prediction.numel()).view(prediction.shape))
+    return prediction.detach(), {n: p.grad for n, p in unet.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("size", [(8, 8), (10, 7)], ids=str)
+def test_predictions_and_all_gradients_are_the_library_s(name: str, size: tuple[int, int]) -> None:
+    made = CONFIGS[name]
+    assert unets.fits(made)
+    (theirs, wanted), (ours, found) = (step(unet, inputs(made, size)) for unet in pair(made))
+    assert differs(ours, theirs) < 1e-5
+    assert found.keys() == wanted.keys()
+    # Some gradients are zero but for rounding: of keys where there is one place to look at.
+    least = 1e-3 * max(gradient.norm() for gradient in wanted.values())
+    for key, gradient in wanted.items():
+        assert (found[key] - gradient).norm() < 1e-4 * max(gradient.norm(), least), key
+
+
+def test_bf16_is_no_further_from_fp32_than_the_library_s() -> None:
+    exact, _ = pair(DEEP)
+    (_, wanted), given = step(exact, inputs(DEEP)), inputs(DEEP)
+    errors = []
+    for unet in (u.to(torch.bfloat16) for u in pair(DEEP)):
+        narrow = {key: value.bfloat16() for key, value in given.items() if key in {"sample", "encoder_hidden_states"}}
+        added = {**given["added_cond_kwargs"], "text_embeds": given["added_cond_kwargs"]["text_embeds"].bfloat16()}
+        found = step(unet, {**given, **narrow, "added_cond_kwargs": added})[1]
+        errors.append(sum(differs(found[key], wanted[key]) for key in wanted) / len(wanted))
+    assert errors[1] < 1.05 * errors[0]
+
+
+def test_autocast_computes_what_the_library_computes() -> None:
+    found = []
+    for unet in pair(DEEP):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(step(unet, inputs(DEEP))[1])
+    exact = step(pair(DEEP)[0], inputs(DEEP))[1]
+    errors = [sum(differs(gradients[key], exact[key]) for key in exact) for gradients in found]
+    assert errors[1] < 1.05 * errors[0]
+
+
+def test_checkpointing_changes_no_bit() -> None:
+    (_, plain), (_, again) = pair(DEEP), pair(DEEP)
+    again.enable_gradient_checkpointing()
+    (one, wanted), (other, found) = step(plain, inputs(DEEP)), step(again, inputs(DEEP))
+    assert torch.equal(one, other)
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("side", [{}, {"block_out_channels": [384, 768, 1536, 1536]}], ids=["base", "refiner"])
+def test_full_size_has_the_library_s_names_and_shapes(side: dict[str, Any]) -> None:
+    made = blueprint.configs(blueprint.SIZES["sdxl"])["unet"]
+    if side:
+        heads = {"attention_head_dim": [6, 12, 24, 24], "transformer_layers_per_block": 4, "layers_per_block": 2}
+        wide = {"cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 2560}
+        made = {**made, **REFINER, **side, **heads, **wide}
+    with torch.device("meta"):
+        theirs, ours = UNet2DConditionModel.from_config(made), unets.UNet(made)
+    shapes = ({name: tensor.shape for name, tensor in unet.state_dict().items()} for unet in (ours, theirs))
+    assert next(shapes) == next(shapes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mid_block_type": None},
+        {"transformer_layers_per_block": [1, [1, 2], [1, 2]]},  # SSD-1B
+        {"use_linear_projection": False},  # SD 1
+        {"addition_embed_type": None, "projection_class_embeddings_input_dim": None},
+        {"class_embed_type": "timestep"},
+        {"time_cond_proj_dim": 256},  # LCM
+        {"act_fn": "gelu"},
+        {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 3},
+        {"something_new": True},
+    ],
+    ids=str,
+)
+def test_other_layouts_are_left_to_the_library(changes: dict[str, Any]) -> None:
+    assert not unets.fits(config(**changes))
+
+
+def test_what_is_saved_the_library_reads_and_back(tmp_path: Path) -> None:
+    _, ours = pair(config())
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    theirs.save_pretrained(tmp_path / "theirs", variant="fp16", max_shard_size="1MB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    read, report = unets.UNet.from_pretrained(tmp_path / "theirs", "fp16", torch.bfloat16)
+    assert report == {"missing_keys": [], "mismatched_keys": []}
+    assert all(torch.equal(t, read.state_dict()[n].float()) for n, t in ours.bfloat16().float().state_dict().items())
+
+
+def test_missing_and_reshaped_weights_are_named(tmp_path: Path) -> None:
+    _, ours = pair(config())
+    ours.save_pretrained(tmp_path)
+    wider = unets.UNet(config(in_channels=9))
+    wider.conv_norm_out.weight = None
+    wider.save_pretrained(tmp_path / "wider")
+    (tmp_path / "wider" / "config.json").write_bytes((tmp_path / "config.json").read_bytes())
+    report = unets.UNet.from_pretrained(tmp_path / "wider")[1]
+    assert report == {"missing_keys": ["conv_norm_out.weight"], "mismatched_keys": [("conv_in.weight",)]}
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    before, kernels._ONEDNN = kernels._ONEDNN, False
+    try:
+        yield
+    finally:
+        kernels._ONEDNN = before
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_linear_layers_are_pytorch_s(bias: bool, frozen: bool) -> None:
+    torch.manual_seed(0)
+    # As attention and the layers for one place give them: not one after the other in memory.
+    x = torch.randn(2, 24, 5, 7).permute(0, 2, 3, 1).requires_grad_()
+    layer = kernels.Linear(24, 40, bias=bias).requires_grad_(not frozen)
+    found = []
+    for again in (False, True):
+        x.grad = None
+        layer.zero_grad()
+        if again:
+            with without_onednn():
+                layer(x).square().sum().backward()
+        else:
+            layer(x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in layer.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or differs(one, other) < 1e-6
+
+
+def test_geglu_is_exact() -> None:
+    x = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
+    value, gate = x.chunk(2, dim=-1)
+    assert torch.allclose(kernels.geglu(x), value * F.gelu(gate), rtol=1e-12)
+    assert torch.autograd.gradcheck(kernels.geglu, x)
