@@ -1,6 +1,7 @@
 """What the benchmarks share: rounds in turn, medians and spread, the machine, results as JSON."""
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -57,6 +58,10 @@ def machine() -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write(name: str, result: Mapping[str, Any]) -> Path:

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sdxl_trainer import files
 from sdxl_trainer.formats import folder as pipelines
 from sdxl_trainer.kernels import Conv1x1, GroupNorm, Linear, attention, geglu
 
@@ -330,14 +329,9 @@ class UNet(nn.Module):
         }
         return model.requires_grad_(True).eval(), report
 
-    def register_to_config(self, **entries: Any) -> None:
-        self.config.update(entries)
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Write a folder that diffusers reads."""
-        folder.mkdir(parents=True, exist_ok=True)
-        files.save_tensors(folder / pipelines.WEIGHTS["unet"], self.state_dict())
-        files.write_json(folder / pipelines.CONFIGS["unet"], dict(self.config))
+    def to_json_string(self) -> str:
+        """The config that diffusers reads."""
+        return json.dumps(self.config)
 
 
 def _files(folder: Path, variant: str | None) -> list[Path]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from sdxl_trainer import blueprint, kernels
+from sdxl_trainer import blueprint, checkpoint, kernels
 from sdxl_trainer import unet as unets
 
 TINY = blueprint.SIZES["tiny"]
@@ -154,9 +154,13 @@ def test_other_layouts_are_left_to_the_library(changes: dict[str, Any]) -> None:
     assert not unets.fits(config(**changes))
 
 
+def save(unet: Any, folder: Path) -> None:
+    checkpoint.save_part(folder, "unet", checkpoint.config_text("unet", unet), checkpoint.weights("unet", unet))
+
+
 def test_what_is_saved_the_library_reads_and_back(tmp_path: Path) -> None:
     _, ours = pair(config())
-    ours.save_pretrained(tmp_path / "ours")
+    save(ours, tmp_path / "ours")
     theirs = UNet2DConditionModel.from_pretrained(tmp_path / "ours")
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
     theirs.save_pretrained(tmp_path / "theirs", variant="fp16", max_shard_size="1MB")
@@ -168,11 +172,11 @@ def test_what_is_saved_the_library_reads_and_back(tmp_path: Path) -> None:
 
 def test_missing_and_reshaped_weights_are_named(tmp_path: Path) -> None:
     _, ours = pair(config())
-    ours.save_pretrained(tmp_path)
+    save(ours, tmp_path / "ours")
     wider = unets.UNet(config(in_channels=9))
     wider.conv_norm_out.weight = None
-    wider.save_pretrained(tmp_path / "wider")
-    (tmp_path / "wider" / "config.json").write_bytes((tmp_path / "config.json").read_bytes())
+    save(wider, tmp_path / "wider")
+    (tmp_path / "wider" / "config.json").write_bytes((tmp_path / "ours" / "config.json").read_bytes())
     report = unets.UNet.from_pretrained(tmp_path / "wider")[1]
     assert report == {"missing_keys": ["conv_norm_out.weight"], "mismatched_keys": [("conv_in.weight",)]}
 

@@ -1,0 +1,302 @@
+"""Ours against the reference: the unmodified script of a checkout of diffusers, with one command line for both.
+
+    python benchmarks/peers.py --reference DIFFUSERS --data PHOTOS [--rounds 3] [--only start,steps,...]
+
+Both programs run as processes of their own, in turn, with one base model and one folder of pictures; `launch.py` notes
+from outside when each takes an optimizer step. The reference imports torchvision: where it is not installed, name a
+folder that has it in PEER_PATH. Before anything counts the first 20 steps of the reference are taken again by ours,
+from the same weights and on the same tensors: each loss has to be the same within 0.1 %.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import common
+
+from sdxl_trainer import blueprint
+
+HERE = Path(__file__).parent
+SCRIPT = "train_text_to_image_sdxl.py"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where things are, and how often each is measured."""
+
+    place: Path
+    reference: Path
+    base: Path
+    data: Path
+    rounds: int
+    batch: int = 4
+    resolution: int = 256
+
+    def script(self, who: str) -> Path:
+        return (HERE.parent / "scripts" if who == "ours" else self.reference / "examples" / "text_to_image") / SCRIPT
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one process did: seconds from its start to each optimizer step, and in all."""
+
+    steps: list[float]
+    stages: list[float]
+    peak_bytes: int
+    recorded: Path
+
+    @property
+    def each(self) -> list[float]:
+        return [b - a for a, b in zip(self.steps, self.steps[1:], strict=False)]
+
+
+def run(setting: Setting, who: str, output: str, steps: int, mode: str = "", **flags: Any) -> Seen:
+    """One process with the reference's command line, from its start to its end."""
+    folder = setting.place / f"{who}-{output}"
+    events = setting.place / f"{who}-{output}-{time.monotonic_ns()}.jsonl"
+    given = {
+        "pretrained_model_name_or_path": setting.base,
+        "train_data_dir": setting.data,
+        "resolution": setting.resolution,
+        "train_batch_size": setting.batch,
+        "max_train_steps": steps,
+        "learning_rate": 1e-5,
+        "lr_warmup_steps": 0,
+        "checkpointing_steps": 100000,
+        "seed": 0,
+        "output_dir": folder,
+        **flags,
+    }
+    line = [f"--{name}={value}" if value is not True else f"--{name}" for name, value in given.items()]
+    command = [sys.executable, str(HERE / "launch.py"), str(events), str(setting.script(who)), "--center_crop", *line]
+    extra = os.environ.get("PEER_PATH", "") if who == "reference" else str(HERE.parent)
+    home = {"HF_HOME": str(setting.place / "hub"), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "MODE": mode}
+    began = time.time()
+    done = subprocess.run(
+        command, env={**os.environ, **home, "PYTHONPATH": extra}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{who} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    rows = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
+    at = [row["at"] - began for row in rows if row["event"] == "step"]
+    stages = [row["seconds"] for row in rows if row["event"] == "map"]
+    return Seen(at, stages, rows[-1]["peak_bytes"], events.with_suffix(".pt"))
+
+
+def both(setting: Setting, measure: Callable[[str], float]) -> dict[str, list[float]]:
+    """The same measured of both in turn."""
+    found: dict[str, list[float]] = {"reference": [], "ours": []}
+    for _ in range(setting.rounds):
+        for who, values in found.items():
+            values.append(measure(who))
+    return found
+
+
+def outcome(found: dict[str, list[float]], **facts: Any) -> dict[str, Any]:
+    return {**found, "times_faster": common.ratio(found, "reference", "ours"), **facts}
+
+
+def gate(setting: Setting) -> dict[str, Any]:
+    """Our step on the tensors that the reference's first steps saw."""
+    import torch
+
+    from sdxl_trainer import objective, schedule
+    from sdxl_trainer import unet as unets
+    from sdxl_trainer.config import Objective
+
+    seen = run(setting, "reference", "gate", 20, mode="record")
+    unet = unets.UNet.from_pretrained(setting.base / "unet")[0].train()
+    noise = schedule.from_scheduler_config(
+        json.loads((setting.base / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")), False
+    )
+    goal = objective.Objective(noise, "epsilon", Objective())
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2, fused=True)
+    apart = 0.0
+    steps = torch.load(seen.recorded, weights_only=True)
+    for step in steps:
+        latents, drawn, timesteps = step["latents"], step["noise"], step["timesteps"]
+        noisy = noise.add_noise(latents, drawn, timesteps)
+        added = {"text_embeds": step["text_embeds"], "time_ids": step["time_ids"].long()}
+        prediction = unet(noisy, timesteps, step["states"], added)[0]
+        loss = goal.loss(prediction, latents, drawn, timesteps).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        apart = max(apart, abs(float(loss.detach()) / float(step["loss"]) - 1))
+    if apart > 1e-3:
+        raise SystemExit(f"losses are {apart:.2%} apart: a faster wrong answer does not count")
+    return {"steps": len(steps), "losses_apart": apart}
+
+
+def start(setting: Setting) -> dict[str, Any]:
+    """Seconds from the start of the process to its first optimizer step, with everything cached."""
+    for who in ("reference", "ours"):
+        run(setting, who, "start", 1)
+    return outcome(both(setting, lambda who: run(setting, who, "start", 1).steps[0]))
+
+
+def steps(setting: Setting) -> dict[str, Any]:
+    """Seconds per step, the first two left out, and the peak of memory from an empty cache to the end."""
+    peaks: dict[str, list[float]] = {"reference": [], "ours": []}
+    counts = {"reference": 6, "ours": 40}
+
+    def measure(who: str) -> float:
+        seen = run(setting, who, "steps", counts[who])
+        peaks[who].append(seen.peak_bytes)
+        return statistics.median(seen.each[2:])
+
+    found = both(setting, measure)
+    share = statistics.median(peaks["ours"]) / statistics.median(peaks["reference"])
+    return outcome(found, peak_bytes=peaks, share_of_peak=share)
+
+
+def resume(setting: Setting) -> dict[str, Any]:
+    """Seconds from the start of the process to the step after the one that was saved."""
+    for who in ("reference", "ours"):
+        run(setting, who, "resume", 2, checkpointing_steps=2)
+
+    def measure(who: str) -> float:
+        """The last checkpoint is continued by one step, and that is saved in its turn."""
+        reached = max(int(p.name.rpartition("-")[2]) for p in (setting.place / f"{who}-resume").glob("checkpoint-*"))
+        flags = {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+        return run(setting, who, "resume", reached + 1, **flags).steps[0]
+
+    return outcome(both(setting, measure))
+
+
+def caching(setting: Setting) -> dict[str, Any]:
+    """Seconds that the stages of encoding take for 256 photographs of 1024 x 1280: at first, when the same command is
+    given again, and when it is given with another learning rate."""
+    large = replace(setting, data=photographs(setting, 256))
+    seconds: dict[str, dict[str, float]] = {"first": {}, "again": {}, "other_learning_rate": {}}
+    for who in ("reference", "ours"):
+        for name, rate in (("first", 1e-5), ("again", 1e-5), ("other_learning_rate", 2e-5)):
+            seen = run(large, who, "caching", 1, mode="stages" if who == "reference" else "", learning_rate=rate)
+            seconds[name][who] = sum(seen.stages) if who == "reference" else encoding(large)
+    times = {name: found["reference"] / found["ours"] for name, found in seconds.items()}
+    return {"seconds": seconds, "times_faster": times, "pictures": 256}
+
+
+def encoding(setting: Setting) -> float:
+    """What our run says that it spent on looking at the data and on encoding."""
+    timings = json.loads((setting.place / "ours-caching" / "manifest.json").read_text(encoding="utf-8"))["timings"]
+    return sum(timings[name] for name in ("reading the data", "encoding"))
+
+
+def photographs(setting: Setting, count: int) -> Path:
+    """`count` JPEGs of 1024 x 1280 pixels, cut out of those that there are."""
+    from PIL import Image
+
+    folder = setting.place / "photographs"
+    if folder.is_dir():
+        return folder
+    folder.mkdir()
+    rows = [json.loads(line) for line in (setting.data / "metadata.jsonl").read_text("utf-8").splitlines()]
+    for number in range(count):
+        row = rows[number % len(rows)]
+        with Image.open(setting.data / row["file_name"]) as picture:
+            side = 1280 + 64 * (number // len(rows))
+            whole = picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+        whole.crop((0, 0, 1024, 1280)).save(folder / f"{number}.jpg", quality=92)
+    lines = (json.dumps({"file_name": f"{n}.jpg", "text": rows[n % len(rows)]["text"]}) for n in range(count))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def pipeline(setting: Setting) -> dict[str, Any]:
+    """Seconds per sample of the input pipeline alone, at the shapes of SDXL at 1024 pixels."""
+    wide = replace(setting, base=build(setting, "wide", WIDE), resolution=1024, batch=4)
+    flags = {"max_train_samples": 16}
+    found: dict[str, list[float]] = {"reference": [], "ours": []}
+    run(wide, "reference", "pipeline", 1, mode="pipeline", **flags)
+    read = reader(wide)
+    for _ in range(setting.rounds):
+        seen = run(wide, "reference", "pipeline", 5, mode="pipeline", **flags)
+        found["reference"].append(statistics.median(seen.each[1:]) / wide.batch)
+        found["ours"].append(read())
+    return outcome(found)
+
+
+def reader(setting: Setting) -> Callable[[], float]:
+    """Reads 64 batches of our rows, as training reads them; gives seconds per sample."""
+    from sdxl_trainer import setup
+    from sdxl_trainer.configfile import validated
+    from sdxl_trainer.data import loader
+    from sdxl_trainer.run import CONTINUE
+
+    tree = {
+        "output_dir": str(setting.place / "ours-pipeline"),
+        "model": {"path": str(setting.base)},
+        "data": [{"path": str(setting.data), "resolution": setting.resolution, "max_samples": 16, "max_upscale": 9.0}],
+        "train": {"steps": 64, "batch_size": setting.batch},
+    }
+    job = setup.prepare_job(validated(tree, "benchmark"), CONTINUE)
+    assert job is not None
+
+    def read() -> float:
+        began = time.perf_counter()
+        for _ in loader.steps(job.samples, job.order, 0, 64, setting.batch, 0, 1, workers=0, pin=False):
+            pass
+        return (time.perf_counter() - began) / (64 * setting.batch)
+
+    return read
+
+
+def build(setting: Setting, name: str, size: str | blueprint.Size) -> Path:
+    """A base with random weights, whose tokenizers know the captions."""
+    target = setting.place / f"base-{name}"
+    if not (target / "model_index.json").is_file():
+        lines = (setting.data / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        blueprint.build(target, size, captions=[json.loads(line)["text"] for line in lines])
+    return target
+
+
+TINY = blueprint.SIZES["tiny"]
+# The widths that decide what is cached are SDXL's, all else is small.
+WIDE = replace(
+    TINY,
+    text_1=blueprint.TextSize(768, layers=2, heads=12, intermediate=768, projection=768),
+    text_2=blueprint.TextSize(1280, layers=2, heads=20, intermediate=1280, projection=1280),
+    resolution=1024,
+)
+BENCHMARKS: dict[str, Callable[[Setting], dict[str, Any]]] = {
+    "gate": gate,
+    "start": start,
+    "steps": steps,
+    "resume": resume,
+    "pipeline": pipeline,
+    "caching": caching,
+}
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--reference", type=Path, required=True, help="checkout of diffusers")
+    parser.add_argument("--data", type=Path, required=True, help="folder of pictures with metadata.jsonl")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default=",".join(BENCHMARKS), help="some of " + ", ".join(BENCHMARKS))
+    options = parser.parse_args()
+    path = common.RESULTS / "peers.json"
+    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(Path(folder), options.reference.resolve(), Path(), options.data.resolve(), options.rounds)
+        setting = replace(setting, base=build(setting, "tiny", "tiny"))
+        for name in options.only.split(","):
+            began = time.monotonic()
+            result[name] = {"rounds": options.rounds, **BENCHMARKS[name](setting)}
+            result["script"] = common.sha256(setting.script("reference"))
+            common.write("peers", result)
+            print(name, json.dumps(result[name].get("times_faster", result[name])), f"{time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
