@@ -23,6 +23,7 @@ from sdxl_trainer import (
     setup,
     text,
 )
+from sdxl_trainer import memory as memories
 from sdxl_trainer.base import Base
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
@@ -35,12 +36,8 @@ from sdxl_trainer.report import dataset
 from sdxl_trainer.run import CONTINUE
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Activation bytes per image and latent pixel and UNet channel of the widest level, counted on SDXL at 1024 pixels
-# (8.05 GiB with autocast, 0.62 GiB with gradient checkpointing, for 128 x 128 latents; half of that in bf16).
-_ACTIVATIONS = {False: 8.05 * 2**30 / (128 * 128), True: 0.62 * 2**30 / (128 * 128)}
 # Pictures whose captions are read.
 LOOKED_AT = 20_000
-_SDXL_PARAMETERS = 2_567_463_684
 
 
 def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
@@ -68,7 +65,8 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
         lines.append(f"already done: {begin.steps} steps, in {config.output_dir}")
     elif begin.checkpoint:
         lines.append(f"continues after step {begin.checkpoint.step} ({begin.checkpoint.path})")
-    groups, sdxl = learning(config, base, stock, begin.checkpoint)
+    config = setup.fitted(config, base, stock, begin.checkpoint, precision, lines.append)
+    groups, sdxl = setup.learning(config, base, stock, begin.checkpoint)
     unet = sum(p.numel() for p in sdxl.parameters())
     words = captions(config, base, stock)
     tables = {
@@ -77,7 +75,7 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
         "captions": findings.lines(words),
         "cache": _cache(base, stock),
         "disk": _disk(config, sum(g.size for g in groups) if config.adapter or config.token else unet),
-        "memory (a first estimate)": memory(config, stock, groups, unet, precision),
+        "memory": memory(config, stock, groups, sdxl, precision),
     }
     if notes is None:
         for title, rows in tables.items():
@@ -117,39 +115,12 @@ def captions(config: Config, base: Base, stock: Stock) -> findings.Captions:
     return findings.captions(config, pictures, choices, dict(zip(prompts, chunks, strict=True)), cut)
 
 
-def learning(
-    config: Config, base: Base, stock: Stock, at: Checkpoint | None
-) -> tuple[list[parameters.Group], model.SDXL]:
-    """The rules' groups on a model without weights, and the model."""
-    sdxl = model.skeleton(base, stock.text_learns, config.text)
-    setup.inject(sdxl, config, base, at)
-    groups = parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
-    return groups, sdxl
-
-
 def memory(
-    config: Config, stock: Stock, groups: list[parameters.Group], unet: int, precision: str
+    config: Config, stock: Stock, groups: list[parameters.Group], sdxl: model.SDXL, precision: str
 ) -> list[tuple[str, str]]:
     """Bytes of weights, gradients, optimizer, averages and activations while training."""
-    learns = sum(group.size for group in groups)
-    weights = _BYTES[config.train.weights]
-    beside = config.adapter or config.token
-    base = narrow.BYTES[precision if config.train.frozen == "auto" else config.train.frozen] if beside else weights
-    images = config.train.micro_batch or config.train.batch_size
-    trained = {stock.pictures.targets[number] for number in np.unique(stock.pictures.rows["target"])}
-    rows, columns = max(trained, key=lambda t: t[0] * t[1])
-    per_pixel = _ACTIVATIONS[config.train.gradient_checkpointing] * (unet / _SDXL_PARAMETERS) ** 0.5
-    share = 1.0 if precision == "fp32" else 0.5 + 0.5 * (config.train.weights == "fp32")
-    prior = any(data.prior_prediction for data in config.data) and not beside
-    frozen = narrow.BYTES[precision if config.train.frozen == "auto" else config.train.frozen]
-    parts = {
-        "weights": unet * base,
-        "frozen base (prior_prediction)": unet * frozen * prior,
-        "gradients": learns * weights,
-        "optimizer": learns * optim.state_bytes(config.optimizer, weights),
-        "averages (EMA)": learns * 4 if config.ema.enabled else 0,
-        "activations": images * rows * columns / 64 * per_pixel * share,
-    }
+    step = memories.step(config, setup.shapes(stock), precision, distributed.device_type())
+    parts = memories.parts(config, sdxl, groups, step)
     return [(name, size(value)) for name, value in {**parts, "together": sum(parts.values())}.items() if value]
 
 

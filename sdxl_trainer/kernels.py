@@ -9,11 +9,18 @@ from torch import Tensor, nn
 # oneDNN's matrix products reach twice the speed of the BLAS that PyTorch calls, on AMD's CPUs with AVX-512 at least.
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
+# The type of device that tensors without values stand for, where memory is counted.
+stands_for = "cpu"
+
+
+def on_cpu(x: Tensor) -> bool:
+    return x.is_cpu and stands_for == "cpu"
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., I] times weight [O, I] transposed, plus bias [O]."""
     exact = x.dtype == weight.dtype == torch.float32
-    if _ONEDNN and exact and x.is_cpu and weight.is_cpu and not torch.is_autocast_enabled("cpu"):
+    if _ONEDNN and exact and on_cpu(x) and weight.is_cpu and not torch.is_autocast_enabled("cpu"):
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -69,7 +76,7 @@ class _Geglu(torch.autograd.Function):
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """[B, S, H * d] from query [B, S, H * d], key and value [B, L, H * d]."""
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
-    if q.is_cpu and q.dtype != torch.float32:
+    if on_cpu(q) and q.dtype != torch.float32:
         # PyTorch's kernel for 16 bits on a CPU is up to three times slower than the one for 32.
         with torch.autocast("cpu", enabled=False):
             found = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
@@ -82,7 +89,7 @@ class GroupNorm(nn.GroupNorm):
     """In fp32 on a CPU: PyTorch's backward pass for 16 bits is many times slower where channels lie last."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu or x.dtype == torch.float32:
+        if not on_cpu(x) or x.dtype == torch.float32:
             return super().forward(x)
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
@@ -96,6 +103,6 @@ class Conv1x1(nn.Conv2d):
     """A convolution that looks at one place: on a CPU a matrix product, with no copy where channels lie last."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu:
+        if not on_cpu(x):
             return super().forward(x)
         return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)

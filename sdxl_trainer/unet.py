@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdxl_trainer.formats import folder as pipelines
-from sdxl_trainer.kernels import Conv1x1, GroupNorm, Linear, attention, geglu
+from sdxl_trainer.kernels import Conv1x1, GroupNorm, Linear, attention, geglu, on_cpu
 
 # The library's defaults of the entries that make a UNet.
 DEFAULTS: dict[str, Any] = {
@@ -248,7 +248,7 @@ class UNet(nn.Module):
             raise TypeError(f"this UNet does not take {given[0]}")
         # Channels last, so that no copy is needed between convolutions and transformers. Not on GPUs, where PyTorch's
         # GroupNorm gives channels first whatever it is given.
-        x = sample.contiguous(memory_format=torch.channels_last) if sample.is_cpu else sample
+        x = sample.contiguous(memory_format=torch.channels_last) if on_cpu(sample) else sample
         time, context = self._time(x, timestep, **added_cond_kwargs), encoder_hidden_states
         kept = [self.conv_in(x)]
         for block in self.down_blocks:

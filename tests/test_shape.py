@@ -55,7 +55,7 @@ LAYERS = [
         "data.captions",
     ],
     ["base", "text", "model", "parameters", "optim", "ema", "data.encode", "convert"],
-    ["adapters", "tokens", "narrow"],
+    ["adapters", "tokens", "narrow", "memory"],
     ["adapter_files"],
     ["attach"],
     ["beginning"],

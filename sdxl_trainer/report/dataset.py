@@ -80,13 +80,13 @@ def figures(facts: dict[str, Any]) -> str:
     held = sum(row["held_out"] for row in facts["counts"])
     beside = [f"{count(held)} held out"] * bool(held) + [f"{count(unusable)} cannot be used"] * bool(unusable)
     steps, encode = facts["steps"], facts["to_encode"]
-    memory = table(facts, "tables", "memory (a first estimate)").get("together", "–")
+    memory = table(facts, "tables", "memory").get("together", "–")
     return tiles(
         [
             ("Pictures", count(trained), ", ".join(beside)),
             ("Steps", count(steps["all"]), f"{count(steps['epoch'])} per epoch, {steps['batch_size']} pictures each"),
             ("Time", duration(facts["time"]["seconds"]), "a first estimate"),
-            ("Memory", safe(memory), "a first estimate"),
+            ("Memory", safe(memory), "at most, while training"),
             ("To encode", count(encode["latents"]), f"latents, {size(encode['bytes'])}; {encode['captions']} captions"),
         ]
     )

@@ -1,0 +1,144 @@
+"""How much memory a training step takes: counted, on tensors without values.
+
+The UNet's forward and backward pass run on fake tensors, of which only sizes exist, and what is alive is counted at
+every operation. To that come the weights, the optimizer's state and averages.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sdxl_trainer import kernels, narrow, optim
+from sdxl_trainer.config import Config
+from sdxl_trainer.model import SDXL
+from sdxl_trainer.optim import rounding
+from sdxl_trainer.parameters import Group
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Numbers beside its state that our optimizer for bf16 weights holds at a time, as fp32.
+_ROUNDING_COPIES = 6
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's setting: `shape` is (samples, h, w) of a micro-batch's latents, `device` a type of device."""
+
+    shape: tuple[int, int, int]
+    precision: str
+    device: str
+    tokens: int = 77
+    micro_batches: int = 1
+
+
+def step(config: Config, pictures: Sequence[Any], precision: str, device: str) -> Step:
+    """The step of a run: micro-batches of the largest shape that its pictures have."""
+    largest = max((g.target for p in pictures for g in p.geometries), key=lambda sides: sides[0] * sides[1])
+    samples = min(config.train.micro_batch or config.train.batch_size, config.train.batch_size)
+    shape = (samples, largest[0] // 8, largest[1] // 8)
+    return Step(shape, precision, device, micro_batches=-(-config.train.batch_size // samples))
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of storages that operations made and that are still alive; `peak` is the most there were."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return found
+
+    def _note(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._sizes or key in self._known:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+
+def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dict[str, float]:
+    """Bytes by what they are for, while training; together they are the peak. The model may be on the meta device, and
+    what learns in it is marked; text encoders that learn are counted without their activations."""
+    learns = sum(group.size for group in groups)
+    beside = bool(config.adapter or config.token)
+    weight = 4 if beside else DTYPES[config.train.weights].itemsize
+    kept = narrow.BYTES[setting.precision if config.train.frozen == "auto" else config.train.frozen]
+    whole = sum(p.numel() for p in sdxl.parameters())
+    gradients = learns * weight
+    # bf16 weights that compute in fp32: the pass counts gradients of 4 bytes, and keeps them in 2.
+    wider = learns * (4 - weight) if setting.precision == "fp32" else 0
+    pass_ = working(config, sdxl.unet, setting) - wider
+    own_copies = _ROUNDING_COPIES * 4 * min(learns, rounding.TOGETHER) if config.optimizer.name == "adamw_bf16" else 0
+    prior = any(data.prior_prediction for data in config.data) and not beside
+    return {
+        "weights": learns * weight + (whole - learns) * (kept if beside else weight),
+        "frozen base (prior_prediction)": whole * kept * prior,
+        "optimizer": learns * optim.state_bytes(config.optimizer, weight),
+        "averages (EMA)": learns * 4 if config.ema.enabled else 0,
+        "gradients": gradients,
+        "activations and workspace": max(pass_, gradients + own_copies) - gradients,
+    }
+
+
+def working(config: Config, unet: nn.Module, setting: Step) -> int:
+    """Bytes that the passes of a step take at most beside the weights, gradients included."""
+    compute = DTYPES[setting.precision]
+    beside = bool(config.adapter or config.token)
+    mixed = setting.precision != "fp32" and config.train.weights == "fp32"
+    inputs = torch.float32 if mixed else compute
+    with _fake(unet, torch.float32 if mixed and not beside else compute, config, setting.device) as fake:
+        settings: Any = fake.config
+        samples, tokens = setting.shape[0], setting.tokens
+        pooled = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
+        noisy = torch.empty(samples, settings["in_channels"], *setting.shape[1:], dtype=inputs)
+        states = torch.empty(samples, tokens, settings["cross_attention_dim"], dtype=inputs)
+        added = {"text_embeds": torch.empty(samples, pooled, dtype=inputs)}
+        added["time_ids"] = torch.zeros(samples, 6, dtype=torch.int64)
+        with Live(fake.parameters()) as live:
+            for _ in range(min(setting.micro_batches, 2)):  # from the second on gradients lie there already
+                with torch.autocast("cpu", compute) if mixed else nullcontext():
+                    found = fake(noisy, torch.zeros(samples), states, added_cond_kwargs=added, return_dict=False)[0]
+                found.float().square().mean().backward()
+                del found
+    return live.peak
+
+
+@contextmanager
+def _fake(unet: nn.Module, dtype: torch.dtype, config: Config, device: str) -> Iterator[Any]:
+    """A copy of the UNet with fake weights, which stands for one on `device`; what is injected stays in fp32."""
+    from torch._subclasses import FakeTensorMode
+
+    made: Any = copy.deepcopy(unet).to("meta")
+    beside = bool(config.adapter or config.token)
+    before, kernels.stands_for = kernels.stands_for, device
+    try:
+        with FakeTensorMode():
+            for module in made.modules():
+                for name, p in module.named_parameters(recurse=False):
+                    kind = torch.float32 if beside and p.requires_grad else dtype
+                    fake = nn.Parameter(torch.empty(p.shape, dtype=kind), requires_grad=p.requires_grad)
+                    module._parameters[name] = fake
+            if config.train.gradient_checkpointing:
+                made.enable_gradient_checkpointing()
+            yield made.train()
+    finally:
+        kernels.stands_for = before

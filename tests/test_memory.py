@@ -1,0 +1,107 @@
+"""Memory that is predicted: what the counting counts, and that fake tensors take what real ones take."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdxl_trainer import base as bases
+from sdxl_trainer import memory, model, parameters, setup
+from sdxl_trainer.config import Model
+
+
+def test_live_counts_storages_and_not_views() -> None:
+    weight = torch.zeros(10, 10)
+    with memory.Live([weight]) as live:
+        kept = weight @ weight
+        view = kept.t()[2:]
+        assert live.now == live.peak == 400
+        more = torch.ones(50)
+        assert (live.now, live.peak) == (600, 600)
+        del more
+        assert (live.now, live.peak) == (400, 600)
+        del kept
+        assert live.now == 400  # the view holds it
+        del view
+        assert live.now == 0
+
+
+def skeleton(config: Any) -> tuple[model.SDXL, list[parameters.Group]]:
+    base = bases.resolve(config.model, Path(config.output_dir))
+    sdxl = model.skeleton(base, False)
+    setup.inject(sdxl, config, base, None)
+    groups = parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
+    return sdxl, groups
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "checkpointing": {"train": {"gradient_checkpointing": True}},
+    "bf16": {"train": {"weights": "bf16"}, "optimizer": {"name": "adamw_bf16"}},
+    "adapter": {"adapter": {"rank": 4}},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pass_of_fake_tensors_takes_what_a_real_one_takes(
+    config: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    chosen = config(**CASES[name])
+    sdxl, _ = skeleton(chosen)
+    dtype = memory.DTYPES[chosen.train.weights]
+    setting = memory.Step((2, 8, 6), chosen.train.weights, "cpu")
+    found = memory.working(chosen, sdxl.unet, setting)
+    real: Any = model.load(
+        Model(path=chosen.model.path), bases.resolve(chosen.model, tmp_path), None, dtype, False, False
+    )
+    setup.inject(real, chosen, bases.resolve(chosen.model, tmp_path), None)
+    learning = {n for n, p in sdxl.named_parameters() if p.requires_grad}
+    for key, parameter in real.named_parameters():
+        parameter.requires_grad_(key in learning)
+    if chosen.train.gradient_checkpointing:
+        real.unet.enable_gradient_checkpointing()
+    inputs = torch.zeros(2, 4, 8, 6, dtype=dtype), torch.zeros(2), torch.zeros(2, 77, 64, dtype=dtype)
+    added = {"text_embeds": torch.zeros(2, 40, dtype=dtype), "time_ids": torch.zeros(2, 6, dtype=torch.int64)}
+    given = sum(t.numel() * t.element_size() for t in (*inputs, *added.values()))
+    with memory.Live([*real.parameters(), *inputs, *added.values()]) as live:
+        prediction = real.unet(*inputs, added_cond_kwargs=added)[0]
+        prediction.float().square().mean().backward()
+    # What the fake pass is given counts as its own.
+    assert found == pytest.approx(live.peak + given, rel=0.01)
+
+
+def test_parts_follow_from_sizes(config: Callable[..., Any]) -> None:
+    chosen = config(ema={"enabled": True})
+    sdxl, groups = skeleton(chosen)
+    setting = memory.Step((2, 8, 8), "fp32", "cpu")
+    size = sum(p.numel() for p in sdxl.parameters())
+    parts = memory.parts(chosen, sdxl, groups, setting)
+    fixed = {"weights": 4 * size, "gradients": 4 * size, "optimizer": 8 * size, "averages (EMA)": 4 * size}
+    assert {name: parts[name] for name in fixed} == fixed
+    larger = memory.parts(chosen, sdxl, groups, memory.Step((6, 8, 8), "fp32", "cpu"))
+    assert larger["activations and workspace"] > 2 * parts["activations and workspace"]
+    again = config(ema={"enabled": True}, train={"gradient_checkpointing": True})
+    less = memory.parts(again, sdxl, groups, memory.Step((6, 8, 8), "fp32", "cpu"))
+    assert less["activations and workspace"] < 0.8 * larger["activations and workspace"]
+    assert all(p.is_meta for p in sdxl.parameters())  # the model is as it was
+
+
+def test_gradients_lie_beside_the_next_micro_batch(config: Callable[..., Any]) -> None:
+    chosen = config()
+    sdxl, groups = skeleton(chosen)
+    one, two = (
+        sum(memory.parts(chosen, sdxl, groups, memory.Step((8, 8, 8), "fp32", "cpu", micro_batches=n)).values())
+        for n in (1, 2)
+    )
+    assert 0 < two - one <= 4 * sum(p.numel() for p in sdxl.parameters()) * 1.1
+
+
+def test_check_tells_it(config: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    from sdxl_trainer import check
+
+    check.run(config())
+    printed = capsys.readouterr().out
+    assert "activations and workspace" in printed
+    assert "together" in printed
