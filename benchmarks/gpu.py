@@ -1,0 +1,403 @@
+"""Full-size SDXL on one GPU, in ten minutes: images per second, share of the measured limits, memory, numerics.
+
+    python benchmarks/gpu.py [--minutes 9] [--only limits,full,...]
+    python benchmarks/gpu.py --device cpu --size tiny --sides 64 --samples 2 --steps 2     what the tests run
+
+It needs torch, safetensors and pydantic; with diffusers it also measures the library's UNet in the loop of the
+reference script (fp32 weights under autocast, AdamW as PyTorch makes it, the norm clipped and the loss read every
+step; its data pipeline is left out, in its favour), with peft also adapters. Weights and inputs are random. Each
+figure is written as soon as it is there, and what no time is left for is named.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sdxl_trainer import optim
+from sdxl_trainer import unet as unets
+from sdxl_trainer.config import Optimizer
+from sdxl_trainer.optim.rounding import AdamW as RoundingAdamW
+from sdxl_trainer.parameters import Group
+
+# Floating-point operations of a forward and backward pass for one picture at this many pixels, counted on SDXL.
+OPERATIONS = {512: 4.714e12, 768: 10.871e12, 1024: 20.231e12}
+CONFIG = Path(unets.__file__).parent / "assets" / "sdxl" / "unet" / "config.json"
+TINY = {"block_out_channels": [32, 64, 64], "attention_head_dim": [2, 4, 4], "transformer_layers_per_block": [1, 1, 1]}
+TINY |= {"layers_per_block": 1, "norm_num_groups": 16}
+
+
+@dataclass(frozen=True)
+class Bench:
+    device: torch.device
+    config: dict[str, Any]
+    sides: tuple[int, ...]
+    samples: tuple[int, ...]
+    steps: int
+    ends: float
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, step: Callable[[], Any], warm: int = 3) -> list[float]:
+        """Of each step, after some to warm up; stops early when time is up."""
+        for _ in range(warm):
+            step()
+        found = []
+        for _ in range(self.steps):
+            self.wait()
+            began = time.perf_counter()
+            step()
+            self.wait()
+            found.append(time.perf_counter() - began)
+            if time.monotonic() > self.ends:
+                break
+        return found
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--size", default="sdxl", choices=["sdxl", "tiny"])
+    parser.add_argument("--sides", default="1024,512", help="pixels")
+    parser.add_argument("--samples", default="1,4,8,16", help="batches to try")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--only", default=",".join(BENCHMARKS))
+    options = parser.parse_args()
+    config = json.loads(CONFIG.read_text(encoding="utf-8")) | (TINY if options.size == "tiny" else {})
+    sides, samples = (tuple(int(n) for n in text.split(",")) for text in (options.sides, options.samples))
+    ends = time.monotonic() + 60 * options.minutes
+    bench = Bench(torch.device(options.device), config, sides, samples, options.steps, ends)
+    result: dict[str, Any] = {"device": _device(bench), "size": options.size, "left_out": []}
+    for name in options.only.split(","):
+        for key, measure in BENCHMARKS[name](bench):
+            if time.monotonic() > ends:
+                result["left_out"].append(f"{name}: {key}")
+                continue
+            found = _attempt(bench, measure)
+            result.setdefault(name, {})[key] = found
+            print(f"{name}: {key}: {json.dumps(found)}", flush=True)
+            common.write("gpu" if options.size == "sdxl" else "gpu-dry-run", result)
+
+
+def _attempt(bench: Bench, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is measured, or that it does not fit; nothing of it stays in memory."""
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        return measure()
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": True}
+    finally:
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _device(bench: Bench) -> dict[str, Any]:
+    if bench.device.type != "cuda":
+        return {"name": bench.device.type}
+    facts = torch.cuda.get_device_properties(0)
+    return {
+        "name": facts.name,
+        "bytes": facts.total_memory,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+Measures = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
+
+
+def limits(bench: Bench) -> Measures:
+    """Matrix products, copies, convolutions: what other figures are set against."""
+    large, size = bench.device.type == "cuda", 8192 if bench.device.type == "cuda" else 256
+
+    def product() -> dict[str, Any]:
+        a, b = (torch.randn(size, size, device=bench.device).bfloat16() for _ in range(2))
+        return {"operations_per_second": 2 * size**3 / min(bench.seconds(lambda: a @ b))}
+
+    def copy() -> dict[str, Any]:
+        source = torch.empty(1 << (32 if large else 20), dtype=torch.uint8, device=bench.device)
+        target = torch.empty_like(source)
+        return {"bytes_per_second": 2 * source.numel() / min(bench.seconds(lambda: target.copy_(source)))}
+
+    def convolution(layout: torch.memory_format) -> dict[str, Any]:
+        layer = nn.Conv2d(320, 320, 3, padding=1, device=bench.device, dtype=torch.bfloat16).to(memory_format=layout)
+        x = torch.randn(4, 320, 128 if large else 8, 128 if large else 8, device=bench.device).bfloat16()
+        x = x.contiguous(memory_format=layout)
+        work = 2 * 9 * 320 * x.numel()
+        return {"operations_per_second": work / min(bench.seconds(lambda: layer(x)))}
+
+    yield "bf16 product", product
+    yield "copy", copy
+    yield "convolution, channels first", lambda: convolution(torch.contiguous_format)
+    yield "convolution, channels last", lambda: convolution(torch.channels_last)
+
+
+def attention(bench: Bench) -> Measures:
+    """Each of PyTorch's kernels on SDXL's shapes: speed forward and backward, and how far it is from fp32."""
+    places = ((10, 4096), (20, 1024)) if bench.device.type == "cuda" else ((2, 64),)
+    kinds = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+    def measure(heads: int, length: int, kind: SDPBackend) -> dict[str, Any]:
+        draw = torch.Generator(bench.device).manual_seed(0)
+        shape = (4, heads, length, 64)
+        q, k, v, up = (torch.randn(shape, generator=draw, device=bench.device) for _ in range(4))
+        exact = _attended(F.scaled_dot_product_attention, (q, k, v), up)
+        narrow = tuple(t.bfloat16() for t in (q, k, v))
+        try:
+            with sdpa_kernel(kind):
+                found = _attended(F.scaled_dot_product_attention, narrow, up.bfloat16())
+                seconds = bench.seconds(lambda: _attended(F.scaled_dot_product_attention, narrow, up.bfloat16()))
+        except RuntimeError as error:
+            return {"not_here": str(error).splitlines()[0][:120]}
+        off = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+        work = 3.5 * 4 * 4 * heads * length**2 * 64
+        return {"operations_per_second": work / statistics.median(seconds), "off": off, "finite": max(off) < 0.02}
+
+    for heads, length in places:
+        for kind in kinds:
+            yield f"{kind.name.lower()}, {heads} heads, {length}", lambda h=heads, n=length, k=kind: measure(h, n, k)
+
+
+def _attended(function: Any, inputs: Any, up: Tensor) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    out.backward(up)
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def full(bench: Bench) -> Measures:
+    """Full fine-tuning: ours in bf16 with rounding by chance, ours in fp32 under autocast, the reference's loop."""
+    for side in bench.sides:
+        for samples in bench.samples:
+            for name in ("ours bf16", "ours fp32", "reference"):
+                if name != "reference" or find_spec("diffusers"):
+                    yield f"{name}, {side} px, batch {samples}", lambda n=name, s=side, b=samples: _full(bench, n, s, b)
+
+
+def _full(bench: Bench, name: str, side: int, samples: int) -> dict[str, Any]:
+    dtype = torch.bfloat16 if name == "ours bf16" else torch.float32
+    model = _unet(bench, dtype, library=name == "reference")
+    parameters = list(model.parameters())
+    if name == "ours bf16":
+        optimizer: Any = RoundingAdamW([{"params": parameters}], lr=1e-6)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-6, **({} if name == "reference" else {"fused": True}))
+    step = _step(bench, model, optimizer, parameters, side, samples, dtype, reads=name == "reference")
+    return _figures(bench, bench.seconds(step), side, samples)
+
+
+def low_memory(bench: Bench) -> Measures:
+    """One picture at the first side with checkpointing: what each step down takes, and its speed."""
+    kinds = {"fp32, AdamW": ("adamw", torch.float32), "bf16, AdamW": ("adamw_bf16", torch.bfloat16)}
+    kinds["bf16, Adafactor"] = ("adafactor", torch.bfloat16)
+
+    def measure(name: str, dtype: torch.dtype) -> dict[str, Any]:
+        model = _unet(bench, dtype)
+        model.enable_gradient_checkpointing()
+        parameters = list(model.parameters())
+        group = Group("", 1e-6, 1e-2, tuple(n for n, _ in model.named_parameters()), tuple(parameters))
+        optimizer = optim.make([group], Optimizer(name=name), 0, bench.device)
+        step = _step(bench, model, optimizer, parameters, bench.sides[0], 1, dtype)
+        return _figures(bench, bench.seconds(step), bench.sides[0], 1)
+
+    for label, (name, dtype) in kinds.items():
+        yield label, lambda n=name, d=dtype: measure(n, d)
+
+
+def adapter(bench: Bench) -> Measures:
+    """LoRA of rank 16 on all attention layers beside bf16 weights."""
+
+    def measure(samples: int, checkpointing: bool) -> dict[str, Any]:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        model = _unet(bench, torch.bfloat16).requires_grad_(False)
+        inject_adapter_in_model(LoraConfig(r=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), model)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        step = _step(bench, model, optimizer, parameters, bench.sides[0], samples, torch.bfloat16)
+        return _figures(bench, bench.seconds(step), bench.sides[0], samples)
+
+    for samples in bench.samples[:2] if find_spec("peft") else ():
+        for checkpointing in (False, True):
+            name = f"batch {samples}" + (", checkpointing" if checkpointing else "")
+            yield name, lambda b=samples, c=checkpointing: measure(b, c)
+
+
+def faster(bench: Bench) -> Measures:
+    """What compiling each transformer block, and replaying the passes as one CUDA graph, would gain."""
+
+    def compiled(samples: int) -> dict[str, Any]:
+        model = _unet(bench, torch.bfloat16)
+        for module in model.modules():
+            if type(module).__name__ in model._repeated_blocks:
+                module.compile(dynamic=False)
+        parameters = list(model.parameters())
+        optimizer = RoundingAdamW([{"params": parameters}], lr=1e-6)
+        step = _step(bench, model, optimizer, parameters, bench.sides[0], samples, torch.bfloat16)
+        began = time.perf_counter()
+        step()
+        bench.wait()
+        warm = time.perf_counter() - began
+        return {**_figures(bench, bench.seconds(step), bench.sides[0], samples), "first_step_seconds": warm}
+
+    def graphed(samples: int) -> dict[str, Any]:
+        model = _unet(bench, torch.bfloat16)
+        given, target = _inputs(bench, bench.sides[0], samples, torch.bfloat16)
+        passes = _passes(model, given, target, torch.bfloat16)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                model.zero_grad()
+                passes()
+        torch.cuda.current_stream().wait_stream(stream)
+        model.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            passes()
+        seconds = bench.seconds(graph.replay)
+        return {**_figures(bench, seconds, bench.sides[0], samples), "of_it": "forward and backward alone"}
+
+    def eager(samples: int) -> dict[str, Any]:
+        model = _unet(bench, torch.bfloat16)
+        passes = _passes(model, *_inputs(bench, bench.sides[0], samples, torch.bfloat16), torch.bfloat16)
+        seconds = bench.seconds(lambda: (model.zero_grad(), passes()))
+        return {**_figures(bench, seconds, bench.sides[0], samples), "of_it": "forward and backward alone"}
+
+    for samples in bench.samples[:2]:
+        yield f"eager passes, batch {samples}", lambda b=samples: eager(b)
+        if bench.device.type == "cuda":
+            yield f"graph of the passes, batch {samples}", lambda b=samples: graphed(b)
+            yield f"compiled blocks, batch {samples}", lambda b=samples: compiled(b)
+
+
+def drift(bench: Bench) -> Measures:
+    """Losses of bf16 weights, rounded by chance, and of fp32 ones on the same random pictures over 150 steps."""
+
+    def measure(dtype: torch.dtype) -> dict[str, Any]:
+        model = _unet(bench, dtype)
+        parameters = list(model.parameters())
+        made: Any = RoundingAdamW if dtype == torch.bfloat16 else torch.optim.AdamW
+        optimizer = made([{"params": parameters}], lr=1e-5)
+        losses: list[Tensor] = []
+        count = 150 if bench.device.type == "cuda" else 3
+        sets = [_inputs(bench, bench.sides[-1], 1, dtype, seed) for seed in range(8)]
+        for number in range(count):
+            losses.append(_passes(model, *sets[number % 8], dtype)())
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        values = torch.stack(losses).tolist()
+        return {"first": statistics.mean(values[:8]), "last": statistics.mean(values[-16:])}
+
+    yield "fp32", lambda: measure(torch.float32)
+    yield "bf16", lambda: measure(torch.bfloat16)
+
+
+def _unet(bench: Bench, dtype: torch.dtype, library: bool = False) -> Any:
+    torch.manual_seed(0)
+    with bench.device:
+        if library:
+            from diffusers import UNet2DConditionModel
+
+            return UNet2DConditionModel.from_config(bench.config).train()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return unets.UNet(bench.config).train()
+        finally:
+            torch.set_default_dtype(before)
+
+
+def _inputs(bench: Bench, side: int, samples: int, dtype: torch.dtype, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
+    draw = torch.Generator(bench.device).manual_seed(seed)
+    config, latent = bench.config, side // 8
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, device=bench.device)
+
+    added = {"text_embeds": normal(samples, pooled).to(dtype)}
+    added["time_ids"] = torch.full((samples, 6), side, device=bench.device)
+    given = {
+        "sample": normal(samples, 4, latent, latent).to(dtype),
+        "timestep": torch.randint(0, 1000, (samples,), generator=draw, device=bench.device),
+        "encoder_hidden_states": normal(samples, 77, config["cross_attention_dim"]).to(dtype),
+    }
+    return {**given, "added_cond_kwargs": added, "return_dict": False}, normal(samples, 4, latent, latent)
+
+
+def _passes(model: Any, given: dict[str, Any], target: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=dtype == torch.float32):
+            prediction = model(**given)[0]
+        loss = (prediction.float() - target).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+def _step(
+    bench: Bench,
+    model: Any,
+    optimizer: Any,
+    parameters: list[Any],
+    side: int,
+    samples: int,
+    dtype: torch.dtype,
+    reads: bool = False,
+) -> Callable[[], None]:
+    passes = _passes(model, *_inputs(bench, side, samples, dtype), dtype)
+
+    def run() -> None:
+        loss = passes()
+        if reads:
+            loss.item()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _figures(bench: Bench, seconds: list[float], side: int, samples: int) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    found: dict[str, Any] = {"seconds": median, "spread": [min(seconds), max(seconds)], "steps": len(seconds)}
+    found |= {"images_per_second": samples / median, "peak_bytes": bench.peak()}
+    if side in OPERATIONS and bench.device.type == "cuda":
+        found["operations_per_second"] = OPERATIONS[side] * samples / median
+    return found
+
+
+BENCHMARKS: dict[str, Callable[[Bench], Measures]] = {
+    "limits": limits,
+    "attention": attention,
+    "full": full,
+    "adapter": adapter,
+    "low_memory": low_memory,
+    "faster": faster,
+    "drift": drift,
+}
+
+
+if __name__ == "__main__":
+    main()
