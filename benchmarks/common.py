@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,13 @@ def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> dict[str,
     return {"ratio": statistics.median(seconds[slow]) / statistics.median(seconds[fast]), "quartiles": [low, high]}
 
 
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def machine() -> dict[str, Any]:
     """Hardware, load and versions, to stand beside every figure."""
     import torch
@@ -55,7 +62,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -64,9 +71,9 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def write(name: str, result: Mapping[str, Any]) -> Path:
-    """results/<name>.json, with the machine."""
-    path = RESULTS / f"{name}.json"
-    RESULTS.mkdir(exist_ok=True)
+def write(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """<folder>/<name>.json, with the machine."""
+    path = folder / f"{name}.json"
+    folder.mkdir(exist_ok=True)
     path.write_text(json.dumps({**result, "machine": machine()}, indent=1) + "\n", encoding="utf-8")
     return path

@@ -77,7 +77,8 @@ def main() -> None:
     parser.add_argument("--samples", default="1,4,8,16", help="batches to try")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--only", default=",".join(BENCHMARKS))
+    parser.add_argument("--only", default=",".join(BENCHMARKS), help="some of " + ", ".join(BENCHMARKS))
+    parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder")
     options = parser.parse_args()
     config = json.loads(CONFIG.read_text(encoding="utf-8")) | (TINY if options.size == "tiny" else {})
     sides, samples = (tuple(int(n) for n in text.split(",")) for text in (options.sides, options.samples))
@@ -92,7 +93,7 @@ def main() -> None:
             found = _attempt(bench, measure)
             result.setdefault(name, {})[key] = found
             print(f"{name}: {key}: {json.dumps(found)}", flush=True)
-            common.write("gpu" if options.size == "sdxl" else "gpu-dry-run", result)
+            common.write("gpu", result, options.results)
 
 
 def _attempt(bench: Bench, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -111,13 +112,8 @@ def _attempt(bench: Bench, measure: Callable[[], dict[str, Any]]) -> dict[str, A
 def _device(bench: Bench) -> dict[str, Any]:
     if bench.device.type != "cuda":
         return {"name": bench.device.type}
-    facts = torch.cuda.get_device_properties(0)
-    return {
-        "name": facts.name,
-        "bytes": facts.total_memory,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
+    facts, cudnn = torch.cuda.get_device_properties(0), torch.backends.cudnn.version()
+    return {"name": facts.name, "bytes": facts.total_memory, "cuda": torch.version.cuda, "cudnn": cudnn}
 
 
 Measures = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
@@ -243,7 +239,7 @@ def adapter(bench: Bench) -> Measures:
 
 
 def faster(bench: Bench) -> Measures:
-    """What compiling each transformer block, and replaying the passes as one CUDA graph, would gain."""
+    """What compiling transformer blocks, and replaying the passes as one CUDA graph, would gain."""
 
     def compiled(samples: int) -> dict[str, Any]:
         model = _unet(bench, torch.bfloat16)
@@ -261,8 +257,7 @@ def faster(bench: Bench) -> Measures:
 
     def graphed(samples: int) -> dict[str, Any]:
         model = _unet(bench, torch.bfloat16)
-        given, target = _inputs(bench, bench.sides[0], samples, torch.bfloat16)
-        passes = _passes(model, given, target, torch.bfloat16)
+        passes = _passes(model, *_inputs(bench, bench.sides[0], samples, torch.bfloat16), torch.bfloat16)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for _ in range(3):
