@@ -27,8 +27,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)
-	$(BIN)/python benchmarks/loop.py
+bench: $(READY)  # REFERENCE=checkout of diffusers and DATA=folder of pictures add the comparison with the reference script
+	$(BIN)/python benchmarks/loop.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/unet.py
+	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/memory.py
+	$(if $(and $(REFERENCE),$(DATA)),$(BIN)/python benchmarks/peers.py --reference $(REFERENCE) --data $(DATA))
+	$(BIN)/python benchmarks/page.py
 
 torture: $(READY)  # 200 kills over runs of every method; an hour or more
 	$(BIN)/python benchmarks/torture.py

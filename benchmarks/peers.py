@@ -39,6 +39,7 @@ class Setting:
     rounds: int
     batch: int = 4
     resolution: int = 256
+    pictures: int = 256
 
     def script(self, who: str) -> Path:
         return (HERE.parent / "scripts" if who == "ours" else self.reference / "examples" / "text_to_image") / SCRIPT
@@ -174,16 +175,18 @@ def resume(setting: Setting) -> dict[str, Any]:
 
 
 def caching(setting: Setting) -> dict[str, Any]:
-    """Seconds that the stages of encoding take for 256 photographs of 1024 x 1280: at first, when the same command is
+    """Seconds that the stages of encoding take for photographs of 1024 x 1280: at first, when the same command is
     given again, and when it is given with another learning rate."""
-    large = replace(setting, data=photographs(setting, 256))
+    large, peaks = replace(setting, data=photographs(setting, setting.pictures)), dict[str, int]()
     seconds: dict[str, dict[str, float]] = {"first": {}, "again": {}, "other_learning_rate": {}}
     for who in ("reference", "ours"):
         for name, rate in (("first", 1e-5), ("again", 1e-5), ("other_learning_rate", 2e-5)):
             seen = run(large, who, "caching", 1, mode="stages" if who == "reference" else "", learning_rate=rate)
             seconds[name][who] = sum(seen.stages) if who == "reference" else encoding(large)
+            peaks[who] = max(peaks.get(who, 0), seen.peak_bytes)
     times = {name: found["reference"] / found["ours"] for name, found in seconds.items()}
-    return {"seconds": seconds, "times_faster": times, "pictures": 256}
+    facts = {"pictures": setting.pictures, "resolution": setting.resolution, "peak_bytes": peaks}
+    return {"seconds": seconds, "times_faster": times, **facts}
 
 
 def encoding(setting: Setting) -> float:
@@ -284,12 +287,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of pictures with metadata.jsonl")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(BENCHMARKS), help="some of " + ", ".join(BENCHMARKS))
+    parser.add_argument("--pictures", type=int, default=256, help="how many are encoded")
     options = parser.parse_args()
     path = common.RESULTS / "peers.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(Path(folder), options.reference.resolve(), Path(), options.data.resolve(), options.rounds)
-        setting = replace(setting, base=build(setting, "tiny", "tiny"))
+        setting = replace(setting, base=build(setting, "tiny", "tiny"), pictures=options.pictures)
         for name in options.only.split(","):
             began = time.monotonic()
             result[name] = {"rounds": options.rounds, **BENCHMARKS[name](setting)}

@@ -5,10 +5,11 @@ every operation. To that come the weights, the optimizer's state and averages.
 """
 
 import copy
+import re
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from torch.utils._pytree import tree_leaves
 
 from sdxl_trainer import kernels, narrow, optim
 from sdxl_trainer.config import Config
+from sdxl_trainer.errors import UserError
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.optim import rounding
 from sdxl_trainer.parameters import Group
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What CUDA and its libraries take for themselves.
+_CONTEXT = 0.6e9
 # Numbers beside its state that our optimizer for bf16 weights holds at a time, as fp32.
 _ROUNDING_COPIES = 6
 
@@ -44,6 +48,69 @@ def step(config: Config, pictures: Sequence[Any], precision: str, device: str) -
     samples = min(config.train.micro_batch or config.train.batch_size, config.train.batch_size)
     shape = (samples, largest[0] // 8, largest[1] // 8)
     return Step(shape, precision, device, micro_batches=-(-config.train.batch_size // samples))
+
+
+_UNITS = {"GB": 1e9, "MB": 1e6, "GiB": 2.0**30, "MiB": 2.0**20}
+# Settings that change what is computed, in the order in which they slow training or cost precision.
+_FURTHER: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
+    ("optimizer.name = adamw8bit", {"optimizer": {"name": "adamw8bit"}}),
+    (
+        "train.weights = bf16, optimizer.name = adamw_bf16",
+        {"train": {"weights": "bf16"}, "optimizer": {"name": "adamw_bf16"}},
+    ),
+    (
+        "train.weights = bf16, optimizer.name = adafactor",
+        {"train": {"weights": "bf16"}, "optimizer": {"name": "adafactor"}},
+    ),
+)
+_NARROWER = tuple((f"train.frozen = {kind}", {"train": {"frozen": kind}}) for kind in ("fp8", "nf4"))
+
+
+def bytes_of(text: str) -> float:
+    """12GB, 7.5 GiB: the number of bytes."""
+    number, unit = re.fullmatch(r"([\d.]+) ?(\w+)", text).groups()  # type: ignore[union-attr]  # the config saw to it
+    return float(number) * _UNITS[unit]
+
+
+def fit(config: Config, sdxl: SDXL, groups: list[Group], setting: Step, say: Callable[[str], None]) -> Config:
+    """The config with the fastest micro-batch and checkpointing whose step fits into `train.memory`: neither changes
+    what is learned. UserError tells what the smallest takes, and what other settings would."""
+    if config.train.memory is None:
+        return config
+    room = bytes_of(config.train.memory)
+    tried: list[float] = []
+    for checkpointing in sorted({config.train.gradient_checkpointing, True}):
+        changed = _with(config, train={"gradient_checkpointing": checkpointing})
+        # Beside what one sample takes every further one takes as much again.
+        one, two = (_together(changed, sdxl, groups, setting, n) for n in (1, 2))
+        samples = min(setting.shape[0], int((room - one) // max(two - one, 1)) + 1)
+        tried.append(one)
+        if samples >= 1 and one <= room:
+            takes = one + (samples - 1) * (two - one)
+            again = "; activations are computed again, a quarter more work" if checkpointing else ""
+            told = f"{samples} per pass{', gradient checkpointing' if checkpointing else ''}"
+            say(f"memory {config.train.memory}: {told}, {takes / 1e9:.2f} GB{again}")
+            return _with(changed, train={"micro_batch": samples})
+    further = _NARROWER if config.adapter or config.token else _FURTHER
+    smallest = _with(config, train={"gradient_checkpointing": True})
+    costs = [
+        f"{name}: {_together(_with(smallest, **change), sdxl, groups, setting, 1) / 1e9:.2f} GB"
+        for name, change in further
+    ]
+    what = f"the smallest step takes {tried[-1] / 1e9:.2f} GB: one picture per pass, gradient checkpointing"
+    raise UserError(what, f"train.memory = {config.train.memory}", f"these change what is computed: {'; '.join(costs)}")
+
+
+def _with(config: Config, **sections: dict[str, Any]) -> Config:
+    changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=changed)
+
+
+def _together(config: Config, sdxl: SDXL, groups: list[Group], setting: Step, samples: int) -> float:
+    passes = -(-setting.shape[0] * setting.micro_batches // samples)
+    precision = "bf16" if config.train.weights == "bf16" and setting.device != "cpu" else setting.precision
+    changed = replace(setting, shape=(samples, *setting.shape[1:]), micro_batches=passes, precision=precision)
+    return sum(parts(config, sdxl, groups, changed).values())
 
 
 class Live(TorchDispatchMode):
@@ -90,6 +157,7 @@ def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dic
     own_copies = _ROUNDING_COPIES * 4 * min(learns, rounding.TOGETHER) if config.optimizer.name == "adamw_bf16" else 0
     prior = any(data.prior_prediction for data in config.data) and not beside
     return {
+        "context and libraries": _CONTEXT if setting.device == "cuda" else 0,
         "weights": learns * weight + (whole - learns) * (kept if beside else weight),
         "frozen base (prior_prediction)": whole * kept * prior,
         "optimizer": learns * optim.state_bytes(config.optimizer, weight),

@@ -28,6 +28,8 @@ FREE = (
     "train.epochs",
     "train.micro_batch",
     "train.checkpoint",
+    "train.gradient_checkpointing",
+    "train.memory",
     "train.shard",
     "train.hang_timeout",
     "train.validate_every",

@@ -1,5 +1,6 @@
 """From a config to a job that is ready for its next step."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sdxl_trainer import (
     held_out,
     kinds,
     manifest,
+    memory,
     model,
     narrow,
     objective,
@@ -79,6 +81,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if accelerator.num_processes == 1 and config.train.shard:
         console.say("train.shard: there is one process, which keeps everything")
     _refuse_early(config, base, stock, accelerator.device, accelerator.num_processes, precision)
+    config = fitted(config, base, stock, begin.checkpoint, precision, console.say)
     if config.hub.push and accelerator.is_main_process:
         publish.repository(output, config.hub)
     with watch.phase("encoding"):
@@ -90,6 +93,27 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if config.log.trackers:
         job.trackers.start(manifest.flat(config))
     return job
+
+
+def fitted(
+    config: Config, base: Base, stock: Stock, at: Checkpoint | None, precision: str, say: Callable[[str], None]
+) -> Config:
+    """The config with the micro-batch and checkpointing that fit into `train.memory`, if it says how much there is."""
+    if config.train.memory is None:
+        return config
+    groups, sdxl = learning(config, base, stock, at)
+    step = memory.step(config, stock.pictures, precision, distributed.device_type())
+    return memory.fit(config, sdxl, groups, step, say)
+
+
+def learning(
+    config: Config, base: Base, stock: Stock, at: Checkpoint | None
+) -> tuple[list[parameters.Group], model.SDXL]:
+    """The rules' groups on a model without weights, and the model."""
+    sdxl = model.skeleton(base, stock.text_learns, config.text)
+    inject(sdxl, config, base, at)
+    groups = parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
+    return groups, sdxl
 
 
 def draw_class_pictures(

@@ -10,6 +10,9 @@ import torch
 from sdxl_trainer import base as bases
 from sdxl_trainer import memory, model, parameters, setup
 from sdxl_trainer.config import Model
+from sdxl_trainer.errors import UserError
+from sdxl_trainer.log import read_metrics
+from sdxl_trainer.train import train
 
 
 def test_live_counts_storages_and_not_views() -> None:
@@ -96,6 +99,57 @@ def test_gradients_lie_beside_the_next_micro_batch(config: Callable[..., Any]) -
         for n in (1, 2)
     )
     assert 0 < two - one <= 4 * sum(p.numel() for p in sdxl.parameters()) * 1.1
+
+
+def fitted(config: Any, samples: int) -> tuple[Any, list[str]]:
+    told: list[str] = []
+    sdxl, groups = skeleton(config)
+    return memory.fit(config, sdxl, groups, memory.Step((samples, 16, 16), "fp32", "cpu"), told.append), told
+
+
+def test_the_fastest_setting_that_fits_is_chosen(config: Callable[..., Any]) -> None:
+    """Whole batches where there is room, then fewer pictures per pass, then gradient checkpointing; nothing else."""
+    found = []
+    for room in ("2GB", "60MB", "32MB"):
+        chosen, told = fitted(config(train={"batch_size": 8, "memory": room}), 8)
+        found.append((chosen.train.micro_batch, chosen.train.gradient_checkpointing))
+        assert len(told) == 1
+        assert told[0].startswith(f"memory {room}: ")
+        sdxl, groups = skeleton(chosen)
+        passes = memory.Step((chosen.train.micro_batch, 16, 16), "fp32", "cpu", micro_batches=2)
+        assert sum(memory.parts(chosen, sdxl, groups, passes).values()) <= 1.01 * memory.bytes_of(room)
+    assert found[0] == (8, False)
+    assert 1 <= found[1][0] < 8
+    assert not found[1][1]
+    assert found[2][1]
+
+
+def test_what_cannot_fit_is_told_with_what_would(config: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="the smallest step takes") as refused:
+        fitted(config(train={"memory": "5MB"}), 2)
+    assert all(option in refused.value.fix for option in ("adamw8bit", "adamw_bf16", "adafactor"))
+
+
+def test_a_run_within_memory_takes_the_steps_of_one_without(config: Callable[..., Any], tmp_path: Path) -> None:
+    losses = []
+    for number, room in enumerate((None, "29MB")):
+        output = train(
+            config(output_dir=str(tmp_path / str(number)), train={"steps": 2, "batch_size": 4, "memory": room})
+        )
+        losses.append([row["loss"] for row in read_metrics(output / "metrics.jsonl")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert "micro_batch = " in (tmp_path / "1" / "config.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("text", "size"), [("12GB", 12e9), ("7.5 GiB", 7.5 * 2**30), ("800MB", 8e8)])
+def test_sizes_are_read(text: str, size: float) -> None:
+    assert memory.bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["12", "GB", "12 gigabytes", "-1GB"])
+def test_other_sizes_are_refused(config: Callable[..., Any], text: str) -> None:
+    with pytest.raises(UserError, match="memory"):
+        config(train={"memory": text})
 
 
 def test_check_tells_it(config: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,12 @@ from sdxl_trainer.config.section import Fraction, PathText, Positive, Section, o
 from sdxl_trainer.errors import closest
 
 
+def _memory(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)? ?[GM]i?B", text):
+        raise ValueError("a number with its unit, such as 12GB or 7.5GiB")
+    return text
+
+
 class Train(Section):
     steps: Positive | None = option(None, "optimizer steps; or give epochs")
     epochs: Positive | None = option(None, "passes over the data; or give steps")
@@ -22,6 +28,9 @@ class Train(Section):
         "auto", "type in which the base is kept beside an adapter or new words; auto: the compute type"
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    memory: Annotated[str, AfterValidator(_memory)] | None = option(
+        None, "what a step may take, such as 12GB: the fastest micro_batch and gradient_checkpointing that fit"
+    )
     tf32: bool = option(False, "TensorFloat-32 for fp32 matrix products (NVIDIA Ampere and later)")
     shard: bool = option(
         False,
