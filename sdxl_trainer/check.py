@@ -14,7 +14,6 @@ from sdxl_trainer import (
     distributed,
     files,
     model,
-    narrow,
     optim,
     overview,
     parameters,
@@ -25,7 +24,6 @@ from sdxl_trainer import (
 )
 from sdxl_trainer import memory as memories
 from sdxl_trainer.base import Base
-from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import findings, ledger, plan, prepare, problems
 from sdxl_trainer.data.encode import DTYPES

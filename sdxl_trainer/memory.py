@@ -7,7 +7,7 @@ every operation. To that come the weights, the optimizer's state and averages.
 import copy
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,12 +42,12 @@ class Step:
     micro_batches: int = 1
 
 
-def step(config: Config, pictures: Sequence[Any], precision: str, device: str) -> Step:
-    """The step of a run: micro-batches of the largest shape that its pictures have."""
-    largest = max((g.target for p in pictures for g in p.geometries), key=lambda sides: sides[0] * sides[1])
+def step(config: Config, shapes: Iterable[tuple[int, int]], precision: str, device: str) -> Step:
+    """The step of a run: micro-batches of the largest of the pictures' shapes."""
+    height, width = max(shapes, key=lambda sides: sides[0] * sides[1])
     samples = min(config.train.micro_batch or config.train.batch_size, config.train.batch_size)
-    shape = (samples, largest[0] // 8, largest[1] // 8)
-    return Step(shape, precision, device, micro_batches=-(-config.train.batch_size // samples))
+    passes = -(-config.train.batch_size // samples)
+    return Step((samples, height // 8, width // 8), precision, device, micro_batches=passes)
 
 
 _UNITS = {"GB": 1e9, "MB": 1e6, "GiB": 2.0**30, "MiB": 2.0**20}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sdxl_trainer import (
@@ -102,8 +103,13 @@ def fitted(
     if config.train.memory is None:
         return config
     groups, sdxl = learning(config, base, stock, at)
-    step = memory.step(config, stock.pictures, precision, distributed.device_type())
+    step = memory.step(config, shapes(stock), precision, distributed.device_type())
     return memory.fit(config, sdxl, groups, step, say)
+
+
+def shapes(stock: Stock) -> set[tuple[int, int]]:
+    """Heights and widths of the pictures that are trained on."""
+    return {stock.pictures.targets[number] for number in np.unique(stock.pictures.rows["target"])}
 
 
 def learning(
