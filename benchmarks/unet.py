@@ -40,7 +40,7 @@ def main() -> None:
             f"{name}: library {found['library']['median']:.3f} s, ours {found['ours']['median']:.3f} s per step, "
             f"{found['speed']['ratio']:.2f} x; {found['of_limit']:.0%} of the limit"
         )
-    print(common.write("unet", result))
+        common.write("unet", result)
 
 
 def compare(config: dict[str, Any], dtype: torch.dtype, options: Any, work: float) -> dict[str, Any]:

@@ -78,15 +78,17 @@ def fit(config: Config, sdxl: SDXL, groups: list[Group], setting: Step, say: Cal
     if config.train.memory is None:
         return config
     room = bytes_of(config.train.memory)
-    tried: list[float] = []
+    least = 0.0
     for checkpointing in sorted({config.train.gradient_checkpointing, True}):
         changed = _with(config, train={"gradient_checkpointing": checkpointing})
-        # Beside what one sample takes every further one takes as much again.
-        one, two = (_together(changed, sdxl, groups, setting, n) for n in (1, 2))
-        samples = min(setting.shape[0], int((room - one) // max(two - one, 1)) + 1)
-        tried.append(one)
-        if samples >= 1 and one <= room:
-            takes = one + (samples - 1) * (two - one)
+        samples, takes = setting.shape[0], _together(changed, sdxl, groups, setting, setting.shape[0])
+        least = takes
+        if takes > room and samples > 1:
+            # Beside what one sample takes every further one takes as much again.
+            least, two = (_together(changed, sdxl, groups, setting, n) for n in (1, 2))
+            samples = min(samples - 1, int((room - least) // (two - least)) + 1)
+            takes = least + (samples - 1) * (two - least)
+        if samples >= 1 and takes <= room:
             again = "; activations are computed again, a quarter more work" if checkpointing else ""
             told = f"{samples} per pass{', gradient checkpointing' if checkpointing else ''}"
             say(f"memory {config.train.memory}: {told}, {takes / 1e9:.2f} GB{again}")
@@ -97,7 +99,7 @@ def fit(config: Config, sdxl: SDXL, groups: list[Group], setting: Step, say: Cal
         f"{name}: {_together(_with(smallest, **change), sdxl, groups, setting, 1) / 1e9:.2f} GB"
         for name, change in further
     ]
-    what = f"the smallest step takes {tried[-1] / 1e9:.2f} GB: one picture per pass, gradient checkpointing"
+    what = f"the smallest step takes {least / 1e9:.2f} GB: one picture per pass, gradient checkpointing"
     raise UserError(what, f"train.memory = {config.train.memory}", f"these change what is computed: {'; '.join(costs)}")
 
 

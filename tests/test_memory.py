@@ -110,7 +110,7 @@ def fitted(config: Any, samples: int) -> tuple[Any, list[str]]:
 def test_the_fastest_setting_that_fits_is_chosen(config: Callable[..., Any]) -> None:
     """Whole batches where there is room, then fewer pictures per pass, then gradient checkpointing; nothing else."""
     found = []
-    for room in ("2GB", "60MB", "32MB"):
+    for room in ("2GB", "45MB", "30MB"):
         chosen, told = fitted(config(train={"batch_size": 8, "memory": room}), 8)
         found.append((chosen.train.micro_batch, chosen.train.gradient_checkpointing))
         assert len(told) == 1
@@ -132,7 +132,7 @@ def test_what_cannot_fit_is_told_with_what_would(config: Callable[..., Any]) -> 
 
 def test_a_run_within_memory_takes_the_steps_of_one_without(config: Callable[..., Any], tmp_path: Path) -> None:
     losses = []
-    for number, room in enumerate((None, "29MB")):
+    for number, room in enumerate((None, "30MB")):
         output = train(
             config(output_dir=str(tmp_path / str(number)), train={"steps": 2, "batch_size": 4, "memory": room})
         )
