@@ -23,7 +23,8 @@ from sdxl_trainer import files
 PARTS = ("base", "pictures", "cache", "run")
 # What a run that got going may write anew before it fails: its records. Everything else of an older run stays.
 RECORDS = ("config.toml", "manifest.json", "metrics.jsonl")
-MEMO = "cache/files.json"
+# What is known about files, and saves time only.
+MEMO = ("cache/files.json", "cache/pictures.table")
 PROGRESS = re.compile(r"(captions|pictures|steps) \d+/\d+|continuing after step \d+")
 
 
@@ -167,7 +168,7 @@ def snapshot(root: Path, begins: bool) -> dict[str, object]:
             name = str(path.relative_to(root))
             status = path.stat()
             identity = (status.st_ino, status.st_size, status.st_mtime_ns)
-            if name != MEMO and not (begins and path.name in RECORDS):
+            if name not in MEMO and not (begins and path.name in RECORDS):
                 found[name] = files.sha256(path) if begins else identity
     return found
 

@@ -133,6 +133,12 @@ def test_settings_of_fsdp_that_are_refused(
         distributed.sharding(config(), print)
 
 
+def test_prior_prediction_is_refused_when_sharded(config: Callable[..., Any]) -> None:
+    kept = config(data=[{}, {"prior_prediction": True}], train={"shard": True})
+    with pytest.raises(UserError, match="prior prediction"):
+        distributed.sharding(kept, print)
+
+
 def test_settings_of_fsdp_that_are_honoured(config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_launcher_shards", lambda: True)
     monkeypatch.setenv("FSDP_VERSION", "2")
