@@ -89,6 +89,14 @@ class GroupNorm(nn.GroupNorm):
     """In fp32 on a CPU: PyTorch's backward pass for 16 bits is many times slower where channels lie last."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if (
+            not x.requires_grad
+            and torch.is_grad_enabled()
+            and on_cpu(x)
+            and any(p.requires_grad for p in self.parameters())
+        ):
+            # With channels last, PyTorch's backward pass writes to the gradient of x, whether there is one or not.
+            x = x.detach().requires_grad_()
         if not on_cpu(x) or x.dtype == torch.float32:
             return super().forward(x)
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)

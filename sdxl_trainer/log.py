@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -90,29 +89,28 @@ class Metrics:
     def __init__(self, path: Path, after: int, main: bool = True) -> None:
         """Continue after step `after`: lines of later steps, and a line cut short, were of an interrupted run.
         Only the main process writes."""
-        if main and path.is_file():
+        self._path, self._file = path, None
+        if main:
             kept = [row for row in read_metrics(path, after) if row["step"] <= after]
             files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._path = path if main else Path(os.devnull)
-        self._file: FileIO | None = None  # there is none before there is something to say
+            # No buffer: what a full disk refused is not tried again when the file is closed.
+            self._file = path.open("ab", buffering=0)
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        with files.explained(self._path):
-            if self._file is None:
-                # No buffer: what a full disk refused is not tried again when the file is closed.
-                self._file = FileIO(self._path, "ab")
-            rest = "".join(json.dumps(row) + "\n" for row in rows).encode()
-            while rest:
-                rest = rest[self._file.write(rest) :]
+        if self._file is not None:
+            with files.explained(self._path):
+                rest = "".join(json.dumps(row) + "\n" for row in rows).encode()
+                while rest:
+                    rest = rest[self._file.write(rest) :]
 
     def sync(self) -> None:
-        if self._file is not None and self._file.name != os.devnull:
+        if self._file is not None:
             with files.explained(self._path):
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self.sync()
         if self._file is not None:
+            self.sync()
             self._file.close()
 
 

@@ -14,6 +14,7 @@ from sdxl_trainer import text, untrained
 from sdxl_trainer import unet as unets
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.config import Model, TextOptions
+from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import pretrained
 
 TEXT = TextOptions()
@@ -181,7 +182,12 @@ def _load_unet(options: Model, base: Base, folder: Path | None, dtype: torch.dty
             # PyTorch's own: that of diffusers warns of every cast.
             return nn.Module.to(unet, dtype)
     path, variant = (folder / "unet", None) if folder else (base.part("unet"), weights_file(base, "unet"))
-    return pretrained.load(kind, path, variant, torch_dtype=dtype)
+    unet = pretrained.load(kind, path, variant, torch_dtype=dtype)
+    took, takes = unet.config["in_channels"], base.config("unet").get("in_channels", 4)
+    if took != takes:  # a checkpoint has a config of its own
+        what = f"the base's UNet says that it takes {takes} channels; that of the checkpoint takes {took}"
+        raise UserError(what, str(base.part("unet") / "config.json"), "use an intact copy of the base")
+    return unet
 
 
 def _unet_class(config: dict[str, Any], attention: str = "sdpa") -> Any:

@@ -296,7 +296,7 @@ def _assemble(
         pulse=guards.Pulse(accelerator, config.train.hang_timeout),
         saver=Saver(config, output, console.say, accelerator.is_main_process),
         metrics=Metrics(output / "metrics.jsonl", state.step, accelerator.is_main_process),
-        validation=Metrics(measures, state.step or -1, accelerator.is_main_process),
+        validation=Metrics(measures, state.step or -1, main and config.validation.loss_every is not None),
         trackers=trackers,
         console=console,
         watch=watch,

@@ -217,3 +217,18 @@ def test_geglu_is_exact() -> None:
     value, gate = x.chunk(2, dim=-1)
     assert torch.allclose(kernels.geglu(x), value * F.gelu(gate), rtol=1e-12)
     assert torch.autograd.gradcheck(kernels.geglu, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norms_learn_behind_what_is_frozen(dtype: torch.dtype) -> None:
+    """PyTorch's own ends the process there."""
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last).to(dtype)
+    ours, theirs = kernels.GroupNorm(4, 8).to(dtype), torch.nn.GroupNorm(4, 8)
+    ours(x).square().sum().backward()
+    theirs(x.float().contiguous()).square().sum().backward()
+    assert ours.weight.grad is not None
+    assert theirs.weight.grad is not None
+    torch.testing.assert_close(
+        ours.weight.grad.float(), theirs.weight.grad, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-4
+    )
+    assert not x.requires_grad

@@ -341,7 +341,8 @@ def _source(data: Data, number: int, records: Records, memo: Memo, unreadable: l
             masked[index] = _mask(records[index], data, (height, width), content[index].tobytes().hex(), memo)
         except UserError as error:
             unreadable.append(error)
-    kept, (masks_of, focus_of) = np.array(list(masked), dtype="<i8"), zip(*masked.values(), strict=True)
+    kept = np.array(list(masked), dtype="<i8")
+    masks_of, focus_of = tuple(mask for mask, _ in masked.values()), tuple(focus for _, focus in masked.values())
     return Source(data, number, records.take(kept), content[kept], size[kept], masks_of, focus_of)
 
 

@@ -24,8 +24,8 @@ PARTS = ("base", "pictures", "cache", "run")
 # What a run that got going may write anew before it fails: its records. Everything else of an older run stays.
 RECORDS = ("config.toml", "manifest.json", "metrics.jsonl")
 # What is known about files, and saves time only.
-MEMO = ("cache/files.json", "cache/pictures.table")
-PROGRESS = re.compile(r"(captions|pictures|steps) \d+/\d+|continuing after step \d+")
+MEMO = tuple(f"cache/{name}" for name in ("files.json", "pictures.table", "latents.index", "texts.index"))
+PROGRESS = re.compile(r"((masked )?pictures|captions|steps) \d+/\d+|continuing after step \d+")
 
 
 @dataclass(frozen=True)

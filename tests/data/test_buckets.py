@@ -167,5 +167,5 @@ def test_validation_pictures_are_of_the_squarest_size_trained(more: dict[str, ob
     from sdxl_trainer.validate import Validator
 
     config = Config(output_dir="x", model=Model(path="x"), data=(options(**more),), train=Train(steps=1))
-    settings = Validator(config, *[None] * 6)._settings()  # type: ignore[arg-type]
+    settings = Validator(config, *[None] * 7)._settings()  # type: ignore[arg-type]
     assert (settings["height"], settings["width"]) == size
