@@ -52,7 +52,7 @@ def device_type() -> str:
     """Kind of device that accelerate will choose."""
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in {"1", "true", "yes"}:
         return "cpu"
-    found = torch.accelerator.current_accelerator()
+    found = torch.accelerator.current_accelerator(check_available=True)
     return found.type if found is not None else "cpu"
 
 

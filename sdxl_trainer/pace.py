@@ -28,7 +28,7 @@ def estimate(
     seen = _earlier(Path(config.output_dir).expanduser() / "metrics.jsonl")
     if seen is not None:
         return samples / seen, f"{seen:.3g} images/s of this folder's last steps"
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     rate = _matmul(device, dtype)
     wanted = flops(base, sdxl, area) * PASSES[config.train.gradient_checkpointing]
     told = f"{wanted / 1e12:.3g} TFLOP per image at {SHARE:.0%} of {rate / 1e12:.3g} TFLOP/s measured here"
