@@ -249,11 +249,11 @@ def _key_dropout(sdxl: SDXL, share: float) -> None:
         layer[NAME] = KeyedDropout(share, number, sdxl.dropout_keys, lengths)
 
 
-def layers(sdxl: SDXL) -> list[Any]:
+def layers(model: nn.Module) -> list[Any]:
     """The layers that got an adapter, as peft wrapped them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [module for module in sdxl.modules() if isinstance(module, BaseTunerLayer)]
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sdxl_trainer import kernels, narrow, optim
+from sdxl_trainer import adapters, kernels, narrow, optim
 from sdxl_trainer.config import Config
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.model import SDXL
@@ -183,7 +183,7 @@ def working(config: Config, unet: nn.Module, setting: Step) -> int:
         states = torch.empty(samples, tokens, settings["cross_attention_dim"], dtype=inputs)
         added = {"text_embeds": torch.empty(samples, pooled, dtype=inputs)}
         added["time_ids"] = torch.zeros(samples, 6, dtype=torch.int64)
-        with Live(fake.parameters()) as live:
+        with Live([*fake.parameters(), *fake.buffers()]) as live:
             for _ in range(min(setting.micro_batches, 2)):  # from the second on gradients lie there already
                 with torch.autocast("cpu", compute) if mixed else nullcontext():
                     found = fake(noisy, torch.zeros(samples), states, added_cond_kwargs=added, return_dict=False)[0]
@@ -207,8 +207,13 @@ def _fake(unet: nn.Module, dtype: torch.dtype, config: Config, device: str) -> I
                     kind = torch.float32 if beside and p.requires_grad else dtype
                     fake = nn.Parameter(torch.empty(p.shape, dtype=kind), requires_grad=p.requires_grad)
                     module._parameters[name] = fake
+                for name, b in module.named_buffers(recurse=False):
+                    module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
             if config.train.gradient_checkpointing:
                 made.enable_gradient_checkpointing()
-            yield made.train()
+            made.train()
+            for layer in adapters.layers(made) if config.adapter else ():
+                layer.eval()  # what they drop is drawn, and here nothing has a value; a mask is small
+            yield made
     finally:
         kernels.stands_for = before

@@ -91,6 +91,16 @@ def test_parts_follow_from_sizes(config: Callable[..., Any]) -> None:
     assert all(p.is_meta for p in sdxl.parameters())  # the model is as it was
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "oft", "boft"])
+def test_every_adapter_can_be_counted(config: Callable[..., Any], kind: str) -> None:
+    drops = {"dropout": 0.1} if kind in {"lora", "dora"} else {}
+    chosen = config(adapter={"kind": kind, **drops}, train={"gradient_checkpointing": True})
+    sdxl, groups = skeleton(chosen)
+    found = memory.parts(chosen, sdxl, groups, memory.Step((2, 8, 8), "fp32", "cpu"))
+    assert found["gradients"] == 4 * sum(group.size for group in groups) > 0
+    assert found["activations and workspace"] > 0
+
+
 def test_gradients_lie_beside_the_next_micro_batch(config: Callable[..., Any]) -> None:
     chosen = config()
     sdxl, groups = skeleton(chosen)
