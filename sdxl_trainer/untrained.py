@@ -1,5 +1,6 @@
 """A UNet that begins with random weights (`model.init = "random"`), of the base's sizes or of other ones."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,14 +49,20 @@ def make(config: dict[str, Any], seed: int) -> nn.Module:
     layer between the caption and a block keeps the size of what it is given (LeCun et al. 1998, 4.6; He et al. 2015
     where SiLU follows). The last convolution begins at zero (Dhariwal and Nichol 2021, as in their code).
     """
+    return begun("unet", config, seed, _deviation)
+
+
+def begun(part: str, config: dict[str, Any], seed: int, deviation: Callable[[str, Tensor], float | None]) -> nn.Module:
+    """A model of this config in fp32 on the CPU. Its weights follow from (config, seed): normal with the `deviation` of
+    (name, weight), or as the library makes them where that is None."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = modules.construct("unet", config)
-        for name, weight in unet.named_parameters():
-            deviation = _deviation(name, weight)
-            if deviation is not None:
-                nn.init.normal_(weight, std=deviation)
-    return unet
+        module = modules.construct(part, config)
+        for name, weight in module.named_parameters():
+            own = deviation(name, weight)
+            if own is not None:
+                nn.init.normal_(weight, std=own)
+    return module
 
 
 def _deviation(name: str, weight: Tensor) -> float | None:

@@ -13,12 +13,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from sdxl_trainer import files, text
+from sdxl_trainer import files, text, untrained
 from sdxl_trainer.blueprint import TextSize, text_changes
-from sdxl_trainer.formats import folder, modules
+from sdxl_trainer.formats import folder
 
 SIZES = {
     "text_encoder": TextSize(64, layers=2, heads=2, intermediate=128, projection=64),
@@ -50,14 +49,7 @@ def described(sizes: dict[str, TextSize], tokenizers: Path) -> dict[str, dict[st
 
 def random_encoder(name: str, config: dict[str, Any], seed: int) -> nn.Module:
     """A text encoder with weights to begin with."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = modules.construct(name, config)
-        for parameter, weight in module.named_parameters():
-            deviation = text_deviation(parameter, weight)
-            if deviation is not None:
-                nn.init.normal_(weight, std=deviation)
-    return module
+    return untrained.begun(name, config, seed, text_deviation)
 
 
 def text_deviation(parameter: str, weight: Tensor) -> float | None:
