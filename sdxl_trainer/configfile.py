@@ -328,6 +328,7 @@ def _refuse_contradictions(config: Config, where: str) -> None:
         if given is not None and getattr(given, name) != type(given).model_fields[name].default and inert(config):
             raise UserError(f"{key} = {_shown(getattr(given, name))} has no effect: {why}", where, f"remove {key}")
     options.refuse(config.data, where)
+    refusals.measured(config, where)
     prompts = [*config.validation.prompts, *([config.validation.negative] if config.validation.negative else [])]
     captions.refuse(config.data, config.text, prompts, where)
     _refuse_overwriting(config, where)

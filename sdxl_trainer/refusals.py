@@ -68,6 +68,14 @@ ELSEWHERE = {
 }
 
 
+def measured(config: Config, where: str) -> None:
+    """Refuse a data set that would be neither trained nor measured."""
+    for index, data in enumerate(config.data):
+        if data.held_out == 1 and config.validation.loss_every is None:
+            what = f"data.{index}.held_out = 1 has no effect: validation.loss_every is not given"
+            raise UserError(what, where, f"set validation.loss_every = 100, or remove data.{index}")
+
+
 def objective(config: Config, where: str) -> None:
     """Refuse contradictions of the objective and the timesteps with themselves."""
     options = config.objective

@@ -93,7 +93,7 @@ def _share(concept: Account, to: str) -> None:
     if kind == "PRIOR_PREDICTION":
         concept.kept("type", f"{to}prior_prediction", True)
     elif kind == "VALIDATION":
-        concept.dropped("type", "data.held_out takes its share of the pictures themselves: this is trained on")
+        concept.dropped("type", f"trained on, until you set {to}held_out = 1 and validation.loss_every")
     concept.part("type", "pictures")
     if concept.text("balancing_strategy", "REPEATS") == "REPEATS":
         if concept.has("balancing"):

@@ -88,4 +88,7 @@ class Data(Section):
         "auto", "type in which the UNet draws; auto: train.precision"
     )
     kohya_folders: bool = option(False, "folders named 10_words: 10 repeats, and words where there is no caption")
-    held_out: Fraction = option(0.0, "share of the pictures kept out of training, chosen by their bytes alone")
+    held_out: Fraction = option(
+        0.0,
+        "share of the pictures kept out of training, chosen by their bytes alone; 1: this data set is for validation",
+    )

@@ -27,6 +27,14 @@ INERT: list[tuple[str, Callable[[Data], bool], str]] = [
         for name in ("prompts", "steps", "guidance", "batch", "precision")
     ),
     ("no_upscale", lambda d: d.buckets == "none", 'buckets = "area"'),
+    # What is said of training, of pictures that are never trained.
+    *(
+        (name, lambda d: d.held_out == 1, "held_out below 1")
+        for name in (
+            *("repeats", "sampling_weight", "weight", "regularisation", "prior_prediction"),
+            *("flip", "caption_dropout", "shuffle_tags", "tag_dropout"),
+        )
+    ),
 ]
 
 
@@ -43,8 +51,9 @@ def refuse(sets: Sequence[Data], where: str) -> None:
         _refuse_buckets(data, f"data.{index}", where)
         _refuse_masks(data, f"data.{index}", where)
         _refuse_drawing(data, f"data.{index}", where)
-        if data.held_out == 1:
-            raise UserError(f"data.{index}.held_out = 1 leaves nothing to train on", where, "give a share such as 0.05")
+    if all(data.held_out == 1 for data in sets):
+        fix = "give a share such as 0.05, or add the data set to train on"
+        raise UserError("data.0.held_out = 1 leaves nothing to train on", where, fix)
     _refuse_sampling(sets, where)
 
 
@@ -89,11 +98,11 @@ def _refuse_masks(data: Data, key: str, where: str) -> None:
 
 
 def _refuse_sampling(sets: Sequence[Data], where: str) -> None:
-    trained = [(index, data) for index, data in enumerate(sets) if not data.regularisation]
+    trained = [(index, data) for index, data in enumerate(sets) if not data.regularisation and data.held_out < 1]
     if not trained:
         what = "every data set is one of regularisation: there is nothing to learn"
         raise UserError(what, where, "set regularisation = false for the pictures to be learned")
-    if all(data.prior_prediction or data.regularisation for data in sets):
+    if all(data.prior_prediction or data.regularisation or data.held_out == 1 for data in sets):
         what = "every data set keeps what the base predicts: there is nothing to learn"
         raise UserError(what, where, "set prior_prediction = false for the pictures to be learned")
     for index, data in enumerate(sets):

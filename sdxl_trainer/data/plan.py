@@ -120,7 +120,7 @@ def _chosen(plan: Plan, number: int, epoch: int) -> np.ndarray:
     turns = np.zeros(len(stream.pictures), dtype=np.int64)
     ends = np.cumsum(stream.repeats)
     found = []
-    for run in range(first // length, -(-last // length)):
+    for run in range(first // length, -(-last // length)) if length else ():
         start, stop = max(first - run * length, 0), min(last - run * length, length)
         entries = np.arange(length)
         if (start, stop) != (0, length):
@@ -130,7 +130,7 @@ def _chosen(plan: Plan, number: int, epoch: int) -> np.ndarray:
         before = np.searchsorted(index, index)  # where the entries of the same picture begin
         found.append(stream.pictures[index] + (turns[index] + np.arange(len(index)) - before) * pictures)
         turns += np.bincount(index, minlength=len(turns))
-    return np.concatenate(found)
+    return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
 
 def share(

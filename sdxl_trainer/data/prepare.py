@@ -137,6 +137,7 @@ def take_stock(config: Config, base: Base, text_precision: str, notes: Notes | N
     measured = config.validation.loss_every is not None and len(unseen) > 0
     part = _trained_part(config, pictures)
     _refuse_empty(config, pictures)
+    _refuse_twice(config, pictures, unseen)
     text.refuse_clip_skip(base, config.text)
     choices = captions.Choices(config.data, Numbered(pictures))
     if config.token and any(data.prior_prediction for data in config.data):
@@ -212,9 +213,20 @@ def written(options: TextOptions, prompt: str) -> Prompt:
 
 def _refuse_empty(config: Config, pictures: Pictures) -> None:
     for index, data in enumerate(config.data):
-        if not len(pictures.of(index)):
+        if data.held_out < 1 and not len(pictures.of(index)):
             what = f"held_out = {data.held_out:g} leaves no picture to train on"
             raise UserError(what, f"data.{index}.path = '{data.path}'", "hold out less, or add pictures")
+
+
+def _refuse_twice(config: Config, pictures: Pictures, unseen: Pictures) -> None:
+    """A picture of a data set for validation alone that is trained as well would make the loss a lie."""
+    ours = [number for number, data in enumerate(config.data) if data.held_out == 1]
+    seen = {content for n in range(len(config.data)) for content, _ in _contents(pictures, n)} if ours else set()
+    for number in ours:
+        twice = [unseen[index].name for content, index in _contents(unseen, number) if content in seen]
+        if twice:
+            what = f"{len(twice)} pictures are held out and trained too: {shortened(twice)}"
+            raise UserError(what, f"data.{number}.path = '{config.data[number].path}'", "remove them from one of them")
 
 
 def _refuse_new_words(config: Config, pictures: Sequence[Picture], choices: Sequence[Choice]) -> None:
@@ -243,13 +255,13 @@ def order(config: Config, stock: Stock) -> plan.Plan:
                 if data.sampling_weight
                 else entries[number] * data.repeats
             )
-            counts[number] = max(1, round(share))
+            counts[number] = max(1, round(share)) if data.held_out < 1 else 0
     learned, others = sum(counts.values()), sum(entries) - sum(trained)
     streams = [
         plan.Stream(
             m,
             repeats[m],
-            counts.get(number) or max(1, round(learned * entries[number] / others)),
+            counts[number] if number in counts else max(1, round(learned * entries[number] / others)),
             config.data[number].regularisation,
         )
         for number, m in enumerate(members)

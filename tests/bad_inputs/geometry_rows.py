@@ -169,6 +169,25 @@ ROWS = [
     ),
     Bad("everything held out", "held_out = 1 leaves nothing", "0.05", options=data(held_out=1)),
     Bad(
+        "held out and not measured",
+        "data.1.held_out = 1 has no effect",
+        "loss_every",
+        make=lambda p: second(p, held_out=1),
+    ),
+    Bad(
+        "repeats of what is held out",
+        "data.1.repeats has no effect",
+        "held_out below 1",
+        make=lambda p: second(p, held_out=1, repeats=2),
+    ),
+    Bad(
+        "held out and trained",
+        "6 pictures are held out and trained too: 0.png",
+        "remove them",
+        options={"validation.loss_every": 1},
+        make=lambda p: second(p, held_out=1),
+    ),
+    Bad(
         "pictures outside of kohya's folders",
         "6 pictures lie outside of folders named like 10_words",
         "kohya_folders",

@@ -215,3 +215,21 @@ def test_an_interrupted_run_measures_and_chooses_alike(
     assert (resumed / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == (
         whole / "unet" / "diffusion_pytorch_model.safetensors"
     ).read_bytes()
+
+
+def test_a_data_set_of_its_own_is_measured_and_never_trained(
+    config: Callable[..., Any], tmp_path: Path, folder: Path, pictures: Path
+) -> None:
+    def run(name: str, *sets: dict[str, Any], **validation: int) -> Path:
+        options = {"train": {"steps": 2, "batch_size": 3}, "validation": {"loss_every": 2, **validation}}
+        return train(config(data=list(sets), output_dir=str(tmp_path / name), **options))
+
+    ours, theirs = {"path": str(pictures), "resolution": 64}, {"path": str(folder), "resolution": 64}
+    both = run("both", ours, {**theirs, "held_out": 1})
+    alone = run("alone", ours)
+    losses = [[row["loss"] for row in read_metrics(path / "metrics.jsonl")] for path in (both, alone)]
+    assert losses[0] == losses[1], "what is held out changes nothing of the training"
+    rows = [row for row in read_metrics(both / "validation.jsonl") if row["set"] == "held_out"]
+    assert [(row["step"], len(row["pictures"])) for row in rows] == [(0, 10), (2, 10)]
+    trained = read_metrics(run("theirs", theirs, trained_pictures=10) / "validation.jsonl")
+    assert sorted(trained[0]["pictures"]) == sorted(rows[0]["pictures"])
