@@ -1,0 +1,207 @@
+"""Does the validation loss tell which model draws what it is asked for? And the training loss?
+
+micro-SDXL learns the demo's new shape beside shapes that it knows, twenty times: once as it should be done, the other
+times with one setting changed, to good or bad, as people change them. The list was written down before any of it was
+run. After each run stock diffusers draws what fixed prompts ask for, half of them about the new shape, and the reader
+of the toy world says what share is right in everything asked: that is the accuracy. The validation loss is the
+trainer's own, with its defaults, of pictures that no run trains on and whose captions come from the same grammar as the
+prompts; the training loss is what metrics.jsonl says, over the last tenth of the steps.
+
+    python benchmarks/correlation.py [RUN ...] [--work runs/correlation]     what is finished is not run again
+    python benchmarks/correlation.py --page      writes docs/validation.md and its picture, and runs nothing
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+
+import toyworld
+from sdxl_trainer import attach, demo, files
+from sdxl_trainer.configfile import validated
+from sdxl_trainer.log import read_metrics
+from sdxl_trainer.run import Start
+from sdxl_trainer.train import train
+from toyworld import score
+
+RESULT = common.RESULTS / "correlation.json"
+DOCS = Path(__file__).parent.parent / "docs"
+SIDE, STEPS, RATE = 128, 240, 7e-4
+SHAPES: dict[str, tuple[str, ...]] = {"new": (demo.SHAPE,), "old": tuple(toyworld.BASE_SHAPES)}
+TRAINED, HELD_OUT, ASKED = {"new": 40, "old": 240}, 24, 36  # the last two of each kind
+SEEDS = {"trained": 201, "held-out": 202, "asked": 203}
+DRAWN = {"num_inference_steps": 12, "guidance_scale": 4.0, "height": SIDE, "width": SIDE}
+BATCH = 12
+# What is changed, and its name. `data` is about all that is trained, `new` about the new shape's pictures.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "recipe": ("as it should be done", {}),
+    "rate-hundredth": ("learning rate a hundredth", {"train": {"learning_rate": RATE / 100}}),
+    "rate-tenth": ("learning rate a tenth", {"train": {"learning_rate": RATE / 10}}),
+    "rate-4": ("learning rate four times as large", {"train": {"learning_rate": 4 * RATE}}),
+    "rate-20": ("learning rate twenty times as large", {"train": {"learning_rate": 20 * RATE}}),
+    "short": ("a sixth of the steps", {"train": {"steps": STEPS // 6}}),
+    "long": ("twice the steps", {"train": {"steps": 2 * STEPS}}),
+    "raw": ("no averaged weights, constant rate", {"ema": {"enabled": False}, "schedule": {"name": "constant"}}),
+    "wrong-captions": ("each picture has another one's caption", {"captions": "turned"}),
+    "one-caption": ("all pictures have one caption", {"data": {"caption": "a picture", "caption_only": True}}),
+    "noise-offset": ("noise offset 0.3", {"objective": {"noise_offset": 0.3}}),
+    "min-snr": ("Min-SNR, gamma 5", {"objective": {"snr_gamma": 5.0}}),
+    "dropout": ("caption dropout 0.8", {"data": {"caption_dropout": 0.8}}),
+    "five": ("five pictures of the new shape", {"new": {"max_samples": 5, "repeats": 240 / 5}}),
+    "alone": ("no pictures of old shapes", {"only": "new"}),
+    "lora": ("LoRA r8, all layers, 2e-3", {"adapter": {"rank": 8, "targets": "all"}, "train": {"learning_rate": 2e-3}}),
+    "lora-weak": ("LoRA r2, attention, 2e-4", {"adapter": {"rank": 2}, "train": {"learning_rate": 2e-4}}),
+    "clean": (
+        "timesteps below 300 only",
+        {"timesteps": {"bias": "range", "begin": 0, "end": 300, "multiplier": 1e6}},
+    ),
+    "small-batch": ("batches of 2", {"train": {"batch_size": 2}}),
+    "flip": ("mirrored half of the time, though captions say left and right", {"data": {"flip": True}}),
+}
+LOSSES = {
+    "validation": "validation loss",
+    "training": "training loss, last tenth of the steps",
+    "trained": "loss of trained pictures, measured as the validation loss is",
+}
+
+
+def main() -> None:
+    import torch
+
+    parser = common.parser(__doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"default: all of {', '.join(RUNS)}")
+    parser.add_argument("--work", type=Path, default=Path("runs/correlation"))
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {"runs": {}}
+    if "base" not in found and not options.page:
+        found["base"] = accuracy(demo.pipeline(demo.BASE))
+    for name in [] if options.page else options.runs or RUNS:
+        if name not in found["runs"]:
+            found["runs"][name] = run(name, options)
+            common.write("correlation", found)
+            row = found["runs"][name]
+            print(name, f"{row['accuracy']['all']:.3f}", {kind: round(row[kind], 4) for kind in LOSSES}, flush=True)
+    pass  # page
+
+
+def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one of the runs, and ask."""
+    tree = settings(name, options.work)
+    began, used = time.monotonic(), time.process_time()
+    output = train(validated(tree, "benchmarks/correlation.py"), Start("restart"))
+    spent = {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(time.process_time() - used, 1)}
+    rows = read_metrics(output / "metrics.jsonl")
+    losses = [row["loss"] for row in rows]
+    beside = "adapter" in tree
+    drawing = demo.pipeline(demo.BASE if beside else output)
+    attach.attach(drawing, [str(output)] if beside else [])
+    return {
+        "accuracy": accuracy(drawing),
+        "validation": rows[-1]["validation_loss"],
+        "interval": rows[-1]["validation_loss_interval"],
+        "validation_raw": rows[-1].get("validation_loss_raw", rows[-1]["validation_loss"]),
+        "by_timestep": rows[-1]["validation_loss_at"],
+        "trained": rows[-1]["trained_loss"],
+        "training": statistics.fmean(losses[-len(losses) // 10 :]),
+        **spent,
+    }
+
+
+def settings(name: str, work: Path) -> dict[str, Any]:
+    """A run's config: the recipe with its changes."""
+    changes = dict(RUNS[name][1])
+    turned, only = changes.pop("captions", None) is not None, changes.pop("only", None)
+    every, new = changes.pop("data", {}), changes.pop("new", {})
+    common_options = {"resolution": SIDE, "caption_dropout": 0.1, **every}
+    balance = TRAINED["old"] / TRAINED["new"]
+    trained = [
+        {"path": str(folder(work, "trained", kind, TRAINED[kind], turned)), **common_options, **more}
+        for kind, more in (("new", {"repeats": balance, **new}), ("old", {}))
+        if only in (None, kind)
+    ]
+    held = [
+        {"path": str(folder(work, "held-out", kind, HELD_OUT)), "resolution": SIDE, "held_out": 1} for kind in SHAPES
+    ]
+    tree: dict[str, Any] = {
+        "output_dir": str(work / name),
+        "model": {"path": str(demo.BASE)},
+        "data": [*trained, *held],
+        "cache": {"path": str(work / "cache")},
+        "train": {"steps": STEPS, "batch_size": 12, "learning_rate": RATE, "checkpoint_every": 0},
+        "schedule": {"name": "cosine", "warmup_steps": 10},
+        "ema": {"enabled": True, "decay": 0.98},
+    }
+    for section, change in changes.items():
+        whole = section == "schedule" or change == {"enabled": False}
+        tree[section] = change if whole else {**tree.get(section, {}), **change}
+    tree["validation"] = {"loss_every": tree["train"]["steps"]}
+    return tree
+
+
+def folder(work: Path, part: str, kind: str, count: int, turned: bool = False) -> Path:
+    """Pictures of one kind with captions, or with the captions turned by one."""
+    path = work / f"{part}-{kind}{'-turned' if turned else ''}"
+    if not (path / "metadata.jsonl").is_file():
+        toyworld.write_folder(
+            path, count, SEEDS[part], holdout=None, shapes=SHAPES[kind], count=1, size=(SIDE, SIDE), terse=0.0
+        )
+        if turned:
+            rows = [json.loads(line) for line in (path / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+            texts = [row["text"] for row in rows]
+            made = [{**row, "text": text} for row, text in zip(rows, texts[1:] + texts[:1], strict=True)]
+            files.write_text(path / "metadata.jsonl", "".join(f"{json.dumps(row)}\n" for row in made))
+    return path
+
+
+def accuracy(drawing: Any) -> dict[str, float]:
+    """The share of prompts answered rightly in all that they ask; and by kind, and of each attribute."""
+    import torch
+
+    scenes = {
+        kind: [toyworld.scene(SEEDS["asked"], number, shapes=SHAPES[kind], count=1) for number in range(ASKED)]
+        for kind in SHAPES
+    }
+    found: dict[str, float] = {}
+    for kind, asked in scenes.items():
+        prompts = [toyworld.caption(scene, SEEDS["asked"], number, terse=0.0) for number, scene in enumerate(asked)]
+        pictures: list[np.ndarray] = []
+        for start in range(0, ASKED, BATCH):
+            noise = [torch.Generator().manual_seed(start + number) for number in range(BATCH)]
+            drawn = drawing(prompts[start : start + BATCH], generator=noise, output_type="np", **DRAWN).images
+            pictures += list((np.nan_to_num(drawn) * 255).round().astype(np.uint8))
+        rates = score.accuracy(pictures, asked)
+        found |= {f"{kind} {name}": rates[name].rate for name in ("all", "shape", "colour", "place", "background")}
+    return {"all": statistics.fmean(found[f"{kind} all"] for kind in SHAPES), **found}
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks from 0; equal values share the mean of theirs."""
+    of = np.asarray(values, dtype=float)
+    return (of[:, None] > of).sum(1) + ((of[:, None] == of).sum(1) - 1) / 2
+
+
+def correlation(losses: Sequence[float], accuracies: Sequence[float]) -> float:
+    """Spearman's rank correlation of low losses with high accuracies: 1 where the loss orders models as they are."""
+    return float(np.corrcoef(ranks([-loss for loss in losses]), ranks(accuracies))[0, 1])
+
+
+def interval(losses: Sequence[float], accuracies: Sequence[float], draws: int = 4000) -> tuple[float, float]:
+    """The middle 95 % of the correlation over runs drawn with replacement."""
+    generator = np.random.Generator(np.random.Philox(0))
+    of, right = np.asarray(losses), np.asarray(accuracies)
+    chosen = [generator.integers(len(of), size=len(of)) for _ in range(draws)]
+    found = [correlation(of[some], right[some]) for some in chosen if len(set(some.tolist())) > 2]
+    low, high = np.nanquantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+if __name__ == "__main__":
+    main()
