@@ -83,6 +83,17 @@ def train(
 
 
 @app.command()
+def now(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="output folder of a run that is at work")],
+    wishes: Annotated[list[str], typer.Argument(metavar="save|sample...", help="a checkpoint, validation pictures")],
+) -> None:
+    """Ask a run that goes on for a checkpoint or for its validation pictures, now."""
+    from sdxl_trainer import wishes as known
+
+    print("\n".join(known.ask(run, wishes)))
+
+
+@app.command()
 def cache(
     config: ConfigFile,
     overrides: Overrides = None,

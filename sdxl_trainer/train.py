@@ -8,7 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import checkpoint, distributed, finish, guards, held_out, lock, optim, parameters, setup, sharding
+from sdxl_trainer import (
+    checkpoint,
+    distributed,
+    finish,
+    guards,
+    held_out,
+    lock,
+    optim,
+    parameters,
+    setup,
+    sharding,
+    wishes,
+)
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch
@@ -76,6 +88,8 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
     """
     output = Path(config.output_dir).expanduser()
     with stopping() as stop, lock.held(output, distributed.leads()), guards.memory_explained(config):
+        if distributed.leads():
+            wishes.granted(output)  # those of an earlier run, which ended before it saw them
         job = setup.prepare_job(config, start)
         if job is None:
             return output
@@ -135,17 +149,17 @@ def _loop(job: Job, stop: Stop) -> None:
         row |= (measured := held_out.measured(job))
         state.unread.append(Unread(row, loss, norm, names, torch.cat(state.each)))
         done = state.step == run.steps or held_out.enough(job)
-        stopping = _agreed(accelerator, stop) if state.step % read_every == 0 or done else False
-        saving = stopping or (config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0)
-        saving = saving or held_out.new_best(job)
+        asked = _asked(job, stop) if state.step % read_every == 0 or done else set[str]()
+        saving = bool(asked & {"stop", "save"}) or held_out.new_best(job)
+        saving = saving or bool(config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0)
         if saving or done or state.step % read_every == 0:
             _read(job)
             job.saver.check()
         if saving:
             _save(job)
-        if stopping or done:
+        if "stop" in asked or done:
             return
-        if job.validator.due(state.step, run.steps, job.order.steps_per_epoch):
+        if "sample" in asked or job.validator.due(state.step, run.steps, job.order.steps_per_epoch):
             with job.watch.phase("validation pictures"):
                 finish.draw_validation(job)
         elif not measured:
@@ -153,13 +167,20 @@ def _loop(job: Job, stop: Stop) -> None:
         finish.write_report(job)
 
 
-def _agreed(accelerator: Any, stop: Stop) -> bool:
-    """Whether any process was told to stop: they all stop after the same step."""
-    if accelerator.num_processes == 1:
-        return stop.signal != 0
-    told = torch.tensor(float(stop.signal), device=accelerator.device)
-    stop.signal = int(accelerator.gather(told.reshape(1)).max())
-    return stop.signal != 0
+def _asked(job: Job, stop: Stop) -> set[str]:
+    """What any process was told since the last look: to stop by a signal, to save or sample by a wish. All do it after
+    the same step."""
+    accelerator = job.run.accelerator
+    wished = wishes.granted(job.output) if accelerator.is_main_process else set[str]()
+    if accelerator.num_processes > 1:
+        told = torch.tensor([[stop.signal, *(name in wished for name in wishes.WISHES)]], device=accelerator.device)
+        stop.signal, *given = accelerator.gather(told).amax(0).tolist()
+        wished = {name for name, some in zip(wishes.WISHES, given, strict=True) if some}
+    if not job.run.config.validation.prompts:
+        wished.discard("sample")
+    if wished:
+        job.console.say(f"step {job.state.step}: asked to {' and '.join(sorted(wished))} now")
+    return wished | ({"stop"} if stop.signal else set())
 
 
 def _read(job: Job) -> None:

@@ -40,14 +40,29 @@ def rank(path: str, number: int, processes: int, port: int) -> None:
     raise SystemExit(guarded(lambda: train(load(Path(path)))))
 
 
-def launch(path: Path, processes: int) -> list[int]:
+def asking_rank(path: str, number: int, processes: int, port: int) -> None:
+    """In the second step the last process, which does not lead, leaves wishes in the folder."""
+    from sdxl_trainer import train, wishes
+
+    original = train.train_step
+
+    def step(run: Any, state: Any, *more: Any) -> Any:
+        if state.step == 1 and number == processes - 1:
+            wishes.ask(Path(run.config.output_dir), ["save", "sample"])
+        return original(run, state, *more)
+
+    train.train_step = step
+    rank(path, number, processes, port)
+
+
+def launch(path: Path, processes: int, target: Callable[..., None] = rank) -> list[int]:
     """A run on that many processes, told of each other by plain environment variables; gives the exit codes."""
     context = get_context("forkserver")
     context.set_forkserver_preload(MODULES)
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
-    started = [context.Process(target=rank, args=(str(path), n, processes, port)) for n in range(processes)]
+    started = [context.Process(target=target, args=(str(path), n, processes, port)) for n in range(processes)]
     for process in started:
         process.start()
     for process in started:
@@ -162,3 +177,15 @@ def test_optimizers_that_need_whole_tensors_are_refused(name: str) -> None:
 
     with pytest.raises(UserError, match=f"{name} needs whole tensors"):
         optim.refuse_sharded(Optimizer(name=name))
+
+
+def test_all_processes_do_what_is_asked_after_the_same_step(config: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "asked.toml"
+    path.write_text(
+        dumps(config(**{**OPTIONS, "train": {**TRAIN, "steps": 3, "checkpoint_every": 0}})), encoding="utf-8"
+    )
+    assert launch(path, 2, asking_rank) == [0, 0]
+    run = tmp_path / "run"
+    assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert len(list((run / "samples" / "step-000002").glob("*.png"))) == 3
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]

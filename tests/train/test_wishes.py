@@ -1,0 +1,74 @@
+"""What a run is asked for while it goes on."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdxl_trainer import checkpoint, files, lock, train, wishes
+from sdxl_trainer.errors import UserError
+
+VALIDATION = {"prompts": ["a red circle"], "images": 1, "steps": 2}
+
+
+def test_a_run_saves_and_samples_when_it_is_asked_and_learns_the_same(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(name: str) -> Path:
+        options = {"steps": 4, "checkpoint_every": 0}
+        return train.train(config(output_dir=str(tmp_path / name), train=options, validation=VALIDATION))
+
+    alone, original = run("alone"), train.train_step
+    asked = tmp_path / "asked"
+
+    def step(made: Any, state: Any, *more: Any) -> Any:
+        if state.step == 2:
+            said = wishes.ask(asked, ["save", "sample"])
+            assert said[0] == "a checkpoint is saved after the step that is running"
+        return original(made, state, *more)
+
+    asked.mkdir()
+    (asked / wishes.WISHES["save"]).touch()  # of a run that ended before it saw it
+    monkeypatch.setattr(train, "train_step", step)
+    assert run("asked") == asked
+    assert [p.name for p in asked.glob("checkpoint-*")] == ["checkpoint-3"]
+    checkpoint.verify(checkpoint.Checkpoint(asked / "checkpoint-3", 3))
+    shown = sorted(p.parent.name for p in asked.glob("samples/*/*.png"))
+    assert shown == ["step-000003", "step-000004"]
+    assert not [p.name for p in asked.iterdir() if p.name in wishes.WISHES.values()]
+    assert "step 3: asked to sample and save now" in capsys.readouterr().err
+    assert files.tree_hashes(alone / "unet") == files.tree_hashes(asked / "unet")
+
+
+def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
+    def asking(*names: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sdxl_trainer", "now", str(tmp_path), *names]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    refused = asking("save")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("error: no run is at work in this folder")
+    with lock.held(tmp_path):
+        (tmp_path / "config.toml").write_text("[train]\nsteps = 4\n")
+        with pytest.raises(UserError, match="did you mean 'sample'"):
+            wishes.ask(tmp_path, ["samples"])
+        with pytest.raises(UserError, match="this run has no validation"):
+            wishes.ask(tmp_path, ["save", "sample"])
+        assert wishes.granted(tmp_path) == set(), "all of it or nothing"
+        done = asking("save")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert wishes.granted(tmp_path) == {"save"}
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    gone = {"pid": process.pid, "host": socket.gethostname()}
+    (tmp_path / lock.NAME).write_text(json.dumps(gone), encoding="utf-8")
+    with pytest.raises(UserError, match="no run is at work"):
+        wishes.ask(tmp_path, ["save"])
+    (tmp_path / lock.NAME).write_text(json.dumps({**gone, "host": "elsewhere"}), encoding="utf-8")
+    assert wishes.ask(tmp_path, ["save"])
+    assert (tmp_path / wishes.WISHES["save"]).is_file()
