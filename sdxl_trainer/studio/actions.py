@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from sdxl_trainer import wishes
 from sdxl_trainer.data.sources.tree import CAPTIONS, METADATA, PICTURES
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.report import compare as comparison
@@ -227,6 +228,13 @@ def stop(studio: "Studio", sent: Sent) -> Any:
     return jobs.as_json(studio.jobs.stop(sent.get("job"), bool(sent.get("at_once"))))
 
 
+def now(studio: "Studio", sent: Sent) -> Any:
+    """Ask a run that goes on to save or to sample, as `sdxl now` does."""
+    folder, what = studio.workspace.run(sent.get("run")), str(sent.get("what"))[:20]
+    said = wishes.ask(folder, [what])
+    return {"said": said[0], "command": shlex.join(["sdxl", "now", studio.workspace.shown(folder), what])}
+
+
 def move(studio: "Studio", sent: Sent) -> Any:
     studio.jobs.move(sent.get("job"), -1 if sent.get("up") else 1)
     return {}
@@ -346,6 +354,7 @@ ACTIONS: dict[tuple[str, str], Action] = {
     ("GET", "/api/checked"): checked,
     ("POST", "/api/train"): train,
     ("POST", "/api/stop"): stop,
+    ("POST", "/api/now"): now,
     ("POST", "/api/move"): move,
     ("GET", "/api/output"): output,
     ("GET", "/api/helpful"): helpful,

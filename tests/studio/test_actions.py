@@ -283,6 +283,8 @@ def test_a_whole_job(client: TestClient, opened: str, wait: Callable[..., Any], 
     assert "data:image/jpeg" in found["html"]["pictures"]
     (run,) = [r for r in client.get("/api/watched").json()["runs"] if r["name"] == "job"]
     assert (run["state"], run["step"], run["steps"]) == ("done", 4, 4)
+    late = client.post("/api/now", json={"run": "job", "what": "save"})
+    assert (late.status_code, late.json()["what"]) == (400, "no run is at work in this folder")
     asked = {"run": "job", "at": 2, "prompt": HOSTILE, "steps": 2, "images": 1, "seed": 5}
     drawing = client.post("/api/sample", json=asked).json()
     drawn = wait(client, drawing)

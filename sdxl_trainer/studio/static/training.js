@@ -94,6 +94,10 @@ const state = (run, job) => {
     await post("stop", { job: job.id, at_once: atOnce });
     say(atOnce ? "ended" : "it saves a checkpoint and stops");
   };
+  const now = (what) => async () => {
+    const { said, command: same } = await post("now", { run: run.name, what });
+    say(`${said} (${same})`);
+  };
   const start = async () => {
     await post("train", { name: run.name });
     say("it is in the queue");
@@ -107,7 +111,11 @@ const state = (run, job) => {
       "p",
       { class: "rowed" },
       goes
-        ? [button(job.state === "queued" ? "Leave the queue" : "Save and stop", stop(false), { class: "main", "data-does": "stop" }), job.state === "running" ? button("End at once", stop(true), { "data-does": "end" }) : null]
+        ? [
+            button(job.state === "queued" ? "Leave the queue" : "Save and stop", stop(false), { class: "main", "data-does": "stop" }),
+            // Asked for while it is loaded they come after its first step.
+            job.state === "running" ? [button("Save now", now("save"), { "data-does": "save" }), button("Pictures now", now("sample"), { "data-does": "sample" }), button("End at once", stop(true), { "data-does": "end" })] : null,
+          ]
         : total && done >= total
           ? h("span", { class: "muted" }, "To go on, give it more steps:")
           : button(run.step ? "Continue" : "Start", start, { class: "main", "data-does": "start" }),
