@@ -171,7 +171,7 @@ def _texts(base: Base, stock: Stock, missing: int) -> str:
     first, second = (base.config(part) for part in text.PARTS)
     row = 77 * (first["hidden_size"] + second["hidden_size"]) + second.get("projection_dim", second["hidden_size"])
     chunk = size(row * DTYPES[stock.keys.text_precision].itemsize)
-    return f"{len(stock.prompts) - missing} cached, {missing} to encode ({chunk} for each 75 tokens)"
+    return f"{stock.texts_needed() - missing} cached, {missing} to encode ({chunk} for each 75 tokens)"
 
 
 def _disk(config: Config, saved: int) -> list[tuple[str, str]]:

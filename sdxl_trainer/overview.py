@@ -52,7 +52,7 @@ def facts(
         "name": config.data[0].path.rstrip("/").rsplit("/", 1)[-1] if len(config.data) == 1 else config.output_dir,
         "findings": [asdict(finding) for finding in found],
         "counts": picture_findings.counted(config, pictures, stock.held_out, notes),
-        "looked_at": {"pictures": seen.looked_at, "of": len(np.unique(pictures.column("content"), axis=0))},
+        "looked_at": {"pictures": seen.looked_at, "of": len(pictures.different())},
         "buckets": picture_findings.histogram(pictures),
         "steps": {"all": steps, "epoch": order.steps_per_epoch, "batch_size": config.train.batch_size},
         "samples_per_epoch": order.samples_per_epoch,

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sdxl_trainer import files
-from sdxl_trainer.data.table import Table, empty, keys, opened
+from sdxl_trainer.data.table import Table, empty, keys, let_go, opened
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.formats import header
 
@@ -33,6 +33,8 @@ _NAME_DIGITS = 32
 SUMS = "checksums"  # among the notes of a shard
 # Shards that are kept open.
 OPEN = 128
+# Look-ups after which the memory of what was seen of the table is given back: each sees a few pages, and many all.
+LOOKS = 16
 # safetensors' names of what rows are made of.
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -59,6 +61,7 @@ class Store:
     _opened: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _checked: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    _looks: int = 0
 
     def __contains__(self, row: str) -> bool:
         return self.table.place(row) >= 0
@@ -72,14 +75,17 @@ class Store:
         at = self.table.place(row)
         if at < 0:
             raise KeyError(row)
-        dtype, shape = self.kinds[self.table.columns["kind"][at]]
-        tensor = torch.empty(shape, dtype=TYPES[dtype])
-        name = self.shards[self.table.columns["shard"][at]]
+        kind, shard, begin, expected = (int(self.table.columns[name][at]) for name in ("kind", "shard", "begin", "sum"))
+        self._looks += 1
+        if self._looks % LOOKS == 0:
+            let_go(self.table.columns.values())
+        dtype, shape = self.kinds[kind]
+        tensor, name = torch.empty(shape, dtype=TYPES[dtype]), self.shards[shard]
         buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
         try:
             with self._lock:
                 # Within the lock, for another thread may close the oldest file.
-                count = os.preadv(self._file(name), [buffer], int(self.table.columns["begin"][at]))
+                count = os.preadv(self._file(name), [buffer], begin)
         except OSError as error:
             raise _set_aside(self.folder / name, f"a file of the cache cannot be read: {error.strerror}") from None
         if count != len(buffer):
@@ -87,7 +93,6 @@ class Store:
         if len(self._checked) != len(self.table):
             self._checked = np.zeros(len(self.table), dtype=bool)
         if not self._checked[at]:
-            expected = int(self.table.columns["sum"][at])
             if expected not in (-1, checksum(tensor)):
                 what = "a row of the cache is damaged: its bytes are not those that were written"
                 raise _set_aside(self.folder / name, what)

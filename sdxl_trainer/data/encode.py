@@ -125,10 +125,10 @@ def wanted(
         found.append(keys.reshape(len(pairs), -1, 2))
         numbers.append(np.array([(i, n) for i, n, _ in pairs], "<i8").reshape(-1, 2))
     whole = np.concatenate(found[1:] or found)
-    _, first = np.unique(whole[:, 0], axis=0, return_index=True)
+    first = table.distinct(whole[:, 0])
     rows = whole[first].reshape(-1, 2)
     missing = (store.table.find(rows) < 0).reshape(len(first), -1).any(axis=1)
-    return len(rows), Work(pictures, np.concatenate(numbers)[np.sort(first[missing])])
+    return len(rows), Work(pictures, np.concatenate(numbers)[first[missing]])
 
 
 def fill_latents(

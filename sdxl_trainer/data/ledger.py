@@ -80,7 +80,7 @@ def _exceptions(stock: Stock) -> Rows:
         having = sum(bool(m and m[r]) for m, r in ((masks[s], r) for s, r in pictures.rows[["source", "record"]]))
         found.append(("masks", f"{having} pictures with, {len(pictures) - having} without"))
     each = pictures.take(pictures.distinct())
-    doubles = len(each) - len(np.unique(each.column("content"), axis=0))
+    doubles = len(each) - len(each.different())
     if doubles > 0:
         found.append(("duplicates", f"{doubles} pictures have the same bytes as another"))
     return found

@@ -13,6 +13,7 @@ from sdxl_trainer.data.ledger import by_size, cut_off, enlarged
 from sdxl_trainer.data.pictures import Picture, Pictures
 from sdxl_trainer.data.problems import Notes, Problem
 from sdxl_trainer.data.survey import Survey, flat, near_copies
+from sdxl_trainer.data.table import grouped
 
 # What of a picture may be cut off, and how far it may be enlarged, before it is worth a look.
 MUCH_CUT, MUCH_ENLARGED = 0.25, 1.25
@@ -50,10 +51,10 @@ def ranked(about_pictures: Iterable[Finding], captions: Captions | None) -> list
 def copies(found: Pictures) -> list[list[int]]:
     """Groups of pictures with the same bytes, by number; a picture in several resolutions is one."""
     numbers = found.distinct()
-    each = found.take(numbers)
-    kinds, counts = np.unique(each.column("content"), axis=0, return_inverse=True, return_counts=True)[1:]
-    kinds = kinds.reshape(-1)
-    return [numbers[kinds == kind].tolist() for kind in np.flatnonzero(counts > 1)]
+    order, begins = grouped(found.take(numbers).column("content").view("<i8"))
+    bounds = np.append(np.flatnonzero(begins), len(order))
+    several = np.flatnonzero(np.diff(bounds) > 1)
+    return [numbers[order[bounds[i] : bounds[i + 1]]].tolist() for i in several]
 
 
 def _split(where: Sequence[str]) -> tuple[tuple[str, str], ...]:

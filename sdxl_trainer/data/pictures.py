@@ -19,7 +19,7 @@ from sdxl_trainer.data.buckets import Size
 from sdxl_trainer.data.geometry import Geometry, variants
 from sdxl_trainer.data.problems import Notes, Problem, raise_all
 from sdxl_trainer.data.records import Mask, Record, Records
-from sdxl_trainer.data.table import BATCH, Table, empty, opened
+from sdxl_trainer.data.table import BATCH, Table, distinct, empty, let_go, opened
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.threads import mapped
 
@@ -134,6 +134,7 @@ class Pictures(Sequence[Picture]):
     def __init__(self, sources: Sequence[Source], targets: Sequence[Size], rows: np.ndarray) -> None:
         self.sources, self.targets, self.rows = tuple(sources), tuple(targets), rows
         self._made = lru_cache(maxsize=256)(self._make)
+        self._centred = lru_cache(maxsize=4096)(self._of_size)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -157,6 +158,11 @@ class Pictures(Sequence[Picture]):
         rows["plain"] |= plain
         return Pictures(self.sources, self.targets, rows)
 
+    def let_go(self) -> None:
+        """Give the memory of what is read from tables back, after all of it was looked at."""
+        for source in self.sources:
+            let_go(source.records.columns.values())
+
     def and_also(self, other: "Pictures") -> "Pictures":
         """These pictures and others of the same sources."""
         return Pictures(self.sources, self.targets, np.concatenate([self.rows, other.rows]))
@@ -166,12 +172,17 @@ class Pictures(Sequence[Picture]):
         source, number = self.sources[row["source"]], int(row["record"])
         record = source.records[number]
         content = source.content[number].tobytes().hex()
-        focus = source.focus[number] if source.focus else None
-        options = geometries(
-            source.data, tuple(source.size[number].tolist()), content, row["resolution"], record, focus
-        )
+        focus = (source.focus[number] if source.focus else None) or record.focus
+        size, resolution = tuple(source.size[number].tolist()), int(row["resolution"])
+        if source.data.crop == "center" and focus is None:  # then pictures of one size are cut alike
+            options = self._centred(int(row["source"]), size, resolution)
+        else:
+            options = geometries(source.data, size, content, resolution, record.name, focus)
         mask = source.masks[number] if source.masks else None
         return Picture(record, source.data, content, options[:1] if row["plain"] else options, mask)
+
+    def _of_size(self, source: int, size: Size, resolution: int) -> tuple[Geometry, ...]:
+        return geometries(self.sources[source].data, size, "0", resolution, "", None)
 
     def column(self, name: str) -> np.ndarray:
         """A column of the sources or of their records, for each picture."""
@@ -179,9 +190,11 @@ class Pictures(Sequence[Picture]):
         shape = (getattr(first, name) if hasattr(first, name) else getattr(first.records, name)).shape[1:]
         values = [getattr(s, name) if hasattr(s, name) else getattr(s.records, name) for s in self.sources]
         found = np.empty((len(self), *shape), dtype=values[0].dtype)
-        for number, column in enumerate(values):
-            mine = self.rows["source"] == number
-            found[mine] = column[self.rows["record"][mine]]
+        for start in range(0, len(self), BATCH):
+            part, rows = found[start : start + BATCH], self.rows[start : start + BATCH]
+            for number in np.unique(rows["source"]):
+                mine = rows["source"] == number
+                part[mine] = values[number][rows["record"][mine]]
         return found
 
     def measured(self, measure: Callable[[Geometry], float]) -> np.ndarray:
@@ -194,8 +207,9 @@ class Pictures(Sequence[Picture]):
 
     def distinct_captions(self) -> int:
         """How many different captions the pictures have, if no two have a part of theirs in common."""
-        first = np.unique(self.column("said"), axis=0, return_index=True)[1]
-        return int(self.column("captions")[first].sum())
+        found = int(self.column("captions")[distinct(self.column("said"))].sum())
+        self.let_go()
+        return found
 
     def distinct(self) -> np.ndarray:
         """A number for each picture that is to be learned, at one of its resolutions. The pictures of prior prediction
@@ -203,6 +217,10 @@ class Pictures(Sequence[Picture]):
         numbers = np.unique(self.rows[["source", "record"]], return_index=True)[1]
         learned = np.array([not source.data.prior_prediction for source in self.sources])
         return numbers[learned[self.rows["source"][numbers]]]
+
+    def different(self) -> np.ndarray:
+        """Numbers of pictures without two of the same bytes, ascending."""
+        return distinct(self.column("content").view("<i8"))
 
     def of(self, source: int) -> np.ndarray:
         """Numbers of the pictures of one data set."""
@@ -217,6 +235,7 @@ class Pictures(Sequence[Picture]):
                 found.update(np.ascontiguousarray(part.column(name)).data)
             for name in ("source", "target", "resolution", "plain"):
                 found.update(np.ascontiguousarray(part.rows[name]).data)
+        self.let_go()
         for source in self.sources:
             found.update(json.dumps([source.masks, source.focus]).encode())
         found.update(json.dumps(self.targets).encode())
@@ -224,11 +243,11 @@ class Pictures(Sequence[Picture]):
 
 
 def geometries(
-    data: Data, size: Any, content: str, resolution: int, record: Record, focus: tuple[float, float] | None
+    data: Data, size: Size, content: str, resolution: int, name: str, focus: tuple[float, float] | None
 ) -> tuple[Geometry, ...]:
     """All geometries of a picture at the resolution of that number."""
     wanted = (data.resolution, *data.more_resolutions)[resolution]
-    return tuple(variants(data, size, int(content[:16], 16), record.name, wanted, focus or record.focus))
+    return tuple(variants(data, size, int(content[:16], 16), name, wanted, focus))
 
 
 def load(config: Config, memo: Memo, notes: Notes | None = None) -> Pictures:
@@ -283,9 +302,8 @@ def grouped(kind: str, errors: Iterable[UserError]) -> list[Problem]:
 def _rows(source: Source, targets: dict[Size, int], unfit: list[UserError]) -> np.ndarray:
     """ROW of each picture at each resolution; once where it is too small for two and `no_upscale` gives it one size.
     Sizes are few, and each is looked at once."""
-    sizes, inverse = np.unique(source.size, axis=0, return_inverse=True)
-    inverse = inverse.reshape(-1)
-    chosen = [_targets(source.data, (int(height), int(width))) for height, width in sizes]
+    sizes, inverse = np.unique(source.size.astype("<i8") @ (1 << 32, 1), return_inverse=True)
+    chosen = [_targets(source.data, divmod(size, 1 << 32)) for size in sizes.tolist()]
     bad = np.array([isinstance(options, UserError) for options in chosen], dtype=bool)
     for number in np.flatnonzero(bad[inverse]):
         error = chosen[inverse[number]]
@@ -318,12 +336,15 @@ def _targets(data: Data, size: Size) -> list[tuple[Size, int]] | UserError:
 
 def _source(data: Data, number: int, records: Records, memo: Memo, unreadable: list[UserError]) -> Source:
     """The records that are pictures, with their facts; a problem is noted for each that is not."""
-    places = memo.facts.find(records.stamps)
-    known = places >= 0
     content, size = np.zeros((len(records), 32), "u1"), np.zeros((len(records), 2), "<i4")
-    content[known] = memo.facts.columns["content"][places[known]]
-    size[known] = memo.facts.columns["size"][places[known]]
-    usable = np.ones(len(records), dtype=bool)
+    known, usable = np.zeros(len(records), dtype=bool), np.ones(len(records), dtype=bool)
+    for start in range(0, len(records), BATCH):
+        part = slice(start, start + BATCH)
+        places = memo.facts.find(records.stamps[part])
+        known[part] = there = places >= 0
+        for column, name in ((content, "content"), (size, "size")):
+            column[part][there] = memo.facts.columns[name][places[there]]
+    let_go([*memo.facts.columns.values(), *records.columns.values()])
     for index, seen in mapped(lambda i: _look(records[i]), np.flatnonzero(~known).tolist()):
         if isinstance(seen, UserError):
             usable[index] = False
@@ -332,6 +353,8 @@ def _source(data: Data, number: int, records: Records, memo: Memo, unreadable: l
             content[index], size[index] = np.frombuffer(seen[0], "u1"), seen[1]
             memo.learn(records.stamps[index], *seen)
     if data.mask == "none":
+        if usable.all():
+            return Source(data, number, records, content, size)
         numbers = np.flatnonzero(usable)
         return Source(data, number, records.take(numbers), content[numbers], size[numbers])
     masked: dict[int, tuple[str | None, tuple[float, float] | None]] = {}

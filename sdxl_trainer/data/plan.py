@@ -82,20 +82,23 @@ def make(
 
 def _epoch(plan: Plan, epoch: int) -> Order:
     chosen = [_chosen(plan, number, epoch) for number in range(len(plan.streams))]
-    samples = np.concatenate(chosen)
+    samples = chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
     paired = np.repeat([stream.paired for stream in plan.streams], [len(part) for part in chosen])
+    del chosen  # of many millions of samples each array counts
     groups = plan.group_of[samples % len(plan.group_of)]
     kinds, first = np.unique(plan.group_of, return_index=True)
     full: list[np.ndarray] = []
     left: list[np.ndarray] = []
     # Groups in the order in which the pictures begin them.
     for number, kind in enumerate(kinds[np.argsort(first)]):
-        group = np.flatnonzero(groups == kind)
-        shuffled = group[keyed.generator(plan.seed, "order", epoch, number + 1).permutation(len(group))]
+        shuffled = np.flatnonzero(groups == kind)
+        keyed.generator(plan.seed, "order", epoch, number + 1).shuffle(shuffled)
         laid = _interleaved(samples[shuffled], paired[shuffled])
-        whole = len(group) // plan.batch_size * plan.batch_size
+        whole = len(laid) // plan.batch_size * plan.batch_size
         full.append(laid[:whole])
         left.append(laid[whole:])
+        del shuffled, laid
+    del samples, groups, paired
     order = keyed.generator(plan.seed, "leftovers", epoch).permutation(len(left))
     laid = np.concatenate([*full, *(left[i] for i in order)])
     starts = np.arange(0, len(laid), plan.batch_size)
@@ -118,19 +121,23 @@ def _chosen(plan: Plan, number: int, epoch: int) -> np.ndarray:
     stream, pictures = plan.streams[number], len(plan.group_of)
     first, last, length = epoch * stream.count, (epoch + 1) * stream.count, stream.length
     turns = np.zeros(len(stream.pictures), dtype=np.int64)
-    ends = np.cumsum(stream.repeats)
+    once = bool((stream.repeats == 1).all())
     found = []
     for run in range(first // length, -(-last // length)) if length else ():
         start, stop = max(first - run * length, 0), min(last - run * length, length)
+        if once and (start, stop) == (0, length):
+            found.append(stream.pictures + turns * pictures)
+            turns += 1
+            continue
         entries = np.arange(length)
         if (start, stop) != (0, length):
             order = keyed.generator(plan.seed, "pass", run, number).permutation(length)
             entries = np.sort(order[start:stop])
-        index = np.searchsorted(ends, entries, side="right")  # whose entries they are; ascending
+        index = np.searchsorted(np.cumsum(stream.repeats), entries, side="right")  # whose entries; ascending
         before = np.searchsorted(index, index)  # where the entries of the same picture begin
         found.append(stream.pictures[index] + (turns[index] + np.arange(len(index)) - before) * pictures)
         turns += np.bincount(index, minlength=len(turns))
-    return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+    return found[0] if len(found) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *found])
 
 
 def share(

@@ -22,6 +22,7 @@ from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.pictures import Memo, Picture, Pictures, held_out, load, open_memo
 from sdxl_trainer.data.problems import Notes, raise_all
 from sdxl_trainer.data.records import Record
+from sdxl_trainer.data.table import distinct
 from sdxl_trainer.data.words import Words
 from sdxl_trainer.errors import UserError, shortened
 
@@ -52,8 +53,11 @@ class Stock:
     def prompts(self) -> list[Prompt]:
         """All distinct prompts: of the trained pictures, for validation, and the empty one."""
         said = np.concatenate([self.pictures.rows["source"][:, None], self.pictures.column("said")], axis=1)
-        first = np.sort(np.unique(said, axis=0, return_index=True)[1])
-        return list(dict.fromkeys([*self.more, *(p for i in first for p in self.choices[int(i)].prompts())]))
+        return list(dict.fromkeys([*self.more, *(p for i in distinct(said) for p in self.choices[int(i)].prompts())]))
+
+    def texts_needed(self) -> int:
+        """How many captions are to be in the cache."""
+        return self.settled["texts"] if self.settled is not None else len(self.prompts)
 
     @property
     def cached(self) -> Pictures:
@@ -133,7 +137,8 @@ def take_stock(config: Config, base: Base, text_precision: str, notes: Notes | N
     if notes is not None and len(np.unique(found.rows["source"])) < len(config.data):
         load(config, memo)  # nothing is left of a data set: the error that says why
     out = held_out(found)
-    pictures, unseen = found.take(np.flatnonzero(~out)), found.take(np.flatnonzero(out), plain=True)
+    pictures = found.take(np.flatnonzero(~out)) if out.any() else found
+    unseen = found.take(np.flatnonzero(out), plain=True)
     measured = config.validation.loss_every is not None and len(unseen) > 0
     part = _trained_part(config, pictures)
     _refuse_empty(config, pictures)
@@ -244,6 +249,7 @@ def order(config: Config, stock: Stock) -> plan.Plan:
     """Which pictures each step trains on."""
     members = [stock.pictures.of(number) for number in range(len(config.data))]
     repeats = stock.pictures.column("repeats").astype("<i8")
+    stock.pictures.let_go()
     entries = [int(repeats[m].sum()) for m in members]
     trained = [n for n, data in zip(entries, config.data, strict=True) if not data.regularisation]
     weights = sum(data.sampling_weight or 0.0 for data in config.data)

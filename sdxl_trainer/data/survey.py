@@ -59,7 +59,7 @@ def look(image: Image.Image) -> Look:
 
 def chosen(pictures: Pictures, limit: int = LIMIT) -> list[int]:
     """Numbers of the pictures to look at: each picture once, at most `limit`, evenly spread, no bytes twice."""
-    numbers = np.sort(np.unique(pictures.column("content"), axis=0, return_index=True)[1]).tolist()
+    numbers = pictures.different().tolist()
     if len(numbers) <= limit:
         return numbers
     return [numbers[i * len(numbers) // limit] for i in range(limit)]

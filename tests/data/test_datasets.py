@@ -332,10 +332,10 @@ HUB: dict[str, tuple[Exception, str, str]] = {
 def test_hub_errors_in_our_words(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error, what, fix = HUB[case]
 
-    def load_dataset(*_: Any, **__: Any) -> None:
+    def load_dataset_builder(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     with pytest.raises(UserError) as caught:
         records("owner/name")
     assert what in caught.value.what
@@ -346,11 +346,21 @@ def test_options_reach_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     as_dict(tmp_path / "set", made())
     seen: dict[str, Any] = {}
 
-    def load_dataset(path: str, **options: Any) -> Any:
-        seen.update(options, path=path)
-        return datasets.load_from_disk(tmp_path / "set")
+    class Builder:
+        cache_dir = str(tmp_path / "set")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        def download_and_prepare(self) -> None:
+            seen["prepared"] = True
+
+        def as_dataset(self) -> Any:
+            assert seen["prepared"]
+            return datasets.load_from_disk(tmp_path / "set")
+
+    def load_dataset_builder(path: str, **options: Any) -> Builder:
+        seen.update(options, path=path)
+        return Builder()
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     found = records("owner/name", name="config", folder="sub", split="validation")
     assert [record.name for record in found] == ["owner/name[validation] row 0", "owner/name[validation] row 1"]
     assert {key: seen[key] for key in ("path", "name", "data_dir")} == {

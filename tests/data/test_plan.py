@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdxl_trainer import keyed
 from sdxl_trainer.data import plan
 from sdxl_trainer.data.plan import Plan, Stream
 
@@ -127,3 +128,57 @@ def test_shares_hold_every_sample_once_and_are_equally_long(samples: list[int], 
         assert all(len({made.group(sample) for sample, _ in part}) == 1 for part in share), "latents of one size"
     sizes = [sum(counts for part in share for _, counts in part) for share in shares]
     assert max(sizes) - min(sizes) <= 1
+
+
+def simple_epoch(made: Plan, epoch: int) -> list[tuple[int, ...]]:
+    """The batches of an epoch, written plainly: lists of single samples in place of arrays."""
+    pictures, samples, paired = len(made.group_of), list[int](), list[bool]()
+    for number, stream in enumerate(made.streams):
+        entries = [p for p, times in zip(stream.pictures, stream.repeats, strict=True) for _ in range(times)]
+        turns: Counter[int] = Counter()
+        for run in range(epoch * stream.count // len(entries), -(-(epoch + 1) * stream.count // len(entries))):
+            start = max(epoch * stream.count - run * len(entries), 0)
+            stop = min((epoch + 1) * stream.count - run * len(entries), len(entries))
+            chosen: Sequence[int] = range(len(entries))
+            if stop - start < len(entries):
+                chosen = sorted(keyed.generator(made.seed, "pass", run, number).permutation(len(entries))[start:stop])
+            for entry in chosen:
+                samples.append(int(entries[entry]) + turns[entries[entry]] * pictures)
+                paired.append(stream.paired)
+                turns[entries[entry]] += 1
+    full, left = list[int](), list[list[int]]()
+    for number, kind in enumerate(dict.fromkeys(made.group_of.tolist())):
+        of = [i for i, sample in enumerate(samples) if made.group(sample) == kind]
+        order = keyed.generator(made.seed, "order", epoch, number + 1).permutation(len(of))
+        mixed = [of[i] for i in order]
+        parts = [[samples[i] for i in mixed if paired[i] == which] for which in (False, True)]
+        if all(parts):
+            places = [((2 * i + 1) / len(part), which, i) for which, part in enumerate(parts) for i in range(len(part))]
+            parts = [[parts[which][i] for _, which, i in sorted(places)]]
+        laid = [sample for part in parts for sample in part]
+        whole = len(laid) // made.batch_size * made.batch_size
+        full += laid[:whole]
+        left.append(laid[whole:])
+    full += [s for i in keyed.generator(made.seed, "leftovers", epoch).permutation(len(left)) for s in left[i]]
+    batches = [tuple(full[i : i + made.batch_size]) for i in range(0, len(full), made.batch_size)]
+    return [batches[i] for i in keyed.generator(made.seed, "order", epoch, 0).permutation(len(batches))]
+
+
+@given(
+    groups=st.lists(st.integers(0, 2), min_size=2, max_size=40),
+    share=st.floats(0.1, 3.0),
+    repeats=st.sampled_from([(1, 1), (2, 1), (1, 3)]),
+    batch=st.integers(1, 5),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_order_is_that_of_a_plain_program(
+    groups: list[int], share: float, repeats: tuple[int, int], batch: int, seed: int
+) -> None:
+    half = len(groups) // 2
+    first = stream(range(half), [repeats[0]] * half, max(1, round(share * half)))
+    rest = len(groups) - half
+    second = Stream(np.arange(half, len(groups)), np.full(rest, repeats[1]), rest * repeats[1], paired=seed % 2 == 1)
+    made = plan.make(seed, batch, groups, [first, second])
+    for number in range(3):
+        assert epoch(made, number) == simple_epoch(made, number)

@@ -7,8 +7,8 @@ there. A worker process therefore needs neither the library nor the network, and
 import errno
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import repeat
 from pathlib import Path
@@ -67,32 +67,43 @@ def saved(data: Data, root: Path, split: str, place: str, notes: Notes | None = 
     import datasets
     import pyarrow
 
-    try:
-        found: Any = datasets.load_from_disk(root, keep_in_memory=False)
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise UserError(f"the saved dataset cannot be opened: {error}", place, "save or copy it once more") from None
-    if not isinstance(found, dict):
+    def splits() -> dict[str, Any]:
+        try:
+            found: Any = datasets.load_from_disk(root, keep_in_memory=False)
+        except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+            what = f"the saved dataset cannot be opened: {error}"
+            raise UserError(what, place, "save or copy it once more") from None
+        if isinstance(found, dict):
+            return found
         own = str(found.split or "train")
-        found = {own if own.isidentifier() else "train": found}
-    return _records(data, found, split, place, root, notes=notes)
+        return {own if own.isidentifier() else "train": found}
+
+    return _lasting(data, root, splits, split, place, root, notes=notes)
 
 
 def loaded(
     data: Data, split: str, place: str, datasets_dir: str | None, local: Path | None, notes: Notes | None = None
 ) -> Lasting:
-    """Records of what `datasets.load_dataset` opens: a local folder, or a dataset on the hub where that is None."""
+    """Records of what `datasets` opens: a local folder, or a dataset on the hub where that is None."""
     import datasets
     import pyarrow
 
     path = str(local or data.path)
+    wrong = (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, pyarrow.ArrowException)
     try:
-        # All splits, for slices such as train[:90%] are taken below, where the rows' places are known.
-        found = datasets.load_dataset(
-            path, name=data.name, data_dir=data.folder, cache_dir=datasets_dir, keep_in_memory=False
-        )
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, pyarrow.ArrowException) as error:
+        builder = datasets.load_dataset_builder(path, name=data.name, data_dir=data.folder, cache_dir=datasets_dir)
+        builder.download_and_prepare()
+    except wrong as error:
         raise _not_loaded(error, place, local) from None
-    return _records(data, found, split, place, local, datasets_dir, notes)
+
+    def splits() -> dict[str, Any]:
+        try:
+            # All of them, for slices such as train[:90%] are taken below, where the rows' places are known.
+            return builder.as_dataset()
+        except wrong as error:
+            raise _not_loaded(error, place, local) from None
+
+    return _lasting(data, Path(builder.cache_dir), splits, split, place, local, datasets_dir, notes)
 
 
 def read_row(path: str, column: str, row: int, name: str) -> bytes:
@@ -144,29 +155,38 @@ def _not_loaded(error: Exception, place: str, local: Path | None) -> UserError:
     return UserError(f"{what}: {said}{cause}", place, "download or make the damaged files once more")
 
 
-def _records(
+def _lasting(
     data: Data,
-    splits: dict[str, Any],
+    folder: Path,
+    splits: Callable[[], dict[str, Any]],
     split: str,
     place: str,
     root: Path | None,
     datasets_dir: str | None = None,
     notes: Notes | None = None,
 ) -> Lasting:
+    """The records of a dataset whose Arrow files lie in a folder. `splits` opens it, which maps all of its files and is
+    left out where the records are known."""
+    there = sorted(path for path in folder.rglob("*") if path.suffix in {".arrow", ".json"})
+    identity = [data.model_dump(mode="json"), split, [_stamp(path) for path in there]]
     roots = [root] if root else _caches(datasets_dir)
-    parts = list(_parts(splits, split, place))
-    if not parts:
-        raise UserError(f"split '{split}' has no rows", place, "choose another split, or remove the data set")
-    for name in dict.fromkeys(part.split for part in parts):
-        _require_columns(data, splits[name], place)
-    files = [_stamp(Path(path)) for path in dict.fromkeys(part.path for part in parts)]
-    identity = [data.model_dump(mode="json"), [astuple(part) for part in parts], files]
-    return Lasting(identity, _rows(data, parts, split, place, roots, notes))
+    return Lasting(identity, _rows(data, splits, split, place, roots, notes))
 
 
 def _rows(
-    data: Data, parts: Sequence[Part], split: str, place: str, roots: Sequence[Path], notes: Notes | None
+    data: Data,
+    splits: Callable[[], dict[str, Any]],
+    split: str,
+    place: str,
+    roots: Sequence[Path],
+    notes: Notes | None,
 ) -> Iterator[Record]:
+    opened = splits()
+    parts = list(_parts(opened, split, place))
+    if not parts:
+        raise UserError(f"split '{split}' has no rows", place, "choose another split, or remove the data set")
+    for name in dict.fromkeys(part.split for part in parts):
+        _require_columns(data, opened[name], place)
     problems: Found = defaultdict(list)
     rows = sum(part.last - part.first for part in parts)
     found = 0

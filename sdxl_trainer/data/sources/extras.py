@@ -70,7 +70,7 @@ def clean(value: object) -> tuple[str, ...] | None:
 
 def _whole(text: str) -> bool:
     """JSON can hold halves of characters (lone surrogates), which no tokenizer takes."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def seconds(
