@@ -9,7 +9,7 @@ from typing import Any
 from sdxl_trainer import files, untrained
 from sdxl_trainer.config import Model
 from sdxl_trainer.data.cache import key
-from sdxl_trainer.data.pictures import Memo
+from sdxl_trainer.data.memo import Memo
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.formats import folder as layout
 from sdxl_trainer.formats import header

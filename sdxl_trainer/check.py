@@ -27,7 +27,7 @@ from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import findings, ledger, plan, prepare, problems
 from sdxl_trainer.data.encode import DTYPES
-from sdxl_trainer.data.pictures import open_memo
+from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.report import dataset

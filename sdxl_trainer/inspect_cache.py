@@ -6,7 +6,7 @@ from sdxl_trainer import base as bases
 from sdxl_trainer import class_pictures, distributed, setup
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import cache, holes, masks, prepare
-from sdxl_trainer.data.pictures import open_memo
+from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.log import Console
 

@@ -181,7 +181,8 @@ def test_near_copies_are_found_and_different_pictures_are_not() -> None:
 
 
 def test_at_most_so_many_pictures_are_looked_at(config: Callable[..., Any], pictures: Path, tmp_path: Path) -> None:
-    from sdxl_trainer.data.pictures import load, open_memo
+    from sdxl_trainer.data.memo import open_memo
+    from sdxl_trainer.data.pictures import load
 
     found = load(config(data=[{"path": str(pictures), "more_resolutions": [32]}]), open_memo(tmp_path))
     assert len(found) == 12

@@ -51,6 +51,7 @@ LAYERS = [
         "data.cache",
         "data.masks",
         "data.problems",
+        "data.memo",
         "data.pictures",
         "data.captions",
     ],

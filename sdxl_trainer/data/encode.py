@@ -15,7 +15,8 @@ from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Cache, TextOptions
 from sdxl_trainer.data import cache, images, table
 from sdxl_trainer.data.geometry import Geometry
-from sdxl_trainer.data.pictures import Memo, Picture, Pictures
+from sdxl_trainer.data.memo import Memo
+from sdxl_trainer.data.pictures import Picture, Pictures
 from sdxl_trainer.data.problems import raise_all
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import pretrained

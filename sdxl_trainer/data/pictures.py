@@ -5,21 +5,20 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sdxl_trainer import files
 from sdxl_trainer.config import Config, Data
 from sdxl_trainer.data import images, masks, sources
 from sdxl_trainer.data.buckets import Size
 from sdxl_trainer.data.geometry import Geometry, variants
+from sdxl_trainer.data.memo import Memo
 from sdxl_trainer.data.problems import Notes, Problem, raise_all
 from sdxl_trainer.data.records import Mask, Record, Records
-from sdxl_trainer.data.table import BATCH, Table, distinct, empty, let_go, opened
+from sdxl_trainer.data.table import BATCH, distinct, let_go
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.threads import mapped
 
@@ -47,67 +46,6 @@ class Picture:
     @property
     def captions(self) -> tuple[str, ...]:
         return self.record.captions
-
-
-# What is known of a picture's bytes by its stamp: their SHA-256, and height and width in pixels.
-FACTS = {"content": ("u1", (32,)), "size": ("<i4", (2,))}
-# New facts after which they are saved, since looking at millions of pictures takes hours.
-SAVED = 50_000
-
-
-@dataclass
-class Memo:
-    """What is known about files that did not change since: hashes and sizes, by stamp. Losing it costs time only.
-    `facts` are those of pictures, `known` all others."""
-
-    path: Path
-    known: dict[str, Any] = field(default_factory=dict)
-    facts: Table = field(default_factory=lambda: empty(FACTS))
-    changed: bool = False
-    learned: list[tuple[np.ndarray, bytes, tuple[int, int]]] = field(default_factory=list)
-
-    def recall(self, stamp: str, length: int) -> list[Any] | None:
-        """The list that is known under a stamp, None if there is none of that length."""
-        known = self.known.get(stamp)
-        return known if isinstance(known, list) and len(known) == length else None
-
-    def remember(self, stamp: str, value: Any) -> Any:
-        self.known[stamp] = value
-        self.changed = True
-        return value
-
-    def learn(self, stamp: np.ndarray, content: bytes, size: tuple[int, int]) -> None:
-        """Note the facts of a picture under the key of its stamp."""
-        self.learned.append((stamp, content, size))
-        if len(self.learned) >= SAVED:
-            self.save()
-
-    def save(self) -> None:
-        if self.changed:
-            files.write_json(self.path, self.known)
-            self.changed = False
-        if self.learned:
-            stamps, contents, sizes = zip(*self.learned, strict=True)
-            more = {
-                "content": np.frombuffer(b"".join(contents), dtype="u1").reshape(-1, 32),
-                "size": np.array(sizes, dtype="<i4").reshape(-1, 2),
-                "newness": np.zeros(len(stamps), "<i4"),
-            }
-            columns = {**self.facts.columns, "newness": np.ones(len(self.facts), "<i4")}
-            merged = Table(columns).with_rows(np.array(stamps), more, "newness")
-            del merged.columns["newness"]
-            merged.save(self.path.with_name("pictures.table"))
-            self.facts = opened(self.path.with_name("pictures.table"), FACTS)
-            self.learned.clear()
-
-
-def open_memo(folder: Path) -> Memo:
-    path = folder / "files.json"
-    try:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        known = {}
-    return Memo(path, known if isinstance(known, dict) else {}, opened(folder / "pictures.table", FACTS))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from sdxl_trainer.config import Config, Inpainting, TextOptions
 from sdxl_trainer.data import cache, captions, encode, holes, masks, plan
 from sdxl_trainer.data.captions import Choice
 from sdxl_trainer.data.loader import Samples
-from sdxl_trainer.data.pictures import Memo, Picture, Pictures, held_out, load, open_memo
+from sdxl_trainer.data.memo import Memo, open_memo
+from sdxl_trainer.data.pictures import Picture, Pictures, held_out, load
 from sdxl_trainer.data.problems import Notes, raise_all
 from sdxl_trainer.data.records import Record
 from sdxl_trainer.data.table import distinct

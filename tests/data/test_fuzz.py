@@ -15,7 +15,8 @@ from test_captions import SCRIPTS
 
 from sdxl_trainer.config import Data
 from sdxl_trainer.data import captions, findings, images, sources, survey
-from sdxl_trainer.data.pictures import load, open_memo
+from sdxl_trainer.data.memo import open_memo
+from sdxl_trainer.data.pictures import load
 from sdxl_trainer.data.problems import Notes
 from sdxl_trainer.data.records import Record
 from sdxl_trainer.errors import UserError

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sdxl_trainer.config import Config
 from sdxl_trainer.configfile import validated
-from sdxl_trainer.data import pictures, plan, table
+from sdxl_trainer.data import memo, pictures, plan, table
 from sdxl_trainer.data.sources import records
 
 
@@ -45,9 +45,9 @@ def held(root: Path, count: int) -> tuple[int, str]:
     datasets.disable_progress_bars()
     root.mkdir()
     parquet(root / "set", count)
-    pictures.load(config(root), pictures.open_memo(root / "cache"))
+    pictures.load(config(root), memo.open_memo(root / "cache"))
     tracemalloc.start()
-    found = pictures.load(config(root), pictures.open_memo(root / "cache"))
+    found = pictures.load(config(root), memo.open_memo(root / "cache"))
     digest = found.digest()
     order = plan.make(0, 4, found.rows["target"])
     order.step(0)
