@@ -188,7 +188,8 @@ def wrapped(accelerator: "Accelerator", sdxl: SDXL, sharding: Sharding | None) -
     """The model on its device, as each process calls it: sharded, or as a replica (DDP). What was wrapped is looked
     at, since launchers and libraries fall back without a word."""
     if accelerator.num_processes == 1:
-        return accelerator.prepare(sdxl)
+        # Told to move it, accelerate does not import sharding to see whether it may.
+        return accelerator.prepare(sdxl, device_placement=[True])
     if sharding is None:
         model = accelerator.prepare(sdxl)
         if not isinstance(model, torch.nn.parallel.DistributedDataParallel):

@@ -51,6 +51,7 @@ class Run:
 
     config: Config
     accelerator: "Accelerator"
+    sdxl: SDXL
     model: Any  # `sdxl` as accelerate wrapped it
     optimizer: Any
     groups: list[Group]
@@ -59,10 +60,6 @@ class Run:
     dtype: torch.dtype
     steps: int
     prior: Prior | None = None  # where samples are to stay what the base predicts
-
-    @property
-    def sdxl(self) -> SDXL:
-        return self.accelerator.unwrap_model(self.model)
 
 
 @dataclass(frozen=True)

@@ -356,7 +356,7 @@ def _model(
     prior = None
     if any(data.prior_prediction for data in config.data):
         prior = priors.beside(sdxl, lambda: _frozen_copy(config, base, accelerator, precision, stock, frozen))
-    run = Run(config, accelerator, prepared, optimizer, groups, goal, scale, inputs, begin.steps, prior)
+    run = Run(config, accelerator, sdxl, prepared, optimizer, groups, goal, scale, inputs, begin.steps, prior)
     broken = torch.zeros((), dtype=torch.bool, device=accelerator.device)
     skipped = at.state().get("skipped", 0) if at else 0
     return run, State(at.step if at else 0, averages, broken, skipped)

@@ -4,6 +4,7 @@ What is sharded is a DTensor. Outside of the passes through the model code works
 `whole`, for which all processes have to meet.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,9 +70,9 @@ def _is_unit(module: nn.Module, sharding: Sharding) -> bool:
 
 
 def is_sharded(tensor: Any) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    # Where nothing has sharded anything the module is not there, and importing it takes long.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -8,19 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import (
-    checkpoint,
-    distributed,
-    finish,
-    guards,
-    held_out,
-    lock,
-    optim,
-    parameters,
-    setup,
-    sharding,
-    wishes,
-)
+from sdxl_trainer import checkpoint, distributed, finish, guards, held_out, lock, optim, parameters, setup, wishes
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch
@@ -55,8 +43,9 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
     factor = optim.factor(run.config.schedule, state.step, run.steps)
     rate = optim.set_learning_rates(run.optimizer, factor)
     parameters.settle(run.groups, state.step / run.steps)
-    limit = run.config.train.max_grad_norm or float("inf")
-    norm = sharding.whole(accelerator.clip_grad_norm_([p for g in run.groups for p in g.parameters], limit))
+    accelerator.unscale_gradients()
+    learning = [p for g in run.groups for p in g.parameters]
+    norm = optim.clip(run.optimizer.optimizer, learning, run.config.train.max_grad_norm or None)
     if _may_step(run, state, total, norm):
         run.optimizer.step()
     run.optimizer.zero_grad()

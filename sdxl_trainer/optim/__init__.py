@@ -15,12 +15,14 @@ from torch import nn
 from sdxl_trainer import sharding
 from sdxl_trainer.config import Optimizer, Train
 from sdxl_trainer.errors import UserError, closest
+from sdxl_trainer.optim.clipping import clip
 from sdxl_trainer.optim.rates import SHAPES, factor, set_learning_rates
 from sdxl_trainer.parameters import Group
 
 __all__ = [
     "KINDS",
     "SHAPES",
+    "clip",
     "evaluates",
     "evaluating",
     "factor",
@@ -50,7 +52,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     # Fused: one kernel over all tensors, 3 to 5 times faster than the default, on the CPU too.
-    "adamw": Kind("torch.optim:AdamW", arguments={"fused": True}, sharded=True),
+    "adamw": Kind("sdxl_trainer.optim.fused:AdamW", arguments={"fused": True}, sharded=True),
     # Block-wise 8-bit moments (Dettmers et al. 2022); paged: moved to host memory when the GPU's is short.
     "adamw8bit": Kind("bitsandbytes.optim:AdamW8bit", "bitsandbytes", state=(0, 2.05)),
     "paged_adamw8bit": Kind("bitsandbytes.optim:PagedAdamW8bit", "bitsandbytes", state=(0, 2.05)),

@@ -1,0 +1,28 @@
+"""Clipping by the norm of all gradients (Pascanu et al. 2013)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sdxl_trainer import sharding
+
+
+def clip(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+    """The norm of all gradients together, [], before they are scaled down to `limit` where they are longer.
+
+    Optimizers of one kernel scale each gradient as they read it, in `step`; for the others it is done here, which
+    takes another pass over all gradients. `limit` None: the norm alone.
+    """
+    learning = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+    if limit is not None and _scales(optimizer) and not sharding.is_sharded(norm):
+        optimizer.grad_scale = ((norm + 1e-6) / limit).clamp_(min=1.0)  # type: ignore[attr-defined]
+    elif limit is not None:
+        nn.utils.clip_grads_with_norm_(learning, limit, norm)
+    return sharding.whole(norm)
+
+
+def _scales(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step` divides gradients by `grad_scale`, as PyTorch's loss scaling has it."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
