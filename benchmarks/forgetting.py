@@ -1,10 +1,9 @@
 """What the demo teaches and what it forgets, over several seeds of its training, with any changes to its config.
 
-    python benchmarks/forgetting.py [NAME] [--seeds 0 1 2] [--steps N] [--prior N] [section.key=value ...]
+    python benchmarks/forgetting.py [NAME] [--seeds 0 1 2] [--steps N] [--old N] [section.key=value ...]
 
-Each seed trains in one thread; the pictures, the base's own pictures and all questions are the demo's. A seed that is
-finished is not run again. Prints a line for each seed and for the worst of them; benchmarks/results/forgetting.json
-keeps them under NAME.
+Each seed trains in one thread; the pictures and all questions are the demo's. A seed that is finished is not run
+again. Prints a line for each seed and for the worst of them; benchmarks/results/forgetting.json keeps them under NAME.
 """
 
 import argparse
@@ -37,7 +36,7 @@ def worst(rows: list[dict[str, float]]) -> dict[str, float]:
 def taught(work: Path, seed: int, arguments: argparse.Namespace, before: Scored) -> dict[str, float]:
     """Train the demo's config with one seed, and ask."""
     written = work / f"{arguments.name}-{seed}.toml"
-    data = [demo.pictures(work / "pictures"), demo.prior(work / f"prior-{demo.PRIOR}")]
+    data = [demo.pictures(work / f"{kind}-{count}", kind) for kind, count in demo.PICTURES.items()]
     tree = demo.settings(work / f"{arguments.name}-{seed}", data, arguments.steps)
     files.write_text(written, configfile.dumps(configfile.validated(tree, "the demo's config")))
     changes = [f"seed={seed}", f"cache.path={work / 'cache'}", "validation.prompts=[]", *arguments.changes]
@@ -58,15 +57,15 @@ def main() -> None:
     parser.add_argument("changes", nargs="*", help="options of the config: section.key=value")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
-    parser.add_argument("--prior", type=int, default=demo.PRIOR, help="pictures that the base draws itself")
+    parser.add_argument("--old", type=int, default=demo.PICTURES["old"], help="pictures of shapes that the base knows")
     parser.add_argument("--work", type=Path, default=Path("runs/forgetting"))
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(1)
-    demo.PRIOR = arguments.prior
+    demo.PICTURES["old"] = arguments.old
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     known: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-    asked = json.loads(json.dumps([demo.PICTURES, demo.PRIOR, demo.ASKED, arguments.steps, arguments.changes]))
+    asked = json.loads(json.dumps([demo.PICTURES, demo.ASKED, arguments.steps, arguments.changes]))
     if known.get(arguments.name, {}).get("asked") != asked:
         known[arguments.name] = {"asked": asked, "rows": {}}
     rows = known[arguments.name]["rows"]

@@ -1,8 +1,8 @@
 """Which way to train teaches what, and what does it cost and forget? One table of all methods.
 
 Each method teaches micro-SDXL the demo's new shape from the demo's pictures, and the demo's questions are asked before
-and after. Beside each new picture a step has one that the base drew (prior preservation), unless the row says
-otherwise. Each row runs in a process of its own, in one thread; a row that is finished is not run again.
+and after. Beside each new picture a step has one of the shapes that the base knows, unless the row says otherwise. Each
+row runs in a process of its own, in one thread; a row that is finished is not run again.
 
     python benchmarks/methods.py [ROW ...] [--again] [--steps 550] [--rate RATE] [--work runs/methods]
     python benchmarks/methods.py --table      writes the table into docs/methods.md and runs nothing
@@ -28,7 +28,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "methods.md"
 MARKS = ("<!-- made by python benchmarks/methods.py -->", "<!-- end -->")
 BATCH, STEPS = 8, 550
 ASKED = {"new": 32, "old": 48}  # fewer of the demo's questions about old shapes: this is done for every row
-CLASS = 40  # pictures that the base draws for prior preservation
+CLASS = 40  # pictures that the base draws, where it does
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 Changes = dict[str, Any]
 
@@ -36,12 +36,13 @@ Changes = dict[str, Any]
 @dataclass(frozen=True)
 class Row:
     """A method: what it is called, its learning rate, the changes to the demo's config that it is at a rate, and what
-    keeps the old shapes: preservation (pictures that the base draws), prediction (what it predicts) or nothing."""
+    keeps the old shapes: pictures of them, preservation (the base draws them), prediction (the base's own) or nothing.
+    """
 
     title: str
     rate: float
     changes: Callable[[float], Changes]
-    prior: str = "preservation"
+    prior: str = "pictures"
 
 
 def rules(**shares: float) -> Callable[[float], Changes]:
@@ -79,11 +80,13 @@ def together(*made: Callable[[float], Changes]) -> Callable[[float], Changes]:
 FULL, LORA = rules(unet=1.0), adapter()
 ROWS = {
     "full": Row("full UNet", 5e-4, FULL),
+    "full-preservation": Row("full UNet, pictures that the base draws", 5e-4, FULL, "preservation"),
     "full-prediction": Row("full UNet, prior prediction", 5e-4, FULL, "prediction"),
     "full-alone": Row("full UNet, nothing that keeps the old shapes", 5e-4, FULL, ""),
     "text": Row("UNet, and both text encoders at a quarter", 5e-4, rules(unet=1.0, text=0.25)),
     "attention": Row("attention layers only", 1e-3, rules(attention=1.0)),
     "lora": Row("LoRA r8, all layers (LoCon)", 2e-3, LORA),
+    "lora-preservation": Row("LoRA r8, all layers, pictures that the base draws", 2e-3, LORA, "preservation"),
     "lora-prediction": Row("LoRA r8, all layers, prior prediction", 2e-3, LORA, "prediction"),
     "lora-alone": Row("LoRA r8, all layers, nothing that keeps the old shapes", 2e-3, LORA, ""),
     "lora-linear": Row("LoRA r8, linear layers", 2e-3, adapter(targets="linear")),
@@ -201,9 +204,11 @@ def settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The demo's config with the new shape's pictures alone, and the row's changes."""
     row, work = ROWS[name], options.work
     rate = options.rate or row.rate
-    tree = demo.settings(work / f"{name}-{rate:g}", [demo.pictures(work / "pictures"), work / "prior"], options.steps)
-    tree["data"] = [{key: value for key, value in tree["data"][0].items() if key != "repeats"}]
-    tree["data"] += prior(row.prior, tree["data"][0], work)
+    data = [demo.pictures(work / kind, kind) for kind in demo.PICTURES]
+    tree = demo.settings(work / f"{name}-{rate:g}", data, options.steps)
+    if row.prior != "pictures":
+        new = {key: value for key, value in tree["data"][0].items() if key != "repeats"}
+        tree["data"] = [new, *prior(row.prior, new, work)]
     tree["cache"] = {"path": str(work / "cache")}
     tree["train"] |= {"batch_size": BATCH * len(tree["data"]), "checkpoint_every": 0, "learning_rate": rate}
     del tree["validation"]
@@ -218,7 +223,7 @@ def prior(kind: str, new: dict[str, Any], work: Path) -> list[dict[str, Any]]:
 
     common = {"resolution": new["resolution"], "caption_dropout": new["caption_dropout"], "regularisation": True}
     if kind == "preservation":
-        asked = toyworld.prompts(CLASS, demo.PRIOR_SEED, shapes=tuple(toyworld.BASE_SHAPES))
+        asked = toyworld.prompts(CLASS, demo.SEEDS["old"], shapes=tuple(toyworld.BASE_SHAPES))
         drawn = {"generate": CLASS, "generate_prompts": [words for _, words in asked], "generate_batch": 10}
         drawn |= {"generate_steps": 20, "generate_guidance": 4.0, "generate_precision": "fp32"}
         return [{"path": str(work / "class"), **drawn, **common}]

@@ -1,6 +1,5 @@
 """`sdxl demo`: micro-SDXL, which comes with the package, learns a shape from twenty pictures. No download."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +14,10 @@ from sdxl_trainer.log import duration
 # A complete SDXL of 7.6 million parameters; recipes/micro makes it, docs/micro.md describes it.
 BASE = Path(__file__).parent / "assets" / "micro"
 SHAPE = "hourglass"  # neither the base's pictures nor its captions know it
-PICTURES, PICTURES_SEED = 20, 33
-# Prior preservation (Ruiz et al. 2023): the base's own pictures of what it knows, seen as often as the new ones.
-PRIOR, PRIOR_SEED = 160, 55
+# Pictures to learn from: of the new shape, and, seen as often, of those that the base knows and may not forget.
+PICTURES, SEEDS = {"new": 20, "old": 800}, {"new": 33, "old": 55}
 RESOLUTION = 128
-# Asked before and after, with the same seeds: the new shape, and the shapes that the base knows.
+# Asked before and after, with the same first noises.
 ASKED, ASKED_SEED = {"new": 32, "old": 96}, 9077
 SHOWN = {"new": 6, "old": 2}
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 4.0, "height": RESOLUTION, "width": RESOLUTION}
@@ -35,15 +33,15 @@ def run(out: Path, steps: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
     print(
         f"demo: micro-SDXL draws circles, stars, hearts ... in colours and places; it has never seen an {SHAPE}.\n"
-        f"      It is asked for {ASKED['new']} of them, learns from {PICTURES} pictures in {steps} steps, and is asked"
-        f" again,\n      also for {ASKED['old']} pictures of shapes that it knew: what was forgotten? Against that,"
-        f" {PRIOR} pictures\n      that it drew itself are mixed in (prior preservation).\n"
+        f"      It is asked for {ASKED['new']} of them, learns from {PICTURES['new']} pictures in {steps} steps, and"
+        f" is asked again,\n      also for {ASKED['old']} pictures of shapes that it knew: what was forgotten? Against"
+        f" that,\n      {PICTURES['old']} pictures of these are mixed in.\n"
         f"      About seven minutes on two free CPU cores; nothing is downloaded. Everything goes to {out}",
         flush=True,
     )
     asked = questions()
     before, pictures_before = measure(pipeline(BASE), asked)
-    data = [pictures(out / "pictures"), prior(out / "prior")]
+    data = [pictures(out / kind, kind) for kind in PICTURES]
     from sdxl_trainer.train import train
 
     trained = time.monotonic()
@@ -68,8 +66,10 @@ def settings(out: Path, data: list[Path], steps: int) -> dict[str, Any]:
         "model": {"path": str(BASE)},
         "data": [
             {"path": str(path), "resolution": RESOLUTION, "caption_dropout": 0.1, "repeats": repeats}
-            for path, repeats in zip(data, (PRIOR // PICTURES, 1), strict=True)
+            for path, repeats in zip(data, (PICTURES["old"] // PICTURES["new"], 1), strict=True)
         ],
+        # As the base was trained: shapes are decided where there is much noise.
+        "timesteps": {"bias": "later", "portion": 0.6, "multiplier": 3.0},
         "train": {"steps": steps, "batch_size": 16, "learning_rate": 7e-4, "checkpoint_every": max(1, steps // 2)},
         "schedule": {"name": "cosine", "warmup_steps": min(10, steps - 1)},
         "ema": {"enabled": True, "decay": 0.98},
@@ -89,40 +89,29 @@ def measure(drawing: Any, asked: dict[str, Any]) -> tuple[Scored, dict[str, list
     return rates, pictures
 
 
+def shapes_of(kind: str) -> tuple[str, ...]:
+    import toyworld
+
+    return (SHAPE,) if kind == "new" else tuple(toyworld.BASE_SHAPES)
+
+
 def questions() -> dict[str, Any]:
     """(scene, caption) pairs of each kind."""
     import toyworld
 
-    shapes: dict[str, Sequence[str]] = {"new": (SHAPE,), "old": tuple(toyworld.BASE_SHAPES)}
-    return {kind: toyworld.prompts(ASKED[kind], ASKED_SEED, shapes=names) for kind, names in shapes.items()}
+    return {kind: toyworld.prompts(count, ASKED_SEED, shapes=shapes_of(kind)) for kind, count in ASKED.items()}
 
 
-def pictures(folder: Path) -> Path:
+def pictures(folder: Path, kind: str) -> Path:
+    """A folder of one kind's pictures with captions, drawn once."""
     import toyworld
 
     if not (folder / "metadata.jsonl").is_file():
-        size = (RESOLUTION, RESOLUTION)
+        shapes, size = shapes_of(kind), (RESOLUTION, RESOLUTION)
+        holdout = None if kind == "new" else False
         toyworld.write_folder(
-            folder, PICTURES, PICTURES_SEED, holdout=None, shapes=(SHAPE,), count=1, size=size, terse=0.0
+            folder, PICTURES[kind], SEEDS[kind], holdout=holdout, shapes=shapes, count=1, size=size, terse=0.0
         )
-    return folder
-
-
-def prior(folder: Path) -> Path:
-    """Pictures by the base, with the captions that it was asked with; the captions are written last."""
-    from PIL import Image
-
-    import toyworld
-
-    if not (folder / "metadata.jsonl").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        scenes = [toyworld.scene(PRIOR_SEED, index, holdout=False, count=1) for index in range(PRIOR)]
-        captions = [toyworld.caption(scene, PRIOR_SEED, index) for index, scene in enumerate(scenes)]
-        names = [f"{index:06d}.png" for index in range(PRIOR)]
-        for name, picture in zip(names, _drawn(pipeline(BASE), captions), strict=True):
-            Image.fromarray(picture).save(folder / name)
-        rows = [json.dumps({"file_name": n, "text": caption}) for n, caption in zip(names, captions, strict=True)]
-        files.write_text(folder / "metadata.jsonl", "".join(f"{row}\n" for row in rows))
     return folder
 
 

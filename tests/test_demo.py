@@ -12,8 +12,7 @@ from sdxl_trainer import demo, files
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "ASKED", {"new": 2, "old": 3})
     monkeypatch.setattr(demo, "SHOWN", {"new": 1, "old": 1})
-    monkeypatch.setattr(demo, "PICTURES", 2)
-    monkeypatch.setattr(demo, "PRIOR", 4)
+    monkeypatch.setattr(demo, "PICTURES", {"new": 2, "old": 4})
     monkeypatch.setattr(demo, "DRAWING", {**demo.DRAWING, "num_inference_steps": 1})
 
 
@@ -26,10 +25,10 @@ def test_the_demo_measures_before_and_after(short: None, tmp_path: Path, capsys:
     said = capsys.readouterr().out
     assert "2 pictures with an hourglass" in said
     assert str(output / "report.html") in said
-    rows = [json.loads(line) for line in (tmp_path / "pictures" / "metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "new" / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     assert all("hourglass" in row["text"] for row in rows)
-    assert len(list((tmp_path / "prior").glob("*.png"))) == 4
+    assert len(list((tmp_path / "old").glob("*.png"))) == 4
 
 
 def test_the_base_that_comes_with_the_package_is_whole_and_small() -> None:
