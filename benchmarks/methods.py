@@ -143,7 +143,7 @@ def tried(rate: float, steps: int) -> str:
 
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One row in a process of its own, which gives way to others."""
+    """One row in a process of its own."""
     command = [sys.executable, __file__, name, "--child", "--work", str(options.work), "--steps", str(options.steps)]
     command += ["--rate", str(options.rate)] if options.rate else []
     done = subprocess.run(
@@ -152,7 +152,6 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        preexec_fn=lambda: os.nice(10),
     )
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -189,10 +189,17 @@ def join(states: Tensor, kind: str) -> Tensor:
 
 
 def weighted(
-    encoders: tuple[Any, Any], ids: Tensor, weights: Tensor | None, options: TextOptions
+    encoders: tuple[Any, Any], ids: Tensor, weights: Tensor | None, options: TextOptions, size: int | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """`embed` under weights [C, 2, 77], if there are any: then the first chunk is the empty one."""
-    states, pooled = embed(encoders, ids, options.clip_skip)
+    """`embed` under weights [C, 2, 77], if there are any: then the first chunk is the empty one. With a `size` always
+    so many chunks at once, the last repeated if there are fewer: see `data.encode`."""
+    if size is None:
+        states, pooled = embed(encoders, ids, options.clip_skip)
+    else:
+        filled = torch.cat([ids, ids[-1:].expand(-len(ids) % size, -1, -1)])
+        parts = [embed(encoders, part, options.clip_skip) for part in filled.split(size)]
+        states = [torch.cat(found)[: len(ids)] for found in zip(*(s for s, _ in parts), strict=True)]
+        pooled = torch.cat([p for _, p in parts])[: len(ids)]
     if weights is None:
         return states, pooled
     numbered = zip(present(encoders), states, strict=True)
@@ -206,14 +213,17 @@ def encode(text: TextEncoders, prompts: Sequence[Prompt], options: TextOptions) 
 
 
 @torch.no_grad()
-def encode_tokens(text: TextEncoders, tokens: Sequence[Tokens], options: TextOptions) -> list[tuple[Tensor, Tensor]]:
+def encode_tokens(
+    text: TextEncoders, tokens: Sequence[Tokens], options: TextOptions, size: int | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """As `encode`, of what is tokenized; `size` as in `weighted`."""
     device = next(text.encoders[1].parameters()).device
     empty = tokenize(text.tokenizers, [Prompt("")], options)[0].ids[:1]
     heavy = any(found.weights is not None for found in tokens)
     ids = torch.cat([empty, *(found.ids for found in tokens)] if heavy else [found.ids for found in tokens])
     weights = torch.cat([torch.ones(empty.shape), *(factors(found) for found in tokens)]) if heavy else None
     placed = None if weights is None else weights.to(device)
-    states, pooled = weighted(text.encoders, ids.to(device).long(), placed, options)
+    states, pooled = weighted(text.encoders, ids.to(device).long(), placed, options, size)
     results, start = [], int(heavy)
     for found in tokens:
         chunks = slice(start, start + len(found.ids))

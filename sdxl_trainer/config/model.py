@@ -68,8 +68,8 @@ class Inpainting(Section):
 
 class Cache(Section):
     path: PathText | None = option(None, "folder of cached latents and embeddings; default: <output_dir>/cache")
-    batch_size: Positive = option(4, "pictures per forward pass of the VAE")
-    text_batch_size: Positive = option(32, "captions per forward pass of the text encoders")
+    batch_size: Positive = option(4, "pictures per forward pass of the VAE; fewer of more than 512 x 512 pixels")
+    text_batch_size: Positive = option(8, "captions per forward pass of the text encoders")
     vae_precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "type in which the VAE encodes")
     workers: int | None = option(None, "processes that decode pictures; default: one per core, at most 8", ge=0)
     datasets_dir: PathText | None = option(None, "where hub datasets are kept")

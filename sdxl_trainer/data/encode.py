@@ -155,12 +155,13 @@ def fill_latents(
                 continue
             batch = waiting.setdefault(item.geometry.target, [])
             batch.append(item)
-            if len(batch) == options.batch_size:
-                _encode_pictures(vae, writer, keys, waiting.pop(item.geometry.target), device)
-                done += len(batch)
+            size = at_once(options.batch_size, item.geometry.target)
+            if len(batch) == size:
+                _encode_pictures(vae, writer, keys, waiting.pop(item.geometry.target), size, device)
+                done += size
                 progress(done, len(work), "pictures")
-        for batch in waiting.values():
-            _encode_pictures(vae, writer, keys, batch, device)
+        for target, batch in waiting.items():
+            _encode_pictures(vae, writer, keys, batch, at_once(options.batch_size, target), device)
         progress(len(work), len(work), "pictures")
     finally:
         writer.flush()
@@ -184,12 +185,12 @@ def fill_texts(
     from sdxl_trainer import text
 
     encoders = text.load(base, DTYPES[keys.text_precision], device)
-    writer, cut = cache.Writer(store), list["Cut"]()
-    for start in range(0, len(prompts), options.text_batch_size):
-        batch = prompts[start : start + options.text_batch_size]
+    writer, cut, size = cache.Writer(store), list["Cut"](), options.text_batch_size
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
         tokens = text.tokenize(encoders.tokenizers, batch, keys.reading)
         cut += text.cuts(encoders.tokenizers, batch, tokens)
-        for prompt, encoded in zip(batch, text.encode_tokens(encoders, tokens, keys.reading), strict=True):
+        for prompt, encoded in zip(batch, text.encode_tokens(encoders, tokens, keys.reading, size), strict=True):
             states, pooled = (tensor.cpu() for tensor in encoded)
             cache.finite([(f"the caption '{prompt.text[:40]}'", states), ("its pooled output", pooled)])
             writer.add(f"{keys.text_row(prompt)}.states", states)
@@ -239,10 +240,22 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
+def at_once(batch_size: int, target: tuple[int, int]) -> int:
+    """Pictures [height, width] of a forward pass of the VAE: those with the pixels of `batch_size` of 512 x 512."""
+    return min(batch_size, max(1, batch_size * 512**2 // (target[0] * target[1])))
+
+
 @torch.no_grad()
-def _encode_pictures(vae: Any, writer: cache.Writer, keys: Keys, batch: list[Decoded], device: torch.device) -> None:
-    """Rows of a batch of pictures into the store."""
-    rows = moments(vae, scaled(np.stack([item.pixels for item in batch]), device, vae.dtype))
+def _encode_pictures(
+    vae: Any, writer: cache.Writer, keys: Keys, batch: list[Decoded], size: int, device: torch.device
+) -> None:
+    """Rows of a batch of pictures into the store.
+
+    Always of `size` pictures, repeated if there are fewer: libraries choose their kernels by the shape, and a row must
+    not depend on what was encoded beside it (a cache that was filled in parts is the same cache).
+    """
+    pixels = [item.pixels for item in batch]
+    rows = moments(vae, scaled(np.stack(pixels + pixels[-1:] * (size - len(batch))), device, vae.dtype))[: len(batch)]
     cache.finite((item.picture.name, row) for item, row in zip(batch, rows, strict=True))
     for item, row in zip(batch, rows, strict=True):
         writer.add(keys.latent(item.picture, item.geometry), row, item.geometry.to_json())

@@ -126,6 +126,30 @@ def test_moments_are_those_of_the_vae(stock: Callable[..., Stock], base: Path) -
             torch.testing.assert_close(row[4:].float(), posterior.std[0], rtol=1e-3, atol=1e-3)
 
 
+def test_a_row_does_not_depend_on_what_is_encoded_beside_it(stock: Callable[..., Stock], tmp_path: Path) -> None:
+    """Batches of a part of a cache are others than those of all of it: an interrupted filling goes on bitwise."""
+    options: dict[str, Any] = {"data": [{"resolution": 72, "crops_per_image": 8}]}
+    whole = stock(fill=True, **options)
+    rows = {whole.keys.latent(p, g): p for p in whole.pictures for g in p.geometries}
+    texts = [f"{whole.keys.text_row(prompt)}.states" for prompt in whole.prompts]
+    before = [whole.latents.get(name).clone() for name in rows] + [whole.texts.get(name).clone() for name in texts]
+    shutil.rmtree(tmp_path / "cache")
+    copy, kept = tmp_path / "copy", tmp_path / "kept"
+    shutil.copytree(copy, kept)
+    for name in ("0.png", "1.png", "3.png"):
+        (copy / name).write_bytes(b"no picture")
+    lines = (copy / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metadata.jsonl").write_text("".join(line for line in lines if '"0.png"' not in line))
+    with pytest.raises(UserError):
+        stock(fill=True, **options)
+    shutil.rmtree(copy)
+    kept.rename(copy)
+    again = stock(fill=True, **options)
+    after = [again.latents.get(name) for name in rows] + [again.texts.get(name) for name in texts]
+    assert len(before) == len(after)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_all_pictures_that_cannot_be_decoded_are_named_together(stock: Callable[..., Stock], tmp_path: Path) -> None:
     for name in ("0.png", "3.png"):
         path = tmp_path / "copy" / name
