@@ -99,10 +99,10 @@ def prepare(root: Path) -> None:
     data = toyworld.write_folder(root / "pictures", 10, seed=0)
     path = data / "metadata.jsonl"
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    for row in rows:
-        row["text"] += " shape"  # a new word for the method that learns one
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     blueprint.build(root / "base", "tiny", captions=[row["text"] for row in rows])
+    for row in rows:
+        row["text"] += " shape"  # no word of the tokenizers: the method that learns one learns this
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def config(root: Path, name: str, output: Path) -> Path:
