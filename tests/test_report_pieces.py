@@ -28,6 +28,12 @@ def test_axes_have_round_ticks_that_cover(low: float, high: float, whole: bool, 
     assert axis.high >= high
 
 
+@pytest.mark.parametrize("largest", [2.0000000000000003e-06, 0.1 + 0.2])
+def test_the_largest_value_is_not_above_its_own_frame(largest: float) -> None:
+    chart = charts.Chart("learning_rate", "Learning rate")
+    assert charts.vertical(chart, [0.0, largest])[1] == 0
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-12, 0.5, 123456.0, -3.0, 1e299])
 def test_axes_of_flat_lines(value: float) -> None:
     for high in (value, math.nextafter(value, math.inf)):

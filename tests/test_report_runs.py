@@ -99,6 +99,17 @@ def test_how_to_use_the_result_fits_what_it_is(tmp_path: Path, file: str | None,
     compile(code, "shown", "exec")
 
 
+def test_how_to_use_the_result_of_an_adapter_that_is_still_in_training(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", steps=100, prompts=("a",), ema=False)
+    (folder / "manifest.json").write_text("{}", encoding="utf-8")
+    with (folder / "config.toml").open("a", encoding="utf-8") as config:
+        config.write("\n[adapter]\nrank = 4\n")
+    text = written(folder).text
+    for words in ("Once it is complete", "load_lora_weights", "--to kohya", "models/loras"):
+        assert words in text
+    assert "models/checkpoints" not in text
+
+
 @pytest.fixture
 def pair(tmp_path: Path) -> list[Path]:
     one = fake_run(tmp_path / "a" / "run", steps=400, ema=False)

@@ -103,7 +103,7 @@ def vertical(chart: Chart, values: Sequence[float]) -> tuple[Axis, int]:
         bottom = 0.0
     high = ordered[-1] if ordered[-1] <= 2 * top else top
     scale = axis(bottom, high, 4)
-    return scale, sum(value > scale.high for value in values)
+    return scale, sum(value > scale.high * (1 + 1e-9) for value in values)
 
 
 def figure(chart: Chart, metrics: Sequence[dict[str, Any]]) -> str:

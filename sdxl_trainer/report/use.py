@@ -50,11 +50,20 @@ def _base(run: Run) -> str:
     return str(part(run.config, "model", "path") or part(run.manifest, "base", "path") or "BASE")
 
 
+def _lora(run: Run) -> bool:
+    """Whether the result is an adapter, also of a run that has not come so far."""
+    return (run.folder / LORA).is_file() or not (run.done or part(run.config, "adapter") is None)
+
+
+def _words(run: Run) -> bool:
+    return (run.folder / WORDS).is_file() or not (run.done or not part(run.config, "token"))
+
+
 def _sample(run: Run, path: str) -> str:
     """The command without its prompt."""
-    if (run.folder / LORA).is_file():
+    if _lora(run):
         return f"sdxl sample {shlex.quote(_base(run))} --lora {shlex.quote(path)}"
-    if (run.folder / WORDS).is_file():
+    if _words(run):
         return f"sdxl sample {shlex.quote(_base(run))} --embedding {shlex.quote(path)}"
     kind = _pipeline(run)
     more = " --image picture.png" if kind in _CALLS else ""
@@ -79,7 +88,7 @@ def _python(run: Run, path: str, prompt: str) -> str:
     before, ready = _CALLS.get(kind, ("", []))
     given = {k: v for k, v in given.items() if not before or k in {"steps", "guidance"}}
     options = "".join(f", {name}={number(validation[k])}" for k, name in given.items() if number(validation.get(k)))
-    lora = (run.folder / LORA).is_file()
+    lora = _lora(run)
     source = _base(run) if lora else path
     lines = [
         "import torch",
@@ -101,14 +110,14 @@ def _python(run: Run, path: str, prompt: str) -> str:
 def _elsewhere(run: Run, path: str) -> str:
     """ComfyUI and A1111: the file they read, where it goes, and what to write."""
     name = Path(path.rstrip("/\\")).name or "model"
-    if (run.folder / WORDS).is_file():
+    if _words(run):
         word = next((str(t.get("name")) for t in run.config.get("token", []) if isinstance(t, dict)), "the word")
         text = (
             f"# ComfyUI: the files of learned_embeds/ into models/embeddings, then embedding:NAME in the prompt\n"
             f"# A1111 and Forge: into embeddings, then NAME in the prompt; here the word is {word}"
         )
         return f"<p>In ComfyUI and A1111:</p>{block('For other programs', text)}"
-    if (run.folder / LORA).is_file():
+    if _lora(run):
         target, kind = f"{name}.safetensors", "--to kohya "
         there = (
             "# ComfyUI: into models/loras, node Load LoRA\n# A1111 and Forge: into models/Lora, then in the prompt: "

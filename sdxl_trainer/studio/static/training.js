@@ -79,7 +79,8 @@ const state = (run, job) => {
   const goes = job?.state === "running" || job?.state === "queued";
   const done = run.step ?? 0;
   const total = run.steps;
-  const phase = job?.state === "running" ? job.what ?? "starting" : null;
+  const over = job?.done === job?.total && run.step; // what came before the steps
+  const phase = job?.state === "running" ? (over ? "steps" : job.what ?? "starting") : null;
   const [at, of] = phase && phase !== "steps" ? [job.done, job.total] : [done, total];
   const facts = [
     phase && phase !== "steps" ? `${phase} ${number(job.done)} of ${number(job.total)}` : null,
