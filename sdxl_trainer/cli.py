@@ -23,7 +23,9 @@ ConfigFile = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="options to change")]
 Trigger = Annotated[str | None, typer.Option(help="folder: words that shall call up what is learned")]
 PresetName = Annotated[str | None, typer.Option("--preset", help="folder: see sdxl presets; default: lora-character")]
-ModelPath = Annotated[str | None, typer.Option("--model", help="folder: base model; default: SDXL base")]
+ModelPath = Annotated[
+    str | None, typer.Option("--model", help="folder: base model; micro: the package's own, small; default: SDXL base")
+]
 RunName = Annotated[str | None, typer.Option("--name", help="folder: of runs/NAME.toml and runs/NAME/")]
 
 

@@ -21,6 +21,7 @@ from sdxl_trainer.errors import UserError
 from sdxl_trainer.presets import Preset
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+MICRO = Path(__file__).parent / "assets" / "micro"  # what `--model micro` means
 RUNS = Path("runs")
 MOST_REPEATS = 1000  # folders named 2024_summer are not kohya's
 
@@ -91,9 +92,11 @@ def _continued(path: Path, folder: Path, wish: Wish, name: str, overrides: Seque
 def begun(folder: Path, wish: Wish, name: str) -> tuple[dict[str, Any], dict[str, str]]:
     """A new config's plain data, and a comment for what is not the preset's."""
     preset = presets.read(wish.preset or presets.DEFAULT)
-    model = wish.model or BASE
+    model = str(MICRO) if wish.model == "micro" else wish.model or BASE
     if not Path(model).expanduser().exists() and not sources.HUB_ID.fullmatch(model):
-        raise UserError(f"there is no model '{model}'", "--model", "give a folder, a .safetensors file or a hub id")
+        raise UserError(
+            f"there is no model '{model}'", "--model", "give a folder, a .safetensors file, a hub id, or micro"
+        )
     sections = {key: dict(value) for key, value in preset.values.items()}
     data: dict[str, Any] = {"path": str(folder), **sections.pop("data")}
     notes: dict[str, str] = {}

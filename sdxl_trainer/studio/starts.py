@@ -2,15 +2,12 @@
 
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from sdxl_trainer import from_folder
 from sdxl_trainer import presets as known
 from sdxl_trainer.from_folder import Wish
 from sdxl_trainer.studio.workspace import Workspace
-
-MICRO = Path(__file__).parent.parent / "assets" / "micro"
 
 
 def presets() -> list[dict[str, Any]]:
@@ -22,7 +19,7 @@ def presets() -> list[dict[str, Any]]:
 def begun(workspace: Workspace, sent: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, str], str]:
     """A new config's values and notes, and the command that would write and train the same."""
     folder = workspace.opened(sent.get("folder"))
-    model = str(MICRO) if sent.get("micro") else _text(sent.get("model"))
+    model = "micro" if sent.get("micro") else _text(sent.get("model"))
     wish = Wish(_text(sent.get("trigger")), _text(sent.get("preset")), model, name)
     tree, notes = from_folder.begun(folder, wish, name)
     given = {"--trigger": wish.trigger, "--preset": wish.preset, "--model": wish.model, "--name": name}
