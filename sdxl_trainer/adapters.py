@@ -3,6 +3,7 @@
 An adapter's parameters are named after the layer they stand beside: `unet.….to_q.lora_A.default.weight`.
 """
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -270,7 +271,13 @@ def switched_off(layers: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """peft warns of what is refused or meant here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """peft and diffusers warn of what is refused or meant here."""
+    loaders = logging.getLogger("diffusers.loaders")
+    level = loaders.level
+    loaders.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        loaders.setLevel(level)

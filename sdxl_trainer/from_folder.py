@@ -107,11 +107,16 @@ def begun(folder: Path, wish: Wish, name: str) -> tuple[dict[str, Any], dict[str
         data |= {"trigger": wish.trigger, "caption": preset.caption.replace("{trigger}", wish.trigger)}
         notes["data.0.trigger"] = "put first where a caption does not hold it"
         notes["data.0.caption"] = "of pictures that have none"
-    _fit_to_model(model, data, notes)
+    small = _fit_to_model(model, data, notes)
     records = _records(folder, data, wish)
     count = len(records)
     steps = preset.steps_for(count)
     train = {"steps": steps, **sections.pop("train")}
+    if small:
+        notes["train.micro_batch"] = notes["train.gradient_checkpointing"] = (
+            "so small a model needs no saving of memory"
+        )
+        train |= {"micro_batch": preset.batch, "gradient_checkpointing": False}
     notes["train.steps"] = f"{count} pictures, each seen {steps * preset.batch / count:.3g} times"
     every = max(1, steps // 4)
     train |= {"checkpoint_every": every, "checkpoints_limit": 2}
@@ -146,21 +151,23 @@ def _class(preset: Preset, data: dict[str, Any], wish: Wish, notes: dict[str, st
     return [{**own, "caption": caption, "caption_only": True, "prior_prediction": True, "regularisation": True}]
 
 
-def _fit_to_model(model: str, data: dict[str, Any], notes: dict[str, str]) -> None:
-    """Pictures of the size that a model on disk says it draws; SDXL's is 1024, as in the presets."""
+def _fit_to_model(model: str, data: dict[str, Any], notes: dict[str, str]) -> bool:
+    """Pictures of the size that a model on disk says it draws; SDXL's is 1024, as in the presets. Whether the model is
+    a small one."""
     try:
         side = (
             json.loads((Path(model).expanduser() / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"]
             * 8
         )
     except (OSError, ValueError, KeyError, TypeError):
-        return
+        return False
     preset = data["resolution"]
     if side != preset:
         data["resolution"] = side
         notes["data.0.resolution"] = f"the model's own; the preset's is {preset}"
         if data.get("buckets") == "area":
             data["bucket_step"] = max(8, 64 * side // 1024 // 8 * 8)
+    return side < 512
 
 
 def _records(folder: Path, data: dict[str, Any], wish: Wish) -> Sequence[Record]:

@@ -90,7 +90,7 @@ def test_a_folder_and_a_trigger_train_and_the_same_command_continues(
     said = capfd.readouterr().err
     assert "wrote runs/photos.toml" in said
     assert "effective learning rate 0.0001 = learning rate 0.0001 x alpha 16 / rank 16" in said
-    assert "train.steps                   500   (6 pictures, each seen 333 times)" in said
+    assert "train.steps 500 (6 pictures, each seen 333 times)" in " ".join(said.split())
     assert Path("runs/photos/pytorch_lora_weights.safetensors").is_file()
     given = tomllib.loads(Path("runs/photos.toml").read_text())
     assert given["preset"] == "lora-object@1"
@@ -111,7 +111,7 @@ def test_an_edited_file_is_used_as_it_is_and_what_differs_is_told(
     edited = path.read_text().replace("rank = 32", "rank = 8")
     path.write_text(edited)
     capfd.readouterr()
-    made = from_folder.load(photos, wish, ["train.batch_size=2"])
+    made = from_folder.load(photos, wish, ["train.batch_size=2", "train.micro_batch=1"])
     assert made.adapter is not None
     assert (made.adapter.rank, made.train.batch_size) == (8, 2)
     assert capfd.readouterr().err.splitlines() == [
@@ -122,6 +122,14 @@ def test_an_edited_file_is_used_as_it_is_and_what_differs_is_told(
     with pytest.raises(UserError, match="says preset = 'lora-character@1'; the command says 'lora-style@1'"):
         from_folder.load(photos, Wish(preset="lora-style"), [])
     assert path.read_text() == edited
+
+
+def test_the_package_s_own_small_model_trains_as_fast_as_it_can(photos: Path) -> None:
+    made = from_folder.load(photos, Wish(trigger="sks dog", model="micro"), [])
+    assert (Path(made.model.path) / "model_index.json").is_file()
+    assert made.data[0].resolution == 128
+    assert (made.train.batch_size, made.train.micro_batch, made.train.gradient_checkpointing) == (4, 4, False)
+    assert from_folder.load(photos, Wish(trigger="sks dog", model="micro"), []) == made
 
 
 def test_dreambooth_keeps_the_class_that_the_trigger_names(photos: Path, base: Path) -> None:

@@ -135,7 +135,9 @@ def test_only_what_the_rules_name_moves(config: Callable[..., Any]) -> None:
     assert moved == {name for name in before if ".lora_B." in name}
 
 
-def test_sample_draws_with_adapters_by_weight(config: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+def test_sample_draws_with_adapters_by_weight(
+    config: Callable[..., Any], base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Twice half of an adapter is the adapter; weight 0 is the base."""
     from sdxl_trainer import sample
 
@@ -147,6 +149,7 @@ def test_sample_draws_with_adapters_by_weight(config: Callable[..., Any], base: 
         folder = tmp_path / str(number)
         (path,) = sample.from_disk(str(base), ["a red circle"], folder, 1, 5, settings, loras)
         pictures.append(pixels(path))
+    assert caplog.text == "", "diffusers says nothing of text encoders that the adapter is not for"
     live = pixels(output / "samples" / "step-000003" / "0-0.png")
     assert np.abs(pictures[0] - live).max() <= 1
     assert np.abs(pictures[1] - live).max() <= 1
