@@ -215,7 +215,7 @@ def page(found: dict[str, Any]) -> None:
     if len(runs) < 3:
         return
     accuracies = [row["accuracy"]["all"] for row in runs.values()]
-    lines = [*INTRODUCTION, f"{len(runs)} of {len(RUNS)} runs, 1 where the loss orders them as their pictures do:", ""]
+    lines = [*INTRODUCTION, "", f"{len(runs)} of {len(RUNS)} runs, 1 where the loss orders them as their pictures do:", ""]
     lines += ["| | rank correlation | 95 % interval |", "| --- | --- | --- |"]
     for key, title in LOSSES.items():
         losses = [row[key] for row in runs.values()]
