@@ -13,7 +13,6 @@ prompts; the training loss is what metrics.jsonl says, over the last tenth of th
 
 import argparse
 import json
-import math
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -215,14 +214,19 @@ def page(found: dict[str, Any]) -> None:
     if len(runs) < 3:
         return
     accuracies = [row["accuracy"]["all"] for row in runs.values()]
-    lines = [*INTRODUCTION, "", f"{len(runs)} of {len(RUNS)} runs, 1 where the loss orders them as their pictures do:", ""]
+    lines = [
+        *INTRODUCTION,
+        "",
+        f"{len(runs)} of {len(RUNS)} runs, 1 where the loss orders them as their pictures do:",
+        "",
+    ]
     lines += ["| | rank correlation | 95 % interval |", "| --- | --- | --- |"]
     for key, title in LOSSES.items():
         losses = [row[key] for row in runs.values()]
         low, high = interval(losses, accuracies)
         lines.append(f"| {title} | {correlation(losses, accuracies):.2f} | {low:.2f} to {high:.2f} |")
     lines += ["", "The intervals are of runs drawn with replacement.", ""]
-    lines += [f"![accuracy by validation loss and by training loss, {len(runs)} runs](images/validation.svg)", ""]
+    lines += ["![accuracy of the runs, sorted by validation loss and by training loss](images/validation.svg)", ""]
     lines += ["| | changed | validation loss | training loss | right, % | new shape | old shapes |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for number, (name, row) in enumerate(runs.items(), 1):
@@ -251,46 +255,31 @@ last tenth of the steps. All runs predict v by one schedule: losses of other pre
 
 
 def picture(runs: dict[str, dict[str, Any]]) -> str:
-    """Accuracy by validation loss and by training loss, each run with its number in the table."""
-    width, height, left, top, bottom = 420, 360, 52, 34, 48
+    """Accuracy by the place of the run when sorted by validation loss and by training loss, the lowest first; each run
+    with its number in the table."""
+    width, height, left, top, bottom = 420, 340, 52, 34, 36
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * width} {height}" font-family="sans-serif" '
         'font-size="12" fill="#222">',
         f'<rect width="{2 * width}" height="{height}" fill="#fff"/>',
     ]
+    accuracies = [row["accuracy"]["all"] for row in runs.values()]
+    wide, tall = width - left - 24, height - top - bottom
     for panel, key in enumerate(("validation", "training")):
-        losses = [row[key] for row in runs.values()]
-        low, high = math.log10(min(losses)) - 0.04, math.log10(max(losses)) + 0.04
-        begin, wide, high_up = panel * width + left, width - left - 16, height - top - bottom
-
-        def x(loss: float, low: float = low, high: float = high, begin: int = begin, wide: int = wide) -> float:
-            return begin + (math.log10(loss) - low) / (high - low) * wide
-
-        def y(share: float, high_up: int = high_up) -> float:
-            return top + (1 - share) * high_up
-
+        begin, losses = panel * width + left, [row[key] for row in runs.values()]
         for share in (0, 0.25, 0.5, 0.75, 1):
-            parts.append(f'<path d="M{begin} {y(share):.1f}h{wide}" stroke="#ddd"/>')
-            parts.append(f'<text x="{begin - 6}" y="{y(share) + 4:.1f}" text-anchor="end">{100 * share:.0f} %</text>')
-        for tick in ticks(10**low, 10**high):
-            parts.append(f'<path d="M{x(tick):.1f} {top}v{high_up}" stroke="#ddd"/>')
-            parts.append(f'<text x="{x(tick):.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick:g}</text>')
-        accuracies = [row["accuracy"]["all"] for row in runs.values()]
-        title = f"rank correlation {correlation(losses, accuracies):.2f}"
+            y = top + (1 - share) * tall
+            parts.append(f'<path d="M{begin} {y:.1f}h{wide}" stroke="#ddd"/>')
+            parts.append(f'<text x="{begin - 6}" y="{y + 4:.1f}" text-anchor="end">{100 * share:.0f} %</text>')
+        title = f"{key} loss: rank correlation {correlation(losses, accuracies):.2f}"
         parts.append(f'<text x="{begin}" y="20" font-size="14">{title}</text>')
-        label = f"{key} loss (logarithmic)"
-        parts.append(f'<text x="{begin + wide / 2:.0f}" y="{height - 10}" text-anchor="middle">{label}</text>')
-        for number, (loss, share) in enumerate(zip(losses, accuracies, strict=True), 1):
-            parts.append(f'<circle cx="{x(loss):.1f}" cy="{y(share):.1f}" r="4" fill="#2f6f9f"/>')
-            parts.append(f'<text x="{x(loss) + 6:.1f}" y="{y(share) + 4:.1f}" font-size="10">{number}</text>')
+        label = "runs, the lowest loss first"
+        parts.append(f'<text x="{begin + wide / 2:.0f}" y="{height - 12}" text-anchor="middle">{label}</text>')
+        for number, (place, share) in enumerate(zip(ranks(losses), accuracies, strict=True), 1):
+            x, y = begin + (place + 0.5) / len(losses) * wide, top + (1 - share) * tall
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#2f6f9f"/>')
+            parts.append(f'<text x="{x:.1f}" y="{y - 8:.1f}" font-size="10" text-anchor="middle">{number}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Round values within a range of a logarithmic axis: 1, 2 and 5 of each power of ten, or the powers alone."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if high / low < 300 else (1,)
-    return [value for power in powers for step in steps if low <= (value := step * 10.0**power) <= high]
 
 
 if __name__ == "__main__":
