@@ -37,6 +37,9 @@ def _sets(config: Config, stock: Stock, order: Plan) -> Rows:
     for number, (data, stream) in enumerate(zip(config.data, order.streams, strict=True)):
         pictures = len(np.unique(stock.pictures.rows["record"][stream.pictures]))
         held = len(np.unique(stock.held_out.rows["record"][stock.held_out.of(number)]))
+        if data.held_out == 1:
+            found.append((data.path, f"{held} pictures, all of them for validation"))
+            continue
         parts = [f"{pictures} pictures", f"{stream.count} samples per epoch"]
         parts += ["the base's prediction as target"] if data.prior_prediction else []
         parts += [f"loss weight {data.weight:g}"] if data.weight != 1 else []

@@ -41,7 +41,8 @@ def _sentence(run: Run) -> str:
     if learning is not None:
         what += f" ({large(learning)}{f' of {large(learning + frozen)}' if frozen else ''} parameters)"
     pictures = number(part(run.manifest, "data", "pictures"))
-    names = [safe(_basename(row.get("path", "?")), 120) for row in tables(run.manifest, "data", "sets")]
+    sets = [row for row in tables(run.manifest, "data", "sets") if row.get("pictures") != 0]  # those that are trained
+    names = [safe(_basename(row.get("path", "?")), 120) for row in sets]
     names = names or [safe(_basename(row.get("path", "?")), 120) for row in tables(run.config, "data")]
     on = [f"<b>{plural(pictures, 'picture')}</b>"] if pictures is not None else []
     on += [f"from {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"] if names else []
