@@ -27,12 +27,14 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  # REFERENCE=checkout of diffusers and DATA=folder of pictures add the comparison with the reference script
+# REFERENCE=checkout of diffusers and DATA=folder of pictures add the comparison with the reference script, KOHYA=checkout of
+# sd-scripts that with its cached rows; see benchmarks/peers.py. Half an hour on two cores.
+bench: $(READY)
 	$(BIN)/python benchmarks/loop.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/unet.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/memory.py
-	$(if $(and $(REFERENCE),$(DATA)),$(BIN)/python benchmarks/peers.py --reference $(REFERENCE) --data $(DATA))
+	$(if $(and $(REFERENCE),$(DATA)),$(BIN)/python benchmarks/peers.py --reference $(REFERENCE) --data $(DATA) $(if $(KOHYA),--kohya $(KOHYA)))
 	$(BIN)/python benchmarks/page.py
 
 torture: $(READY)  # 200 kills over runs of every method; an hour or more

@@ -43,8 +43,7 @@ def main() -> None:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as stop:
         status = stop.code
-    kib = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    note("end", peak_bytes=kib * 1024, status=status or 0)
+    note("end", peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, status=status or 0)
     sys.exit(status)
 
 

@@ -5,7 +5,8 @@ python benchmarks/page.py
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,70 @@ def size(value: float) -> str:
 Row = tuple[str, str, str, str]
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a measure is to reach: at least, or at most, so much in `unit`; `found` is how it came out."""
+
+    label: str
+    found: float
+    bound: float
+    unit: str
+    least: bool = False
+
+    @property
+    def row(self) -> str:
+        met = self.found >= self.bound if self.least else self.found <= self.bound
+        side = "≥" if self.least else "≤"
+        cells = (
+            self.label,
+            f"{self.found:.3g}{self.unit}",
+            f"{side} {self.bound:g}{self.unit}",
+            "yes" if met else "**no**",
+        )
+        return f"| {' | '.join(cells)} |"
+
+
+def targets() -> Iterator[Target]:
+    """Of everything that was measured, in the order of a run."""
+    peers, unet, loop, saves, memory = (result(n) for n in ("peers", "unet", "loop", "checkpoints", "memory"))
+    of_reference, faster = " × the reference's time", " × as fast as the reference"
+    if "start" in peers:
+        found = 1 / peers["start"]["times_faster"]["ratio"]
+        yield Target("start to the first optimizer step, everything cached", found, 0.35, of_reference)
+    if "caching" in peers:
+        count, times = peers["caching"]["pictures"], peers["caching"]["times_faster"]
+        yield Target(f"encoding {count} JPEGs at first", times["first"], 5, faster, True)
+        yield Target("the same again, nothing to encode", times["again"], 50, faster, True)
+        yield Target(
+            "again with another learning rate, nothing to encode", times["other_learning_rate"], 50, faster, True
+        )
+    if "pipeline" in peers:
+        label = "input pipeline alone, rows at shapes of 1024 px"
+        yield Target(label, peers["pipeline"]["times_faster"]["ratio"], 200, faster, True)
+        if "times_faster_than_kohya" in peers["pipeline"]:
+            found = peers["pipeline"]["times_faster_than_kohya"]["ratio"]
+            yield Target("the same against kohya's files", found, 10, " × as fast as kohya", True)
+    if "steps" in peers:
+        label = "a step of the tiny UNet, photographs at 256 px, batch 4"
+        yield Target(label, peers["steps"]["times_faster"]["ratio"], 35, faster, True)
+    if loop:
+        label = "share of the loop's time that is UNet, loss, backward pass and optimizer"
+        yield Target(label, loop["share"], 0.95, "", True)
+    for kind in (kind for kind in ("fp32", "bf16") if kind in unet):
+        label = f"a step of the `mid` UNet, {kind}"
+        yield Target(label, unet[kind]["speed"]["ratio"], 1.25, " × as fast as the library's", True)
+    for stage, found in peers.get("memory", {}).get("share", {}).items():
+        yield Target(f"memory at most, {stage}", found, 0.5, " × the reference's")
+    if "resume" in peers:
+        label = "start to the step after a checkpoint"
+        yield Target(label, 1 / peers["resume"]["times_faster"]["ratio"], 0.3, of_reference)
+    if saves:
+        yield Target("the longest step around a save", saves["around_a_save"], 1.2, " × the median step")
+    if memory:
+        furthest = max(abs(row["off"]) for row in memory["rows"])
+        yield Target(f"memory predicted, furthest off of {len(memory['rows'])} settings", 100 * furthest, 10, " %")
+
+
 def compared(found: dict[str, Any], show: Callable[[float], str] = seconds) -> tuple[str, str, str]:
     """Medians of both, and their ratio with the quartiles of the rounds."""
     reference, ours = (statistics.median(found[who]) for who in ("reference", "ours"))
@@ -50,9 +115,9 @@ def rows() -> list[Row]:
     ):
         if key in peers:
             made.append((label, *compared(peers[key])))
-    if "steps" in peers:
-        peaks = {who: statistics.median(values) for who, values in peers["steps"]["peak_bytes"].items()}
-        made.append(("memory at most, 64 photographs at 256 px", *sizes(peaks)))
+        if key == "pipeline" and key in peers:
+            noisy = statistics.median(peers[key]["ours_with_noise"])
+            made.append(("the same with a step's noise, which the reference draws elsewhere", "", seconds(noisy), ""))
     if "caching" in peers:
         found = peers["caching"]
         count = found["pictures"]
@@ -65,7 +130,12 @@ def rows() -> list[Row]:
             made.append(
                 (label, seconds(pair["reference"]), seconds(pair["ours"]), f"{found['times_faster'][key]:.3g} ×")
             )
-        made.append((f"memory at most, those {count} pictures", *sizes(found["peak_bytes"])))
+    for stage, label in (
+        ("caching", "memory at most, 64 photographs to encode"),
+        ("training", "memory at most, encoded"),
+    ):
+        if "memory" in peers:
+            made.append((label, *sizes(peers["memory"]["peak_bytes"][stage])))
     return made
 
 
@@ -96,6 +166,9 @@ def page() -> str:
         "Made by `python benchmarks/page.py` from `benchmarks/results/`; `make bench` measures again.",
         "",
     ]
+    if wanted := list(targets()):
+        lines += ["## What it is to reach", "", "Each figure's benchmark, machine and spread are below.", ""]
+        lines += ["| measure | figure | target | met |", "| --- | --- | --- | --- |", *(t.row for t in wanted), ""]
     if peers:
         lines += ["## Against the reference script", "", *about(peers), ""]
         lines += ["| what | reference | ours | times |", "| --- | --- | --- | --- |"]
@@ -145,6 +218,13 @@ def about(peers: dict[str, Any]) -> list[str]:
         f"`train_text_to_image_sdxl.py` of a checkout of diffusers (SHA-256 {peers['script'][:12]}…) and ours run as",
         "processes of their own with one command line, in turn; medians, and in brackets the quartiles of the rounds.",
     ]
+    if "times_faster_than_kohya" in peers.get("pipeline", {}):
+        low, high = peers["pipeline"]["times_faster_than_kohya"]["quartiles"]
+        kohya = statistics.median(peers["pipeline"]["kohya"])
+        text.append(
+            f"Reading a sample with the functions of kohya's `sd-scripts` takes {seconds(kohya)}, "
+            f"{peers['pipeline']['times_faster_than_kohya']['ratio']:.3g} × ours ({low:.3g} to {high:.3g})."
+        )
     if gate:
         text.append(
             f"First the reference's first {gate['steps']} steps are taken again by ours on the same tensors: "
@@ -202,7 +282,7 @@ def picture(bars: list[tuple[str, float]]) -> str:
 
 def main() -> None:
     (DOCS / "performance.md").write_text(page(), encoding="utf-8")
-    bars = [(label, float(times.partition(" ")[0])) for label, _, _, times in rows()]
+    bars = [(label, float(times.partition(" ")[0])) for label, _, _, times in rows() if times]
     unet = result("unet")
     bars += [(f"a step of the UNet alone, {k}", unet[k]["speed"]["ratio"]) for k in ("fp32", "bf16") if k in unet]
     if bars:

@@ -1,11 +1,11 @@
 """Ours against the reference: the unmodified script of a checkout of diffusers, with one command line for both.
 
-    python benchmarks/peers.py --reference DIFFUSERS --data PHOTOS [--rounds 3] [--only start,steps,...]
+    python benchmarks/peers.py --reference DIFFUSERS --data PHOTOS [--kohya SD_SCRIPTS] [--rounds 3] [--only start,...]
 
 Both programs run as processes of their own, in turn, with one base model and one folder of pictures; `launch.py` notes
-from outside when each takes an optimizer step. The reference imports torchvision: where it is not installed, name a
-folder that has it in PEER_PATH. Before anything counts the first 20 steps of the reference are taken again by ours,
-from the same weights and on the same tensors: each loss has to be the same within 0.1 %.
+from outside when each takes an optimizer step. The reference imports torchvision, and kohya's files cv2 too: where they
+are not installed, name folders that have them in PEER_PATH. Before anything counts the first 20 steps of the reference
+are taken again by ours, from the same weights and on the same tensors: each loss has to be the same within 0.1 %.
 """
 
 import json
@@ -40,6 +40,7 @@ class Setting:
     batch: int = 4
     resolution: int = 256
     pictures: int = 256
+    kohya: Path | None = None
 
     def script(self, who: str) -> Path:
         return (HERE.parent / "scripts" if who == "ours" else self.reference / "examples" / "text_to_image") / SCRIPT
@@ -59,8 +60,9 @@ class Seen:
         return [b - a for a, b in zip(self.steps, self.steps[1:], strict=False)]
 
 
-def run(setting: Setting, who: str, output: str, steps: int, mode: str = "", **flags: Any) -> Seen:
-    """One process with the reference's command line, from its start to its end."""
+def run(setting: Setting, who: str, output: str, steps: int, mode: str = "", weigh: bool = False, **flags: Any) -> Seen:
+    """One process with the reference's command line, from its start to its end. `weigh`: look at the memory of the
+    processes that it starts too."""
     folder = setting.place / f"{who}-{output}"
     events = setting.place / f"{who}-{output}-{time.monotonic_ns()}.jsonl"
     given = {
@@ -80,16 +82,39 @@ def run(setting: Setting, who: str, output: str, steps: int, mode: str = "", **f
     command = [sys.executable, str(HERE / "launch.py"), str(events), str(setting.script(who)), "--center_crop", *line]
     extra = os.environ.get("PEER_PATH", "") if who == "reference" else str(HERE.parent)
     home = {"HF_HOME": str(setting.place / "hub"), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "MODE": mode}
-    began = time.time()
-    done = subprocess.run(
-        command, env={**os.environ, **home, "PYTHONPATH": extra}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{who} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    began, heaviest = time.time(), 0
+    with events.with_suffix(".log").open("w+", encoding="utf-8") as said:
+        process = subprocess.Popen(
+            command, env={**os.environ, **home, "PYTHONPATH": extra}, stdout=said, stderr=subprocess.STDOUT
+        )
+        while weigh and process.poll() is None:
+            heaviest = max(heaviest, resident(process.pid))
+            time.sleep(0.05)
+        if process.wait():
+            said.seek(0)
+            raise SystemExit(f"{who} ended with {process.returncode}:\n{said.read()[-3000:]}")
     rows = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
     at = [row["at"] - began for row in rows if row["event"] == "step"]
     stages = [row["seconds"] for row in rows if row["event"] == "map"]
-    return Seen(at, stages, rows[-1]["peak_bytes"], events.with_suffix(".pt"))
+    return Seen(at, stages, max(heaviest, rows[-1]["peak_bytes"]), events.with_suffix(".pt"))
+
+
+def resident(process: int) -> int:
+    """Bytes that a process and those that it started hold; what several of them share counts once."""
+    import psutil
+
+    found = 0
+    try:
+        family = [process, *(child.pid for child in psutil.Process(process).children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return 0
+    for one in family:
+        try:
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        except OSError:  # it has just ended
+            continue
+        found += next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    return found
 
 
 def both(setting: Setting, measure: Callable[[str], float]) -> dict[str, list[float]]:
@@ -146,18 +171,21 @@ def start(setting: Setting) -> dict[str, Any]:
 
 
 def steps(setting: Setting) -> dict[str, Any]:
-    """Seconds per step, the first two left out, and the peak of memory from an empty cache to the end."""
-    peaks: dict[str, list[float]] = {"reference": [], "ours": []}
+    """Seconds per step, the first two left out."""
     counts = {"reference": 6, "ours": 40}
+    return outcome(both(setting, lambda who: statistics.median(run(setting, who, "steps", counts[who]).each[2:])))
 
-    def measure(who: str) -> float:
-        seen = run(setting, who, "steps", counts[who])
-        peaks[who].append(seen.peak_bytes)
-        return statistics.median(seen.each[2:])
 
-    found = both(setting, measure)
-    share = statistics.median(peaks["ours"]) / statistics.median(peaks["reference"])
-    return outcome(found, peak_bytes=peaks, share_of_peak=share)
+def memory(setting: Setting) -> dict[str, Any]:
+    """The most memory that a run takes which has to encode its pictures, and one that finds them encoded."""
+    found: dict[str, dict[str, int]] = {"caching": {}, "training": {}}
+    for who in ("reference", "ours"):
+        fresh = replace(setting, place=setting.place / f"memory-{who}")
+        fresh.place.mkdir()
+        for stage in found:
+            found[stage][who] = run(fresh, who, "memory", 8, weigh=True).peak_bytes
+    shares = {stage: peaks["ours"] / peaks["reference"] for stage, peaks in found.items()}
+    return {"peak_bytes": found, "share": shares}
 
 
 def resume(setting: Setting) -> dict[str, Any]:
@@ -177,16 +205,14 @@ def resume(setting: Setting) -> dict[str, Any]:
 def caching(setting: Setting) -> dict[str, Any]:
     """Seconds that the stages of encoding take for photographs of 1024 x 1280: at first, when the same command is
     given again, and when it is given with another learning rate."""
-    large, peaks = replace(setting, data=photographs(setting, setting.pictures)), dict[str, int]()
+    large = replace(setting, data=photographs(setting, setting.pictures))
     seconds: dict[str, dict[str, float]] = {"first": {}, "again": {}, "other_learning_rate": {}}
     for who in ("reference", "ours"):
         for name, rate in (("first", 1e-5), ("again", 1e-5), ("other_learning_rate", 2e-5)):
             seen = run(large, who, "caching", 1, mode="stages" if who == "reference" else "", learning_rate=rate)
             seconds[name][who] = sum(seen.stages) if who == "reference" else encoding(large)
-            peaks[who] = max(peaks.get(who, 0), seen.peak_bytes)
     times = {name: found["reference"] / found["ours"] for name, found in seconds.items()}
-    facts = {"pictures": setting.pictures, "resolution": setting.resolution, "peak_bytes": peaks}
-    return {"seconds": seconds, "times_faster": times, **facts}
+    return {"seconds": seconds, "times_faster": times, "pictures": setting.pictures, "resolution": setting.resolution}
 
 
 def encoding(setting: Setting) -> float:
@@ -216,22 +242,40 @@ def photographs(setting: Setting, count: int) -> Path:
 
 
 def pipeline(setting: Setting) -> dict[str, Any]:
-    """Seconds per sample of the input pipeline alone, at the shapes of SDXL at 1024 pixels."""
+    """Seconds per sample of the input pipeline alone, at the shapes of SDXL at 1024 pixels. The others draw the noise
+    of a step on the device, ours ahead of it: that is left out of the comparison, and measured beside it."""
     wide = replace(setting, base=build(setting, "wide", WIDE), resolution=1024, batch=4)
     flags = {"max_train_samples": 16}
-    found: dict[str, list[float]] = {"reference": [], "ours": []}
+    found: dict[str, list[float]] = {"reference": [], "kohya": [], "ours": [], "ours_with_noise": []}
     run(wide, "reference", "pipeline", 1, mode="pipeline", **flags)
     read = reader(wide)
     for _ in range(setting.rounds):
         seen = run(wide, "reference", "pipeline", 5, mode="pipeline", **flags)
         found["reference"].append(statistics.median(seen.each[1:]) / wide.batch)
-        found["ours"].append(read())
-    return outcome(found)
+        if setting.kohya:
+            found["kohya"].append(kohya(setting))
+        found["ours"].append(read(False))
+        found["ours_with_noise"].append(read(True))
+    against = {"times_faster_than_kohya": common.ratio(found, "kohya", "ours")} if setting.kohya else {}
+    return outcome({name: values for name, values in found.items() if values}, **against)
 
 
-def reader(setting: Setting) -> Callable[[], float]:
-    """Reads 64 batches of our rows, as training reads them; gives seconds per sample."""
-    from sdxl_trainer import setup
+def kohya(setting: Setting) -> float:
+    """Seconds per sample of the rows that kohya caches, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(HERE / "kohya.py"), str(setting.kohya), folder]
+        environment = {**os.environ, "PYTHONPATH": os.environ.get("PEER_PATH", "")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"kohya ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def reader(setting: Setting) -> Callable[[bool], float]:
+    """Reads 64 batches of our rows, as training does, with noise or zeros in its place; gives seconds per sample."""
+    import numpy as np
+
+    from sdxl_trainer import noise, setup
     from sdxl_trainer.configfile import validated
     from sdxl_trainer.data import loader
     from sdxl_trainer.run import CONTINUE
@@ -245,10 +289,14 @@ def reader(setting: Setting) -> Callable[[], float]:
     job = setup.prepare_job(validated(tree, "benchmark"), CONTINUE)
     assert job is not None
 
-    def read() -> float:
+    drawn = noise.normal
+
+    def read(noisy: bool) -> float:
+        noise.normal = drawn if noisy else lambda *given: np.zeros(given[-1], np.float32)
         began = time.perf_counter()
         for _ in loader.steps(job.samples, job.order, 0, 64, setting.batch, 0, 1, workers=0, pin=False):
             pass
+        noise.normal = drawn
         return (time.perf_counter() - began) / (64 * setting.batch)
 
     return read
@@ -278,6 +326,7 @@ BENCHMARKS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "resume": resume,
     "pipeline": pipeline,
     "caching": caching,
+    "memory": memory,
 }
 
 
@@ -285,6 +334,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--reference", type=Path, required=True, help="checkout of diffusers")
     parser.add_argument("--data", type=Path, required=True, help="folder of pictures with metadata.jsonl")
+    parser.add_argument("--kohya", type=Path, help="checkout of sd-scripts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(BENCHMARKS), help="some of " + ", ".join(BENCHMARKS))
     parser.add_argument("--pictures", type=int, default=256, help="how many are encoded")
@@ -293,7 +343,8 @@ def main() -> None:
     result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(Path(folder), options.reference.resolve(), Path(), options.data.resolve(), options.rounds)
-        setting = replace(setting, base=build(setting, "tiny", "tiny"), pictures=options.pictures)
+        kohyas = options.kohya and options.kohya.resolve()
+        setting = replace(setting, base=build(setting, "tiny", "tiny"), pictures=options.pictures, kohya=kohyas)
         for name in options.only.split(","):
             began = time.monotonic()
             result[name] = {"rounds": options.rounds, **BENCHMARKS[name](setting)}

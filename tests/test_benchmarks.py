@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -19,3 +21,42 @@ def test_the_gpu_s_runs_on_a_cpu(tmp_path: Path) -> None:
     assert found["full"].keys() == {f"{n}, 64 px, batch 1" for n in ("ours bf16", "ours fp32", "reference")}
     assert {"limits", "attention", "full", "adapter", "low_memory", "faster", "drift"} <= found.keys()
     assert all(fact["finite"] for fact in found["attention"].values() if "not_here" not in fact)
+
+
+def test_the_page_tells_what_is_met_and_what_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import common
+    import page
+
+    def compared(ratio: float) -> dict[str, float | list[float]]:
+        return {"ratio": ratio, "quartiles": [ratio, ratio]}
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    peers = {
+        "start": {"reference": [8.0], "ours": [2.0], "times_faster": compared(4.0)},
+        "resume": {"reference": [8.0], "ours": [4.0], "times_faster": compared(2.0)},
+        "memory": {
+            "peak_bytes": {
+                "caching": {"reference": 10e9, "ours": 4e9},
+                "training": {"reference": 10e9, "ours": 6e9},
+            },
+            "share": {"caching": 0.4, "training": 0.6},
+        },
+    }
+    (tmp_path / "peers.json").write_text(json.dumps(peers), encoding="utf-8")
+    found = {target.label: target.row.split(" | ")[1:] for target in page.targets()}
+    assert found == {
+        "start to the first optimizer step, everything cached": [
+            "0.25 × the reference's time",
+            "≤ 0.35 × the reference's time",
+            "yes |",
+        ],
+        "start to the step after a checkpoint": [
+            "0.5 × the reference's time",
+            "≤ 0.3 × the reference's time",
+            "**no** |",
+        ],
+        "memory at most, caching": ["0.4 × the reference's", "≤ 0.5 × the reference's", "yes |"],
+        "memory at most, training": ["0.6 × the reference's", "≤ 0.5 × the reference's", "**no** |"],
+    }
+    assert ("memory at most, encoded", "10.00 GB", "6.00 GB", "1.67 ×") in page.rows()
