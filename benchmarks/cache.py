@@ -10,8 +10,6 @@ python benchmarks/cache.py --pictures FOLDER --resolution 512
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -19,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -27,8 +26,6 @@ from sdxl_trainer import base as bases
 from sdxl_trainer.configfile import validated
 from sdxl_trainer.data import cache, encode, prepare
 from sdxl_trainer.demo import BASE
-
-RESULT = Path(__file__).parent / "results" / "cache.json"
 
 
 def reads(rows: int, repeats: int) -> dict[str, Any]:
@@ -53,35 +50,53 @@ def reads(rows: int, repeats: int) -> dict[str, Any]:
 
 
 def fills(pictures: Path, resolution: int, repeats: int) -> dict[str, Any]:
-    """Pictures per second: the VAE alone on pixels in memory, and a fill from files, in turns."""
-    alone, filled = [], []
-    for _ in range(repeats):
+    """Pictures per second: the VAE alone on pixels in memory, and a fill from files, in turns; which comes first
+    alternates. A fill begins with loading the VAE and starting workers: `share` leaves that out, by counting from its
+    first batch to its last, `share_of_all` does not."""
+    found: dict[str, list[float]] = {"alone": [], "filled": [], "filled_with_start": []}
+    for number in range(repeats):
         place = Path(tempfile.mkdtemp())
         tree = {
             "output_dir": str(place / "run"),
             "model": {"path": str(BASE)},
-            "data": [{"path": str(pictures), "resolution": resolution, "caption": "a photo"}],
+            "data": [{"path": str(pictures), "resolution": resolution, "caption": "a photo", "caption_only": True}],
             "train": {"steps": 1, "batch_size": 1, "learning_rate": 1e-4},
         }
         config = validated(tree, "benchmark")
         base = bases.resolve(config.model, place)
         stock = prepare.take_stock(config, base, "fp32")
-        work, device = stock.missing_latents(), torch.device("cpu")
+        work, size = stock.missing_latents(), config.cache.batch_size
         pixels = [item for item in encode.decoded(work, config.cache) if isinstance(item, encode.Decoded)]
         vae = AutoencoderKL.from_pretrained(base.vae).eval().requires_grad_(False)
-        size = config.cache.batch_size
-        encode.moments(vae, encode.scaled(np.stack([item.pixels for item in pixels[:size]]), device, vae.dtype))
-        began = time.perf_counter()
-        for start in range(0, len(pixels), size):
-            part = np.stack([item.pixels for item in pixels[start : start + size]])
-            encode.moments(vae, encode.scaled(part, device, vae.dtype))
-        alone.append(len(pixels) / (time.perf_counter() - began))
-        began = time.perf_counter()
-        encode.fill_latents(base, config.cache, stock.latents, stock.keys, work, device, lambda *_: None)
-        filled.append(len(work) / (time.perf_counter() - began))
+
+        def alone(pixels: list[encode.Decoded] = pixels, vae: Any = vae, size: int = size) -> None:
+            parts = [np.stack([item.pixels for item in pixels[i : i + size]]) for i in range(0, len(pixels), size)]
+            encode.moments(vae, encode.scaled(parts[0], torch.device("cpu"), vae.dtype))
+            began = time.perf_counter()
+            for part in parts:
+                encode.moments(vae, encode.scaled(part, torch.device("cpu"), vae.dtype))
+            found["alone"].append(len(pixels) / (time.perf_counter() - began))
+
+        def fill(stock: Any = stock, config: Any = config, base: Any = base, work: Any = work) -> None:
+            seen: list[tuple[int, float]] = []
+            began = time.perf_counter()
+
+            def progress(done: int, *_: Any) -> None:
+                seen.append((done, time.perf_counter()))
+
+            encode.fill_latents(base, config.cache, stock.latents, stock.keys, work, torch.device("cpu"), progress)
+            (first, start), (last, end) = seen[0], (len(work), time.perf_counter())
+            found["filled"].append((last - first) / (end - start))
+            found["filled_with_start"].append(len(work) / (end - began))
+
+        for turn in (alone, fill) if number % 2 else (fill, alone):
+            turn()
         shutil.rmtree(place)
-    share = statistics.median(b / a for a, b in zip(alone, filled, strict=True))
-    return {"pictures": len(work), "resolution": resolution, "alone": alone, "filled": filled, "share": share}
+    shares = [b / a for a, b in zip(found["alone"], found["filled"], strict=True)]
+    whole = [b / a for a, b in zip(found["alone"], found["filled_with_start"], strict=True)]
+    low, middle, high = statistics.quantiles(shares, n=4) if len(shares) > 1 else shares * 3
+    told = {"share": middle, "share_quartiles": [low, high], "share_of_all": statistics.median(whole)}
+    return {"pictures": len(work), "resolution": resolution, "batch": size, **found, **told}
 
 
 def main() -> None:
@@ -92,11 +107,10 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=512)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    result: dict[str, Any] = {"machine": machine, "reads": reads(options.rows, options.repeats)}
+    result: dict[str, Any] = {"reads": reads(options.rows, options.repeats)}
     if options.pictures:
         result["fill"] = fills(options.pictures, options.resolution, options.repeats)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    common.write("cache", result)
     print(json.dumps(result))
 
 

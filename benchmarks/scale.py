@@ -1,33 +1,37 @@
-"""What a large data set costs: time to the first step with a warm cache, peak memory, time per step, time of a check.
+"""What a large data set costs: time to the first step with a warm cache, memory, time per step, time of a check.
 
 Each size is a table of so many rows in parquet, with a picture of a few bytes and a caption each; all pictures are of
 one shape. Their latents and embeddings are tiny and lie in shards as the trainer writes them: of the rows everything is
-real but the contents. Each run is a process of its own, so that its peak memory is its own. Seconds are told as the
-clock has them and, where the name ends in _cpu, as the processor worked: those depend little on what else runs.
+real but the contents. Each run is a process of its own, so that its peak memory is its own: of its own data
+(anonymous), and of pages of files that it looks at (file), which the system can take back at any time. Seconds are told
+as the clock has them and, where the name ends in _cpu, as the processor worked: those depend little on what else runs.
 
 python benchmarks/scale.py --sizes 1000 10000 100000 1000000
+python benchmarks/scale_page.py
 """
 
 import argparse
 import io
 import json
-import platform
+import re
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 from PIL import Image
 
-HERE = Path(__file__).parent
 ROWS = 50_000  # of a parquet file, and of a shard
 SIDE = 64
+STEPS = 40
 
 
 def pictures(first: int, last: int) -> list[bytes]:
@@ -67,7 +71,7 @@ def settings(place: Path) -> dict[str, Any]:
         "model": {"path": str(place / "base")},
         "data": [{"path": str(place / "data"), "resolution": SIDE}],
         "cache": {"path": str(place / "cache"), "datasets_dir": str(place / "datasets"), "workers": 0},
-        "train": {"steps": 40, "batch_size": 4, "learning_rate": 1e-4, "checkpoint_every": 0, "workers": 1},
+        "train": {"steps": STEPS, "batch_size": 4, "learning_rate": 1e-4, "checkpoint_every": STEPS, "workers": 1},
     }
 
 
@@ -114,13 +118,35 @@ def prepare(place: Path, count: int) -> dict[str, float]:
     return {"first_look": first_look, "list_of_missing": listed}
 
 
+def resident() -> dict[str, int]:
+    """Bytes of this process that are in memory."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    found = {name: re.search(rf"{name}:\s+(\d+) kB", status) for name in ("RssAnon", "RssFile")}
+    return {name: 1024 * int(number[1]) for name, number in found.items() if number}
+
+
+class Peaks(threading.Thread):
+    """The most that is in memory, looked at a hundred times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = resident()
+
+    def run(self) -> None:
+        while True:
+            self.most = {name: max(value, self.most[name]) for name, value in resident().items()}
+            time.sleep(0.01)
+
+
 def run(place: Path) -> dict[str, float]:
-    """A run of 40 steps with everything cached, timed from the start of the process."""
+    """A run of some steps with everything cached, timed from the start of the process."""
     began = float(sys.argv[-1])
     from sdxl_trainer import train
     from sdxl_trainer.configfile import validated
 
     imported = time.time()
+    peaks = Peaks()
+    peaks.start()
     times: list[float] = []
     spent: list[float] = []
     step = train.train_step
@@ -132,7 +158,8 @@ def run(place: Path) -> dict[str, float]:
         return result
 
     train.train_step = timed  # type: ignore[assignment]
-    train.train(validated(settings(place), "scale"))
+    output = train.train(validated(settings(place), "scale"))
+    saved = sum(path.stat().st_size for path in (output / f"checkpoint-{STEPS}").rglob("*") if path.is_file())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     laps = [b - a for a, b in pairwise(spent[9:])]
     return {
@@ -142,6 +169,9 @@ def run(place: Path) -> dict[str, float]:
         "step_cpu": statistics.median(laps),
         "step_cpu_spread": float(np.subtract(*np.percentile(laps, [75, 25]))),
         "peak_rss": peak * 1024,
+        "peak_anonymous": peaks.most["RssAnon"],
+        "peak_file": peaks.most["RssFile"],
+        "checkpoint": saved,
     }
 
 
@@ -166,10 +196,13 @@ def measured(place: Path, count: int, repeats: int, without_check: bool) -> dict
         found[name] = statistics.median(row[name] for row in runs)
     if not without_check:
         found |= child("check", place)
-    found["cache_files"] = sum(
-        path.stat().st_size for path in (place / "cache").rglob("*") if path.suffix != ".safetensors"
-    )
-    return found
+    kinds = {"pictures.table": "facts", ".index": "index", ".table": "records", ".rows": "records"}
+    sizes = dict.fromkeys(kinds.values(), 0)
+    for path in (place / "cache").rglob("*"):
+        kind = kinds.get(path.name) or kinds.get(path.suffix)
+        if kind:
+            sizes[kind] += path.stat().st_size
+    return {**found, "files": sizes}
 
 
 def child(what: str, place: Path, count: int = 0) -> dict[str, Any]:
@@ -197,8 +230,7 @@ def main() -> None:
     for count in options.sizes:
         rows.append(measured(options.place, count, options.repeats, options.without_check))
         print(json.dumps(rows[-1]), flush=True)
-        result = {"machine": f"{platform.processor() or platform.machine()}, {__import__('os').cpu_count()} cores"}
-        (HERE / "results" / "scale.json").write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+        common.write("scale", {"rows": rows, "steps": STEPS, "repeats": options.repeats})
     shutil.rmtree(options.place)
 
 

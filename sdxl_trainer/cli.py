@@ -104,7 +104,9 @@ def cache(
     model: ModelPath = None,
     name: RunName = None,
     verify: Annotated[bool, typer.Option("--verify", help="find damaged files instead of encoding")] = False,
-    gc: Annotated[bool, typer.Option("--gc", help="delete rows that this config does not need")] = False,
+    gc: Annotated[
+        bool, typer.Option("--gc", help="delete rows that this config does not need, and drafts an hour old")
+    ] = False,
 ) -> None:
     """Encode everything that is missing, then stop (train does it by itself)."""
     loaded = _load(config, overrides, trigger, preset, model, name)

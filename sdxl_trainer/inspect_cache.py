@@ -33,7 +33,8 @@ def run(config: Config, *, verify: bool, gc: bool) -> None:
     with accelerator.main_process_first():
         stock = prepare.take_stock(config, base, precision)
     if gc:
-        console.say(f"freed {_collect(stock) / 1e6:.1f} MB in {folder}")
+        freed = _collect(stock) + cache.remove_drafts(folder)
+        console.say(f"freed {freed / 1e6:.1f} MB in {folder}")
         return
     new = len(stock.missing_latents()), len(stock.missing_texts())
     setup.fill(config, base, stock, accelerator, console)

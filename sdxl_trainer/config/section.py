@@ -34,8 +34,8 @@ def _below(path: str) -> str:
 
 
 InsidePath = Annotated[PathText, AfterValidator(_below)]
-# Sides of pictures: latents have an eighth of them.
-Side = Annotated[int, Field(ge=8, multiple_of=8)]
+# Sides of pictures: latents have an eighth of them. No UNet learns larger ones, and lists of their buckets are long.
+Side = Annotated[int, Field(ge=8, le=16_384, multiple_of=8)]
 
 
 def option(default: Any, description: str, **limits: Any) -> Any:

@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 import threading
+import time
 import uuid
 import zlib
 from collections.abc import Collection, Iterable
@@ -31,6 +32,8 @@ from sdxl_trainer.formats import header
 SHARD_BYTES = 64 << 20
 _NAME_DIGITS = 32
 SUMS = "checksums"  # among the notes of a shard
+# Drafts that did not change for so long belong to nobody: a shard is written in seconds.
+DRAFT_SECONDS = 3600
 # Shards that are kept open.
 OPEN = 128
 # Look-ups after which the memory of what was seen of the table is given back: each sees a few pages, and many all.
@@ -254,6 +257,19 @@ def collect_garbage(folder: Path, needed: Collection[str]) -> int:
                 write_shard(folder, {n: store.get(n) for n in live}, {n: notes[n] for n in live if n in notes})
         path.unlink()
     return before - Store(folder).bytes()
+
+
+def remove_drafts(folder: Path) -> int:
+    """Delete what writers that were killed left half-written anywhere in a cache; gives the bytes freed. What changed
+    within `DRAFT_SECONDS` may still be written, by a process of any machine."""
+    freed = 0
+    for path in folder.rglob(".*.tmp"):
+        with suppress(FileNotFoundError):  # its writer is done after all
+            status = path.stat()
+            if path.is_file() and time.time() - status.st_mtime > DRAFT_SECONDS:
+                path.unlink()
+                freed += status.st_size
+    return freed
 
 
 def finite(rows: Iterable[tuple[str, Tensor]]) -> None:

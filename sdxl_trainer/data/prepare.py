@@ -122,7 +122,8 @@ class Numbered(Sequence[tuple[int, Record]]):
         return len(self.pictures)
 
     def __getitem__(self, index: Any) -> Any:
-        return int(self.pictures.rows["source"][index]), self.pictures[index].record
+        row = self.pictures.rows[index]
+        return int(row["source"]), self.pictures.sources[row["source"]].records[int(row["record"])]
 
 
 def cache_folder(config: Config) -> Path:

@@ -169,3 +169,10 @@ def test_validation_pictures_are_of_the_squarest_size_trained(more: dict[str, ob
     config = Config(output_dir="x", model=Model(path="x"), data=(options(**more),), train=Train(steps=1))
     settings = Validator(config, *[None] * 7)._settings()  # type: ignore[arg-type]
     assert (settings["height"], settings["width"]) == size
+
+
+def test_sides_that_no_model_has_are_refused() -> None:
+    """The list of buckets of such a resolution would take minutes."""
+    with pytest.raises(ValueError, match="less than or equal to 16384"):
+        Data(path="x", resolution=1_000_000, buckets="area", bucket_step=8)
+    assert len(buckets.sizes(Data(path="x", resolution=16_384, buckets="area", bucket_step=8), 16_384)) < 10_000

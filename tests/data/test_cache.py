@@ -1,6 +1,7 @@
 """The cache: content keys, damage found, garbage collected, writers side by side."""
 
 import json
+import os
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -140,3 +141,15 @@ def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / "latents" / name).unlink()
     with pytest.raises(UserError, match="cannot be read"):
         fresh.get("row00")
+
+
+def test_drafts_of_killed_writers_go_and_those_of_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "latents").mkdir()
+    killed, writing = tmp_path / "latents" / ".0.tmp", tmp_path / "latents" / ".1.tmp"
+    index, shard = tmp_path / ".latents.index.77.tmp", tmp_path / "latents" / "a.safetensors"
+    for path in (killed, writing, index, shard):
+        path.write_bytes(b"12345")
+    for path in (killed, index, shard):
+        os.utime(path, (0, 0))
+    assert cache.remove_drafts(tmp_path) == 10
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".1.tmp", "a.safetensors"]
