@@ -12,3 +12,5 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # Threads that wait for one another must not spin: where something else wants a core, each barrier would cost a time
 # slice, and steps take a hundred times as long (docs/log.md). Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# On CPUs bitsandbytes tells of a faster kernel that it could have from a hub; nothing here asks for one.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))

@@ -1,7 +1,10 @@
 """Where a run computes: device, precision, processes, as accelerate finds them; the only reader of the environment."""
 
+import json
 import os
 import resource
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cache
@@ -26,6 +29,9 @@ _ENGINES = {
     "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "choose FSDP with fsdp_version 2, which shards the same (ZeRO-3)"),
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "choose multi-GPU or FSDP with fsdp_version 2"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("tensor or context parallelism", "choose FSDP with fsdp_version 2"),
+    "ACCELERATE_USE_IPEX": ("Intel's extension (ipex)", "answer no to it: PyTorch has its kernels"),
+    "XLA_USE_BF16": ("TPUs", "use GPUs or the CPU"),
+    "XLA_DOWNCAST_BF16": ("TPUs", "use GPUs or the CPU"),
 }
 # Settings of FSDP that are refused, and what to do instead.
 _REFUSED = {
@@ -59,8 +65,8 @@ def device_type() -> str:
 def precision(wanted: str, say: Callable[[str], None]) -> str:
     """The compute type that can be had: fp32, fp16 or bf16."""
     device = device_type()
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if wanted == "auto":
-        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
         if launcher and launcher not in _LAUNCHER_NAMES:
             fix = "choose no, fp16 or bf16 in accelerate config, or set train.precision"
             raise UserError(f"the launcher asks for mixed precision '{launcher}'", "accelerate config", fix)
@@ -70,6 +76,8 @@ def precision(wanted: str, say: Callable[[str], None]) -> str:
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         else:
             return "fp32"
+    elif launcher not in {None, "no"} and _LAUNCHER_NAMES.get(launcher) != wanted:
+        say(f"the config asks for {wanted}: the launcher's mixed precision '{launcher}' has no effect")
     if wanted != "fp32" and device == "cpu":
         nearest = "bf16" if _cpu_has_bf16() else "fp32"
         if nearest != wanted:
@@ -182,6 +190,10 @@ def refuse_engines() -> None:
     if compiler.lower() != "no":
         what = f"the launcher asks for torch.compile ('{compiler}')"
         raise UserError(what, "accelerate config", "answer no to torch dynamo")
+    cloud = os.environ.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE", "NO")
+    if cloud != "NO":
+        what = f"the launcher asks for SageMaker's own parallelism ('{cloud}')"
+        raise UserError(what, "accelerate config", "answer no to it, and start torchrun there")
 
 
 def wrapped(accelerator: "Accelerator", sdxl: SDXL, sharding: Sharding | None) -> Any:
@@ -208,6 +220,36 @@ def wrapped(accelerator: "Accelerator", sdxl: SDXL, sharding: Sharding | None) -
     return sdxl
 
 
+def _meet() -> None:
+    """Join the other processes of torchrun under keys that no others have used. It keeps one store for all attempts of
+    a run, in which the addresses of the attempt before still lie, and counts restarts on each machine by itself
+    (pytorch/pytorch issue 135712)."""
+    backend = {"cuda": "nccl", "cpu": "gloo"}.get(device_type())
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if backend is None or not shared or torch.distributed.is_initialized():
+        return
+    store, rank, count = next(torch.distributed.rendezvous("env://", timeout=_PATIENCE))
+    fresh = torch.distributed.PrefixStore(_attempt(store, rank, count), store)
+    torch.distributed.init_process_group(backend, store=fresh, rank=rank, world_size=count, timeout=_PATIENCE)
+
+
+def _attempt(store: Any, rank: int, count: int) -> str:
+    """A name for this attempt to run together. The first process makes it, and says who is with it; whoever read the
+    name of an earlier attempt does not find itself among those, and looks again."""
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("attempt", own)
+        others = [store.get(f"{own}/{number}").decode() for number in range(1, count)]
+        store.set(f"{own}/all", json.dumps(others))
+        return own
+    while True:
+        name = store.get("attempt").decode()
+        store.set(f"{name}/{rank}", own)
+        if store.check([f"{name}/all"]) and own in json.loads(store.get(f"{name}/all")):
+            return name
+        time.sleep(0.05)
+
+
 def make(config: Config, computing: str) -> "Accelerator":
     """accelerate's handle on devices and processes. Micro-batches are our own, so it accumulates nothing."""
     from accelerate import Accelerator
@@ -227,6 +269,7 @@ def make(config: Config, computing: str) -> "Accelerator":
     output = Path(config.output_dir).expanduser()
     # One process may make several runs, each with its own precision; accelerate would keep the first one's.
     AcceleratorState._reset_state()
+    _meet()
     return Accelerator(
         # Without a word accelerate takes several processes without an accelerator for as many runs.
         cpu=device_type() == "cpu",

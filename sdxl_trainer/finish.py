@@ -66,6 +66,7 @@ def _choose(job: Job) -> None:
     step = job.state.best
     if job.run.config.validation.keep_best and step not in {None, job.state.step}:
         assert step is not None
+        job.run.accelerator.wait_for_everyone()  # the main process has written it by now
         at = checkpoint.verify(checkpoint.Checkpoint(job.output / f"{checkpoint.PREFIX}{step}", step))
         checkpoint.restore(at, job.run.sdxl, job.state.ema)
         job.console.say(f"the result is the model after step {step}, where its validation loss was lowest")

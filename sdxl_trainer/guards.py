@@ -1,5 +1,6 @@
 """What stands between a long run and the things that end one: memory, spikes of the loss, processes that hang."""
 
+import itertools
 import os
 import re
 import statistics
@@ -7,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,9 +79,9 @@ class Spikes:
 
 
 class Pulse:
-    """Finds processes that hang. Each tells the others, through the store by which they met, which step it has begun;
-    one that waits for `patience` seconds in the same step looks who is behind, names them, and ends, so that a launcher
-    may start all of them anew."""
+    """Finds processes that hang. Each tells the others, through the store by which they met, which step it has begun
+    and, again and again, that it is there; one that waits for `patience` seconds in the same step looks who is silent
+    or behind, names them, and ends, so that a launcher may start all of them anew."""
 
     def __init__(
         self, accelerator: Any, patience: float, say: Callable[[str], None] | None = None, tick: float = 1.0
@@ -88,12 +89,12 @@ class Pulse:
         self._rank, self._count = accelerator.process_index, accelerator.num_processes
         self._patience, self._say, self._tick = patience, say or _on_stderr, tick
         self._step, self._since, self._end = -1, time.monotonic(), threading.Event()
-        self._thread: threading.Thread | None = None
+        self._seen = [(-1, -1)] * self._count  # of each process the step, and how often it has told
+        self._threads = [threading.Thread(target=part, daemon=True) for part in (self._exchange, self._watch)]
 
     def begin(self) -> None:
-        if self._count > 1:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
+        for thread in self._threads if self._count > 1 else []:
+            thread.start()
 
     def beat(self, step: int) -> None:
         """This process has begun a step, or something else that takes long."""
@@ -101,17 +102,35 @@ class Pulse:
 
     def close(self) -> None:
         self._end.set()
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads if self._count > 1 else []:
+            thread.join(10 * self._tick)
+
+    def _exchange(self) -> None:
+        """Tell and read; the store may be waited for without end, and may be gone with the process that kept it."""
+        store: Any = torch.distributed.distributed_c10d._get_default_store()
+        pulse = torch.distributed.PrefixStore("pulse", store)
+        keys = [str(number) for number in range(self._count)]
+        for told in itertools.count():
+            try:
+                pulse.set(keys[self._rank], f"{self._step} {told}")
+                said = [pulse.get(key).decode() if pulse.check([key]) else "-1 -1" for key in keys]
+            except RuntimeError:
+                return
+            self._seen = [(int(step), int(times)) for step, times in map(str.split, said)]
+            if self._end.wait(self._tick):
+                return
 
     def _watch(self) -> None:
-        store: Any = torch.distributed.distributed_c10d._get_default_store()
-        mine = torch.distributed.PrefixStore("pulse", store)
         while not self._end.wait(self._tick):
-            mine.set(str(self._rank), str(self._step))
             if time.monotonic() - self._since > self._patience:
-                steps = [int(mine.get(str(n))) if mine.check([str(n)]) else -1 for n in range(self._count)]
-                self._say(told(steps, self._rank, self._patience))
+                before = self._seen
+                if self._end.wait(max(5 * self._tick, 0.5)) or time.monotonic() - self._since <= self._patience:
+                    continue
+                steps = [step for step, _ in self._seen]
+                alike = [then == now for then, now in zip(before, self._seen, strict=True)]
+                # If this process reaches the store no more, the first one, which may keep it, does not answer.
+                silent = [0] if alike[self._rank] else [number for number, same in enumerate(alike) if same]
+                self._say(told(steps, self._rank, self._patience, silent))
                 os._exit(_EXIT)
 
 
@@ -119,9 +138,12 @@ def _on_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def told(steps: list[int], rank: int, patience: float) -> str:
-    """Who hangs, by the steps that all have begun."""
+def told(steps: list[int], rank: int, patience: float, silent: Sequence[int] = ()) -> str:
+    """Who hangs: those who are silent, or by the steps that all have begun."""
     last = max(steps)
     behind = [f"process {n} (in step {step + 1})" for n, step in enumerate(steps) if step < last]
-    who = f"{', '.join(behind)} did not begin step {last + 1}" if behind else f"all are in step {last + 1}"
+    if silent:
+        who = f"{', '.join(f'process {n}' for n in silent)} does not answer"
+    else:
+        who = f"{', '.join(behind)} did not begin step {last + 1}" if behind else f"all are in step {last + 1}"
     return f"error: process {rank} waited for {patience:g} s: {who}"

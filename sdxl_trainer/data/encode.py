@@ -1,7 +1,9 @@
 """Filling the cache: pictures to moments of their latents, captions to embeddings. Also the keys of both."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -234,6 +236,20 @@ def decoded(work: Work, options: Cache) -> Iterator[Decoded | UserError]:
             yield result
         else:
             yield from (Decoded(p, g, pixels) for (p, g), pixels in zip(items[index], result, strict=True))
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn the end of a worker process, which PyTorch raises wherever this one is at work, into a message."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker .*?(killed by signal: \w+|exited unexpectedly)", str(error))
+        if found is None:
+            raise
+        what = f"a process that decodes pictures ended ({found[1]}): the system may have run out of memory"
+        fix = "set cache.workers lower, 0 for none; the same command goes on with what is not encoded yet"
+        raise UserError(what, "cache.workers", fix) from error
 
 
 def _unchanged(item: Any) -> Any:

@@ -300,10 +300,11 @@ def fill(
     if not stock.text_cached:
         tokenizers, chunks = read(config, base, stock.prompts)
         _say_cut(text.cuts(tokenizers, stock.prompts, chunks), config.text, say)
-    if latents:
-        encode.fill_latents(base, config.cache, stock.latents, stock.keys, latents, device, progress)
-    if hidden and stock.holes:
-        holes.fill(base, config.cache, stock.latents, stock.keys, hidden, stock.holes, device, progress)
+    with encode.explained():
+        if latents:
+            encode.fill_latents(base, config.cache, stock.latents, stock.keys, latents, device, progress)
+        if hidden and stock.holes:
+            holes.fill(base, config.cache, stock.latents, stock.keys, hidden, stock.holes, device, progress)
     wait()
     for store in (stock.texts, stock.latents):
         store.refresh()

@@ -1,5 +1,6 @@
 """Frozen weights in fewer bits: what is kept, what it costs in accuracy, and that the gradients are those of it."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,11 @@ def test_runs_train_beside_a_narrow_base_and_resume_bitwise(
     assert {t.dtype for t in one.values()} == {torch.float32}
     assert whole[0] == pytest.approx(found["full"][0][0], rel=0.05)
     assert whole[0] != found["full"][0][0]
+
+
+def test_bitsandbytes_does_not_advertise(caplog: pytest.LogCaptureFixture) -> None:
+    """On CPUs that have bf16 it tells of a kernel on a hub whenever it is imported; all else that it says is heard."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no module")
+    logger.warning("something else")
+    assert [record.message for record in caplog.records] == ["something else"]

@@ -1,10 +1,7 @@
 """Several processes of a run: replicas and shards take the steps of one, and continue each other's checkpoints."""
 
 import json
-import os
-import socket
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +9,10 @@ import pytest
 import torch
 
 from sdxl_trainer import distributed, files, sharding
-from sdxl_trainer.configfile import dumps
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
+from tests.train.processes import launch, rank, written
 
-MODULES = ["sdxl_trainer.train", "sdxl_trainer.configfile", "diffusers.models.unets.unet_2d_condition", "accelerate"]
 OPTIONS = {
     "data": [{"crop": "random", "flip": True, "caption_dropout": 0.3, "buckets": "area", "bucket_step": 8}],
     "ema": {"enabled": True},
@@ -25,19 +21,6 @@ OPTIONS = {
     "validation": {"prompts": ["a red circle"], "images": 3, "steps": 2},
 }
 TRAIN = {"steps": 6, "batch_size": 4, "micro_batch": 2, "checkpoint_every": 3, "learning_rate": 1e-5}
-
-
-def rank(path: str, number: int, processes: int, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    if processes > 1:
-        group = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes, "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    from sdxl_trainer.cli import guarded
-    from sdxl_trainer.configfile import load
-    from sdxl_trainer.train import train
-
-    raise SystemExit(guarded(lambda: train(load(Path(path)))))
 
 
 def asking_rank(path: str, number: int, processes: int, port: int) -> None:
@@ -55,21 +38,6 @@ def asking_rank(path: str, number: int, processes: int, port: int) -> None:
     rank(path, number, processes, port)
 
 
-def launch(path: Path, processes: int, target: Callable[..., None] = rank) -> list[int]:
-    """A run on that many processes, told of each other by plain environment variables; gives the exit codes."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(MODULES)
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    started = [context.Process(target=target, args=(str(path), n, processes, port)) for n in range(processes)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-    return [process.exitcode for process in started]
-
-
 def test_a_run_moves_between_one_process_replicas_and_shards(config: Callable[..., Any], tmp_path: Path) -> None:
     """Three steps sharded on two processes, then on one, against six on one and six sharded."""
     runs = {"one": [(6, 1, False)], "moved": [(3, 2, True), (6, 1, False)], "back": [(3, 1, False), (6, 2, True)]}
@@ -77,8 +45,7 @@ def test_a_run_moves_between_one_process_replicas_and_shards(config: Callable[..
         for steps, processes, shard in parts:
             train = {**TRAIN, "steps": steps, "shard": shard}
             made = config(**{**OPTIONS, "train": train, "output_dir": str(tmp_path / name)})
-            path = tmp_path / f"{name}.toml"
-            path.write_text(dumps(made), encoding="utf-8")
+            path = written(made)
             assert launch(path, processes) == [0] * processes
             manifest = json.loads((tmp_path / name / "manifest.json").read_text())
             assert manifest["hardware"]["processes"] == processes
@@ -180,10 +147,7 @@ def test_optimizers_that_need_whole_tensors_are_refused(name: str) -> None:
 
 
 def test_all_processes_do_what_is_asked_after_the_same_step(config: Callable[..., Any], tmp_path: Path) -> None:
-    path = tmp_path / "asked.toml"
-    path.write_text(
-        dumps(config(**{**OPTIONS, "train": {**TRAIN, "steps": 3, "checkpoint_every": 0}})), encoding="utf-8"
-    )
+    path = written(config(**{**OPTIONS, "train": {**TRAIN, "steps": 3, "checkpoint_every": 0}}))
     assert launch(path, 2, asking_rank) == [0, 0]
     run = tmp_path / "run"
     assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
