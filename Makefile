@@ -52,6 +52,7 @@ schema: $(READY)  # what docs say of the options, from the code
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or later is needed; set PYTHON=..." && exit 1)
+	@echo "Setting up $(VENV), once: PyTorch and other packages, a few minutes of little to see."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)

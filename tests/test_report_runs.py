@@ -132,6 +132,21 @@ def test_runs_side_by_side(pair: list[Path], tmp_path: Path) -> None:
     assert page.all("script") == [{}]
 
 
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (None, "–"),
+        (False, "false"),
+        (1e-6, "1e-06"),
+        ("all", "all"),
+        (["unet"], "[&quot;unet&quot;]"),
+        ("<b>", "&lt;b&gt;"),
+    ],
+)
+def test_settings_are_told_as_a_config_says_them(value: object, told: str) -> None:
+    assert compare._value(value) == told
+
+
 def test_runs_of_different_lengths_share_an_axis(tmp_path: Path) -> None:
     one = fake_run(tmp_path / "one", steps=400, prompts=("a",), ema=False)
     two = fake_run(tmp_path / "two", steps=200, prompts=("b",), ema=False)

@@ -1,5 +1,6 @@
 """Several runs side by side: what differs in their settings, their curves over one another, their last pictures."""
 
+import json
 import os
 from collections.abc import Sequence
 from datetime import datetime
@@ -100,7 +101,9 @@ def _differences(runs: Sequence[Run], called: Sequence[str]) -> str:
 
 
 def _value(value: Any) -> str:
-    return "–" if value is None else safe(value, 300)
+    """As a config file says it, words without their quotes."""
+    told = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return "–" if value is None else safe(told, 300)
 
 
 def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
