@@ -72,7 +72,6 @@ LOSSES = {
     "training": "training loss, last tenth of the steps",
     "trained": "loss of trained pictures, measured as the validation loss is",
 }
-GAIN = "loss of the held-out pictures without their captions, less that with them"
 PARTS = 12  # equal parts of the schedule in each of which a picture is measured once for the gain
 
 
@@ -282,9 +281,13 @@ def page(found: dict[str, Any]) -> None:
         gains = [-row["gain"] for row in runs.values()]
         low, high = interval(gains, accuracies)
         lines.append(f"| gain by the caption | {correlation(gains, accuracies):.2f} | {low:.2f} to {high:.2f} |")
-    lines += ["", f"The intervals are of runs drawn with replacement. Gain by the caption: {GAIN}, {PARTS} timesteps a"]
-    lines += ["picture; it was added after the losses had been seen.", ""]
-    lines += ["![accuracy of the runs, sorted by validation loss and by training loss](images/validation.svg)", ""]
+    lines += [
+        "",
+        *NOTES,
+        "",
+        "![accuracy of the runs, sorted by validation loss and by training loss](images/validation.svg)",
+        "",
+    ]
     lines += ["| | changed | validation loss | training loss | gain | right, % | new shape | old shapes |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for number, (name, row) in enumerate(runs.items(), 1):
@@ -310,6 +313,12 @@ shape: "right" is the share of pictures in which number, shape, colour, place an
 validation loss is measured as [data.md](data.md#held-out-pictures) says, with its defaults, on {2 * HELD_OUT} pictures
 of a data set of their own (`held_out = 1`), with captions of the prompts' kind. The training loss is the mean of the
 last tenth of the steps. All runs predict v by one schedule: losses of other predictions are in other units.
+""".splitlines()
+
+
+NOTES = f"""The intervals are of runs drawn with replacement. The gain by the caption is the loss of the held-out pictures
+without their captions less that with them, at {PARTS} timesteps a picture; it was added after the losses had been seen.
+Why the validation loss does not order the runs better: [log.md](log.md#what-the-validation-loss-does-not-see).
 """.splitlines()
 
 
