@@ -316,8 +316,9 @@ last tenth of the steps. All runs predict v by one schedule: losses of other pre
 """.splitlines()
 
 
-NOTES = f"""The intervals are of runs drawn with replacement. The gain by the caption is the loss of the held-out pictures
-without their captions less that with them, at {PARTS} timesteps a picture; it was added after the losses had been seen.
+NOTES = f"""The intervals are of runs drawn with replacement. The gain by the caption is the loss of the held-out
+pictures without their captions less that with them, at {PARTS} timesteps a picture; it was added after the losses had
+been seen.
 Why the validation loss does not order the runs better: [log.md](log.md#what-the-validation-loss-does-not-see).
 """.splitlines()
 
