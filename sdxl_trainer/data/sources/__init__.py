@@ -16,7 +16,7 @@ from sdxl_trainer import keyed
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.problems import Notes
 from sdxl_trainer.data.records import Lasting, Readers, Record, Records, kept, packed
-from sdxl_trainer.data.sources import dataset, folder, shards
+from sdxl_trainer.data.sources import addresses, dataset, folder, shards, tables
 from sdxl_trainer.data.sources.tree import read_file, scan
 from sdxl_trainer.errors import UserError, shortened
 
@@ -85,7 +85,7 @@ def _records(
 ) -> Iterable[Record] | Lasting:
     place = f"{where} = '{data.path}'"
     if "://" in data.path:
-        return _shards(data, split, place, index_dir, notes)
+        return _addressed(data, split, place, datasets_dir, index_dir, notes)
     path = _folder(data.path, place)
     if path is None:
         return _remote(data, split, place, datasets_dir, notes)
@@ -103,17 +103,23 @@ def _records(
         _refuse_folders_only(data, place)
         return dataset.loaded(data, split, place, datasets_dir, path, notes)
     if not tree.pictures and tree.archives and all(name.endswith(".tar") for name in tree.archives):
-        return _shards(data, split, place, index_dir, notes)
+        return _addressed(data, split, place, datasets_dir, index_dir, notes)
     _refuse(data, ("name",), "this is a folder of pictures", place)
     return folder.records(data, tree, split, place, notes)
 
 
-def _shards(data: Data, split: str, place: str, index_dir: Path | None, notes: Notes | None) -> Lasting:
-    _refuse(data, ("name", "folder"), "these are shards", place)
-    _refuse_folders_only(data, place, "these are shards", ("file", "column"))
+def _addressed(
+    data: Data, split: str, place: str, datasets_dir: str | None, index_dir: Path | None, notes: Notes | None
+) -> Lasting:
+    kind, files = addresses.files(data.path, place)
+    what = {".tar": "these are shards", ".parquet": "these are files at an address"}[kind]
+    _refuse(data, ("name", "folder"), what, place)
+    _refuse_folders_only(data, place, what, ("file", "column") if kind == ".tar" else ("file",))
     if split != "train":
-        raise UserError(f"no split '{split}' in shards", place, "give the address of that split's shards as path")
-    return shards.records(data, place, index_dir, notes)
+        raise UserError(f"no split '{split}' in {what.split()[-1]}", place, "give the address of that split's files")
+    if kind == ".tar":
+        return shards.records(data, files, place, index_dir, notes)
+    return tables.records(data, files, place, datasets_dir, notes)
 
 
 def _folder(text: str, place: str) -> Path | None:

@@ -111,14 +111,14 @@ def read_row(path: str, column: str, row: int, name: str) -> bytes:
     import pyarrow
 
     try:
-        value = _table(path).column(column)[row]
+        value = arrow(path).column(column)[row]
         return (value["bytes"] if pyarrow.types.is_struct(value.type) else value).as_py()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"the row cannot be read: {error}", name, "make or download the dataset once more") from None
 
 
 @lru_cache(maxsize=256)
-def _table(path: str) -> Any:
+def arrow(path: str) -> Any:
     """A memory-mapped Arrow file; opened once per process."""
     import pyarrow
 
@@ -170,39 +170,45 @@ def _lasting(
     there = sorted(path for path in folder.rglob("*") if path.suffix in {".arrow", ".json"})
     identity = [data.model_dump(mode="json"), split, [_stamp(path) for path in there]]
     roots = [root] if root else _caches(datasets_dir)
-    return Lasting(identity, _rows(data, splits, split, place, roots, notes))
+
+    def parts() -> list[Part]:
+        opened = splits()
+        found = list(_parts(opened, split, place))
+        for name in dict.fromkeys(part.split for part in found):
+            require_columns(data, opened[name], place)
+        return found
+
+    return Lasting(identity, rows(data, parts, split, place, roots, notes))
 
 
-def _rows(
+def rows(
     data: Data,
-    splits: Callable[[], dict[str, Any]],
+    parts: Callable[[], Sequence[Part]],
     split: str,
     place: str,
     roots: Sequence[Path],
     notes: Notes | None,
 ) -> Iterator[Record]:
-    opened = splits()
-    parts = list(_parts(opened, split, place))
-    if not parts:
+    """The records of parts, which are found when the first is asked for."""
+    chosen = parts()
+    if not chosen:
         raise UserError(f"split '{split}' has no rows", place, "choose another split, or remove the data set")
-    for name in dict.fromkeys(part.split for part in parts):
-        _require_columns(data, opened[name], place)
     problems: Found = defaultdict(list)
-    rows = sum(part.last - part.first for part in parts)
+    count = sum(part.last - part.first for part in chosen)
     found = 0
-    for part in parts:
+    for part in chosen:
         for record in _part(data, part, roots, problems):
             found += 1
             yield record
     refuse(problems, PROBLEMS, place, notes)
     if notes is not None:
-        notes.unusable[place] += rows - found
+        notes.unusable[place] += count - found
     log.info("%s: %d pictures of split '%s'", place, found, split)
 
 
 def _part(data: Data, part: Part, roots: Sequence[Path], problems: Found) -> Iterator[Record]:
     """The records of a part; problems are noted, and their rows left out."""
-    table = _table(part.path).slice(part.first, part.last - part.first)
+    table = arrow(part.path).slice(part.first, part.last - part.first)
     captions, more = (_captions(column, table) for column in (data.caption_column, data.caption_column_2))
     points = table.column(data.focus_column).to_pylist() if data.focus == "column" else [None] * table.num_rows
     pictures = _sources(data.image_column, part, table, data.path, roots, problems)
@@ -247,6 +253,12 @@ def _sources(
         yield name, read, stamp
 
 
+def cut(path: str, split: str, offset: int, first: int, last: int, fingerprint: str) -> Iterator[Part]:
+    """Rows first..last-1 of an Arrow file in parts."""
+    for start in range(first, last, ROWS):
+        yield Part(path, split, offset, start, min(start + ROWS, last), fingerprint)
+
+
 def _parts(splits: dict[str, Any], split: str, place: str) -> Iterator[Part]:
     """The Arrow files behind a split such as train, train[:90%] or train+validation, in order."""
     import datasets
@@ -262,17 +274,15 @@ def _parts(splits: dict[str, Any], split: str, place: str) -> Iterator[Part]:
         begin, end = piece.from_ or 0, len(rows) if piece.to is None else piece.to
         offset = 0
         for file in rows.cache_files:
-            count = _table(file["filename"]).num_rows
+            count = arrow(file["filename"]).num_rows
             first, last = max(begin - offset, 0), min(end - offset, count)
-            for start in range(first, last, ROWS):
-                stop = min(start + ROWS, last)
-                yield Part(file["filename"], piece.splitname, offset, start, stop, rows._fingerprint)
+            yield from cut(file["filename"], piece.splitname, offset, first, last, rows._fingerprint)
             offset += count
         if offset != len(rows):
             raise RuntimeError(f"{len(rows)} rows, but {offset} in the Arrow files of {piece.splitname}")
 
 
-def _require_columns(data: Data, rows: Any, place: str) -> None:
+def require_columns(data: Data, rows: Any, place: str) -> None:
     wanted = [("image_column", data.image_column)]
     if data.caption is None:
         wanted.append(("caption_column", data.caption_column))

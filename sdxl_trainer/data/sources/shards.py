@@ -19,8 +19,8 @@ from sdxl_trainer import files
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.problems import Found, Notes, refuse, total
 from sdxl_trainer.data.records import Lasting, Mask, Record
-from sdxl_trainer.data.sources import extras
-from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES, natural
+from sdxl_trainer.data.sources import addresses, extras
+from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES
 from sdxl_trainer.errors import UserError
 
 log = logging.getLogger("sdxl_trainer")
@@ -37,14 +37,15 @@ PROBLEMS = {
 Sample = tuple[str, list[tuple[str, int, int]], dict[str, str | None]]
 
 
-def records(data: Data, place: str, index_dir: Path | None, notes: Notes | None = None) -> Lasting:
-    """The samples of all shards in natural order of their names."""
-    found = list(_shards(data.path, place))
+def records(
+    data: Data, found: list[addresses.File], place: str, index_dir: Path | None, notes: Notes | None = None
+) -> Lasting:
+    """The samples of all shards, in their order."""
     return Lasting([data.model_dump(mode="json"), found], _rows(data, found, place, index_dir, notes))
 
 
 def _rows(
-    data: Data, found_shards: list[tuple[str, str]], place: str, index_dir: Path | None, notes: Notes | None
+    data: Data, found_shards: list[addresses.File], place: str, index_dir: Path | None, notes: Notes | None
 ) -> Iterator[Record]:
     problems: Found = defaultdict(list)
     found, alone, unusable, told = 0, 0, 0, False
@@ -78,37 +79,13 @@ def _rows(
 def read(shard: str, offset: int, size: int, name: str) -> bytes:
     """The bytes of one picture. UserError names it if they cannot be read any more."""
     try:
-        system, path = _open(shard)
+        system, path = addresses.opened(shard)
         content = system.cat_file(path, start=offset, end=offset + size)
     except OSError as error:
         raise UserError(f"the shard cannot be read: {error}", name, "restore the shard, or check the network") from None
     if len(content) != size:
         raise UserError("the shard is shorter than it was", name, "restore the shard")
     return content
-
-
-def _open(address: str) -> tuple[Any, str]:
-    import fsspec
-
-    return fsspec.core.url_to_fs(address)
-
-
-def _shards(address: str, place: str) -> Iterator[tuple[str, str]]:
-    """(address, stamp) of each shard."""
-    try:
-        system, path = _open(address)
-        paths = [path] if path.endswith(".tar") else [p for p in system.find(path) if p.endswith(".tar")]
-        for name in sorted(paths, key=natural):
-            info = system.info(name)
-            changed = [info.get(key) for key in ("ETag", "etag", "mtime", "LastModified", "created")]
-            yield system.unstrip_protocol(name), f"{name}:{info['size']}:{changed}"
-    except ImportError as error:
-        raise UserError(str(error), place, "install what the address needs, for example: pip install s3fs") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"the address cannot be opened: {error}", place, "check spelling, rights and network") from None
-    if not paths:
-        fix = "pack the pictures in WebDataset shards (.tar), or copy the folder to this machine"
-        raise UserError("there are no .tar shards at this address", place, fix)
 
 
 def _index(shard: str, stamp: str, place: str, index_dir: Path | None) -> list[Sample]:
@@ -122,7 +99,7 @@ def _index(shard: str, stamp: str, place: str, index_dir: Path | None) -> list[S
         except ValueError:
             log.info("%s is damaged: the shard is walked once more", known)
     try:
-        system, path = _open(shard)
+        system, path = addresses.opened(shard)
         with system.open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             samples = _walk(tar)
             _refuse_open_end(tar, stream, shard, place)
