@@ -66,6 +66,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     train.train_step = timed  # type: ignore[assignment]
     train._loop(job, Stop())
+    waited = foreground(job)
     job.saver.close()
     job.metrics.close()
     seconds = [after - before for before, after in itertools.pairwise(began)][options.every :]
@@ -83,7 +84,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "away_quartiles": statistics.quantiles(control, n=4)[::2],
         "saves": len(around),
         "checkpoint_bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
-        "foreground_seconds": foreground(job),
+        "foreground_seconds": waited,
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "sdxl-trainer")},
@@ -92,6 +93,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def foreground(job: Job) -> float:
     """Seconds of a save that the training waits for: the median of five."""
+    job.saver.wait()
     taken = []
     for _ in range(5):
         before = time.perf_counter()
