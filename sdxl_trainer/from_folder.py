@@ -113,10 +113,8 @@ def begun(folder: Path, wish: Wish, name: str) -> tuple[dict[str, Any], dict[str
     steps = preset.steps_for(count)
     train = {"steps": steps, **sections.pop("train")}
     if small:
-        notes["train.micro_batch"] = notes["train.gradient_checkpointing"] = (
-            "so small a model needs no saving of memory"
-        )
-        train |= {"micro_batch": preset.batch, "gradient_checkpointing": False}
+        notes["train.gradient_checkpointing"] = "so small a model needs no saving of memory"
+        train["gradient_checkpointing"] = False
     notes["train.steps"] = f"{count} pictures, each seen {steps * preset.batch / count:.3g} times"
     every = max(1, steps // 4)
     train |= {"checkpoint_every": every, "checkpoints_limit": 2}
