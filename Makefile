@@ -40,7 +40,7 @@ bench: $(READY)
 torture: $(READY)  # 200 kills over runs of every method; an hour or more
 	$(BIN)/python benchmarks/torture.py
 
-hostile: $(READY)  # 1,000 hostile or broken inputs; about an hour
+hostile: $(READY)  # 1,000 hostile or broken inputs, one for each core at a time; goes on where it was stopped
 	$(BIN)/python benchmarks/hostile.py
 
 schema: $(READY)  # what docs say of the options, from the code

@@ -6,7 +6,11 @@ same cores. Of each save the longest of the steps around it (the one it follows 
 median of all steps; as a control the same is done with groups of steps that no save was near. A machine that other
 programs use has long steps without any save: only the difference to the control is the save's.
 
-    python benchmarks/checkpoints.py [--size tiny] [--resolution 256] [--batch 4] [--saves 30] [--every 12]
+Where a GPU computes, the host has cores that nothing wants. On a CPU training with `--threads 1` on a machine of two
+cores stands for that: what is measured is the copy, and the interpreter that writer and training share. With as many
+threads as cores the writer, at a lower priority, takes some of the training's time.
+
+    python benchmarks/checkpoints.py [--threads 1] [--size tiny] [--resolution 256] [--saves 30] [--every 12]
 """
 
 import argparse
@@ -33,12 +37,14 @@ AROUND = 3  # steps around a save
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--size", default="tiny", choices=sorted(blueprint.SIZES))
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--saves", type=int, default=30)
     parser.add_argument("--every", type=int, default=12)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         result = {"command": command(options), **measure(Path(folder), options)}
     RESULT.parent.mkdir(exist_ok=True)

@@ -2,15 +2,16 @@
 without a write outside of the output folder and the cache.
 
 Every input is made from its number by a seeded generator, and tried by `sdxl train` in a process of its own, forked
-from this one. `--only N` tries one again, and shows what it said.
+from one that has imported what a run imports, `--jobs` of them at a time. Rows are kept in `--work`: the same command
+goes on where it was stopped. `--only N` tries one again, and shows what it said.
 
-    python benchmarks/hostile.py [--count 1000] [--only N]
+    python benchmarks/hostile.py [--count 1000] [--seed 0] [--jobs 2] [--work FOLDER] [--only N]
 """
 
 import argparse
+import importlib
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -19,10 +20,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from importlib.metadata import version
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import common
+import torch
 from hostile_inputs import KINDS, toml
 
 import toyworld
@@ -31,7 +34,6 @@ from sdxl_trainer.cli import command, guarded
 from sdxl_trainer.configfile import validated
 from sdxl_trainer.train import train
 
-RESULT = Path(__file__).parent / "results" / "hostile.json"
 SECONDS, MEMORY = 30.0, 2 << 30
 # Written by every run that gets going; all else has to stay as it was.
 FREE = ("run", "cache")
@@ -40,35 +42,62 @@ FREE = ("run", "cache")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "sdxl-hostile")
     parser.add_argument("--only", type=int)
     options = parser.parse_args()
     os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    torch.set_num_threads(1)
+    options.work.mkdir(parents=True, exist_ok=True)
+    kept = options.work / f"rows-{options.seed}.jsonl"
     with tempfile.TemporaryDirectory() as folder:
-        pristine = prepare(Path(folder))
-        before = children_memory()
-        found: list[dict[str, Any]] = []
-        for number in [options.only] if options.only is not None else range(options.count):
-            row = attempt(number, pristine, Path(folder) / "place", shown=options.only is not None)
-            found.append(row)
-            if row["wrong"]:
-                print(json.dumps(row), flush=True)
-            if options.only is None and (number + 1) % 50 == 0:
-                write(found, before, options.count)
+        root = Path(folder)
+        pristine = prepare(root)
+        if options.only is not None:
+            print(json.dumps(attempt(options.seed, options.only, pristine, root / "one" / "place", shown=True)))
+            return
+        done = {row["number"] for row in rows(kept)}
+        left = [number for number in range(options.count) if number not in done]
+        workers = [
+            work(options, left[job :: options.jobs], pristine, root / str(job), kept) for job in range(options.jobs)
+        ]
+        for pid in workers:
+            assert os.waitpid(pid, 0)[1] == 0
+    found = [row for row in rows(kept) if row["number"] < options.count]
+    write(found, options)
     print(json.dumps(summary(found)))
 
 
-def write(found: list[dict[str, Any]], before: float, count: int) -> None:
+def work(options: argparse.Namespace, numbers: list[int], pristine: Path, place: Path, kept: Path) -> int:
+    """Try these inputs in a process of its own, and keep a row of each."""
+    pid = os.fork()
+    if pid:
+        return pid
+    place.mkdir()
+    for number in numbers:
+        row = attempt(options.seed, number, pristine, place / "place", shown=False)
+        with kept.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if row["wrong"]:
+            print(json.dumps(row), flush=True)
+    os._exit(0)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def write(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
     result = {
-        "command": f"python benchmarks/hostile.py --count {count}",
+        "command": f"python benchmarks/hostile.py --count {options.count} --seed {options.seed} --jobs {options.jobs}",
         "tried": len(found),
         **summary(found),
         "wrong": [row for row in found if row["wrong"]],
         "longest_seconds": max(row["seconds"] for row in found),
-        "most_memory_bytes_more": children_memory() - before,
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "sdxl-trainer")},
+        "most_memory_bytes_more": max(row["memory"] for row in found),
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    common.write("hostile", result)
 
 
 def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -87,13 +116,18 @@ def prepare(root: Path) -> Path:
     captions = [json.loads(line)["text"] for line in (data / "metadata.jsonl").read_text("utf-8").splitlines()]
     blueprint.build(place / "base", "tiny", captions=captions)
     os.chdir(place)
-    pid = os.fork()
+    pid, imported = os.fork(), root / "imported"
     if pid == 0:
         options = tree()
         options["train"]["steps"] = 2
         train(validated(options, "pristine"))
+        imported.write_text("\n".join(sys.modules), encoding="utf-8")
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
+    # What a run imports it need not import a thousand times. Some are names that cannot be imported by themselves.
+    for name in imported.read_text("utf-8").splitlines():
+        with suppress(ImportError, AttributeError, RuntimeError):
+            importlib.import_module(name)
     return place
 
 
@@ -107,9 +141,10 @@ def tree() -> dict[str, Any]:
     }
 
 
-def attempt(number: int, pristine: Path, place: Path, shown: bool) -> dict[str, Any]:
+def attempt(seed: int, number: int, pristine: Path, place: Path, shown: bool) -> dict[str, Any]:
     """Make input `number` and try it."""
-    draw = random.Random(number)
+    draw = random.Random(number if seed == 0 else f"{seed}/{number}")
+    place.parent.mkdir(exist_ok=True)
     files.remove(place)
     shutil.copytree(pristine, place, symlinks=True)
     kind, make = KINDS[number % len(KINDS)]
@@ -122,31 +157,37 @@ def attempt(number: int, pristine: Path, place: Path, shown: bool) -> dict[str, 
     pid = os.fork()
     if pid == 0:
         child(place, output)
-    status, timed_out = None, False
-    while status is None:
-        done, code = os.waitpid(pid, os.WNOHANG)
-        if done:
-            status = os.waitstatus_to_exitcode(code)
-        elif time.monotonic() - began > SECONDS:
-            timed_out = True
-            os.kill(pid, signal.SIGKILL)
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        time.sleep(0.01)
-    said = output.read_text(encoding="utf-8", errors="replace")
+    status, memory = awaited(pid, began)
+    said, after = output.read_text(encoding="utf-8", errors="replace"), state(place)
     wrong = []
-    wrong += [f"exit {status}"] if status not in {0, 2} and not timed_out else []
+    wrong += [f"more than {SECONDS:g} s"] if status is None else []
+    wrong += [f"exit {status}"] if status not in {0, 2, None} else []
     wrong += ["traceback"] if "Traceback" in said else []
-    wrong += [f"more than {SECONDS:g} s"] if timed_out else []
-    wrong += [f"changed {name}" for name, was in kept.items() if state(place).get(name) != was]
+    wrong += [f"changed {name}" for name, was in kept.items() if after.get(name) != was]
     # A config whose cache.path was changed names where it writes; nothing else does.
     named = kind in {"config bytes", "config values"}
-    wrong += [f"made {name}" for name in state(place).keys() - kept.keys() if not named]
-    wrong += [f"made {p.name}" for p in place.parent.iterdir() if p.name not in {"pristine", "place", "said"}]
+    wrong += [f"made {name}" for name in after.keys() - kept.keys() if not named]
+    wrong += [f"made {p.name}" for p in place.parent.iterdir() if p.name not in {"place", "said"}]
     if shown:
         print(said)
     last = said.strip().splitlines()[-3:] if wrong else []
-    seconds = round(time.monotonic() - began, 2)
-    return {"number": number, "kind": kind, "exit": status, "seconds": seconds, "wrong": wrong, "said": last}
+    facts = {"exit": status, "seconds": round(time.monotonic() - began, 2), "memory": memory}
+    return {"number": number, "kind": kind, **facts, "wrong": wrong, "said": last}
+
+
+def awaited(pid: int, began: float) -> tuple[int | None, int]:
+    """Exit status of a child, None if it had to be ended, and the memory it took beyond this process's, in bytes."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    late = False
+    while True:
+        done, code, used = os.wait4(pid, os.WNOHANG)
+        if done:
+            more = max(0, used.ru_maxrss - own) * 1024
+            return None if late else os.waitstatus_to_exitcode(code), more
+        if time.monotonic() - began > SECONDS and not late:
+            late = True
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
 
 
 def child(place: Path, output: Path) -> None:
@@ -183,10 +224,6 @@ def state(place: Path) -> dict[str, Any]:
             facts = path.lstat()
             found[name] = (facts.st_size, facts.st_mtime_ns)
     return found
-
-
-def children_memory() -> float:
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

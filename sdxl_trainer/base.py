@@ -17,6 +17,8 @@ from sdxl_trainer.formats import header
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 PIPELINE = "StableDiffusionXLPipeline"
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+# What is read of the text encoders' configs at once, with the most that is believed.
+_SIZES = {"num_hidden_layers": 1000, "hidden_size": 100_000}
 _WEIGHTLESS = ("tokenizer", "tokenizer_2", "scheduler")
 
 
@@ -213,6 +215,7 @@ def _check_shards(index: Path) -> None:
 
 def _check_fit(base: Base) -> None:
     """Do the parts' configs belong together, and to SDXL base?"""
+    _check_sizes(base)
     unet, vae = base.config("unet"), base.config("vae")
     where, fix = str(base.part("unet")), "use SDXL base, its refiner or an inpainting model of it, not SD 1 or 2"
     if unet.get("in_channels", 4) not in {4, 9} or unet.get("addition_embed_type") != "text_time":
@@ -229,6 +232,17 @@ def _check_fit(base: Base) -> None:
     if kind != "AutoencoderKL" or channels != 4:
         what = f"this VAE is not one for SDXL: {kind} with {channels} latent channels"
         raise UserError(what, str(base.vae), "use an AutoencoderKL of SDXL, or remove model.vae to use the model's own")
+
+
+def _check_sizes(base: Base) -> None:
+    """Sizes of text encoders, of which much is made before their weights are looked at."""
+    for part in base.encoders:
+        config = base.config(part)
+        for name, most in _SIZES.items():
+            size = config.get(name)
+            if type(size) is not int or not 1 <= size <= most:
+                what = f"{name} = {json.dumps(size)[:40]} is not that of a text encoder"
+                raise UserError(what, str(base.part(part) / "config.json"), "copy or download this part again")
 
 
 def _given(base: Base, unet: dict[str, Any]) -> dict[str, int]:

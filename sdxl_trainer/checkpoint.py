@@ -152,15 +152,16 @@ def save(output: Path, contents: Contents) -> Checkpoint:
 
     def write(folder: Path) -> None:
         folder.mkdir()
+        hashes = dict[str, str]()  # taken on the way to the disk
         for file, own in contents.tensors.items():
             (folder / file).parent.mkdir(exist_ok=True)
-            stream.write(folder / file, own, {"format": "pt"})
+            hashes[file] = stream.write(folder / file, own, {"format": "pt"}, whole=True)
         for file, text in contents.texts.items():
             files.write_text(folder / file, text + "\n")
         if contents.adapted is not None:
             last = "added_ema.safetensors" if "added_ema.safetensors" in contents.tensors else "added.safetensors"
             save_added(folder, contents.adapted, contents.tensors[last], {})
-        files.write_json(folder / "manifest.json", {"files": files.tree_hashes(folder)})
+        files.write_json(folder / "manifest.json", {"files": files.tree_hashes(folder, hashes)})
 
     path = output / f"{PREFIX}{contents.step}"
     files.write_atomically(path, write)

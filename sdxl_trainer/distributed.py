@@ -159,10 +159,6 @@ def sharding(config: Config, say: Callable[[str], None]) -> Sharding | None:
     launcher = _launcher_shards()
     if not (launcher or config.train.shard):
         return None
-    if any(data.prior_prediction for data in config.data):
-        # Processes would gather the base's weights as often as they have such samples, and wait for each other.
-        fix = "let every process have the whole model (DDP), or use class pictures (generate)"
-        raise UserError("prior prediction with sharded weights is not supported", "data.prior_prediction", fix)
     where, given = "accelerate config", {n: os.environ[n] for n in os.environ if n.startswith("FSDP_") and launcher}
     if launcher and given.get("FSDP_VERSION", "1") != "2":
         raise UserError("the launcher asks for the first version of FSDP", where, "set fsdp_version: 2")

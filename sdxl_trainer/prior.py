@@ -22,10 +22,12 @@ _DROPOUT = {"keys", "lengths"}
 
 @dataclass(frozen=True)
 class Prior:
-    """The base: `sdxl` without its `adapters`."""
+    """The base: `sdxl` without its `adapters`. `together`: its weights are sharded, so that all processes have to ask
+    it for every micro-batch, also those that have nothing to ask."""
 
     sdxl: SDXL
     adapters: tuple[Any, ...]
+    together: bool = False
 
     @torch.no_grad()
     def __call__(
@@ -33,16 +35,17 @@ class Prior:
     ) -> tuple[Tensor, Tensor] | None:
         """The samples [P] of a micro-batch that are to stay as they are, and the base's prediction [P, 4, h, w] for
         them, from the x_t [B, 4, h, w] and noise levels [B] that the learning model sees; None where there are none."""
-        rows = batch.prior
-        if rows is None:
+        if batch.prior is None and not self.together:
             return None
+        rows = batch.timesteps.new_zeros(1) if batch.prior is None else batch.prior
         text = {name: t if name in _SHARED else t[rows] for name, t in batch.text.items() if name not in _DROPOUT}
         with adapters.switched_off(self.adapters), autocast():
-            return rows, self.sdxl(noisy[rows], level[rows], batch.time_ids[rows], **text)
+            said = self.sdxl(noisy[rows], level[rows], batch.time_ids[rows], **text)
+        return None if batch.prior is None else (rows, said)
 
 
-def beside(sdxl: SDXL, copy: Callable[[], SDXL]) -> Prior:
-    """The base of a model that learns: itself if only adapters do, else a frozen `copy`."""
+def beside(sdxl: SDXL, copy: Callable[[], SDXL], sharded: bool) -> Prior:
+    """The base of a model that learns: itself if only adapters do, else a frozen `copy`, whole on each process."""
     if sdxl.added:
-        return Prior(sdxl, tuple(adapters.layers(sdxl)))
+        return Prior(sdxl, tuple(adapters.layers(sdxl)), sharded)
     return Prior(copy().eval().requires_grad_(False), ())

@@ -3,8 +3,10 @@
 One is written at a time; it is read back and verified before an older one may go, and only then copied to a mirror.
 """
 
+import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +24,9 @@ from sdxl_trainer.errors import UserError
 # Seconds after which a thread that computes hands over to one that waits. Python's own 5 ms are paid by every kernel
 # that the training starts while a checkpoint is put together.
 SWITCH_SECONDS = 1e-4
+# How much lower the writer's priority is. Not the lowest: while a thread that has to wait for a core holds the
+# interpreter, the training waits too.
+NICE = 10
 # Share of the free memory that a copy of the run may take; larger ones are written while the training waits.
 MEMORY_SHARE = 0.5
 
@@ -33,7 +38,7 @@ class Saver:
         self._output, self._say, self._main = output, say, main
         self._limit, self._mirror = config.train.checkpoints_limit, config.train.checkpoint_mirror
         self._buffers: dict[str, Tensor] = {}
-        self._writer, self._uploader = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "mirror")
+        self._writer, self._uploader = (ThreadPoolExecutor(1, name, _yielding) for name in ("checkpoint", "mirror"))
         self._writing: Future[Checkpoint] | None = None
         self._uploads: dict[Path, Future[None]] = {}
         self._told_memory = False
@@ -134,6 +139,12 @@ class Saver:
     def _joined(self, name: str, tensor: Tensor) -> Tensor:
         """Another process's part in what the main one keeps."""
         return sharding.whole(tensor).new_empty(0) if sharding.is_sharded(tensor) else tensor
+
+
+def _yielding() -> None:
+    """Let this thread have less of the cores than the training. On Linux each thread has a priority of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """From a config to a job that is ready for its next step."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +181,9 @@ def refuse_sharded(config: Config, precision: str) -> None:
     if precision == "fp32" and config.train.weights == "bf16":
         what = "bf16 weights that compute in fp32 cannot be sharded"
         raise UserError(what, "train.weights", 'set train.weights = "fp32", or train without sharding (DDP)')
-    if config.adapter and any(data.prior_prediction for data in config.data):
-        what = "prior_prediction with an adapter on a sharded base: not every process asks for it in every step"
-        raise UserError(what, "train.shard", "train without sharding (DDP)")
+    if config.train.memory is not None:
+        what = "train.memory with sharded weights: what a process takes of a sharded model is not counted"
+        raise UserError(what, "train.memory", "remove it and set train.micro_batch, or train without sharding (DDP)")
 
 
 def inject(sdxl: model.SDXL, config: Config, base: Base, at: Checkpoint | None) -> None:
@@ -355,7 +356,8 @@ def _model(
     inputs = torch.float32 if precision == "fp32" else weights
     prior = None
     if any(data.prior_prediction for data in config.data):
-        prior = priors.beside(sdxl, lambda: _frozen_copy(config, base, accelerator, precision, stock, frozen))
+        copy = partial(_frozen_copy, config, base, accelerator, precision, stock, frozen)
+        prior = priors.beside(sdxl, copy, bool(split))
     run = Run(config, accelerator, sdxl, prepared, optimizer, groups, goal, scale, inputs, begin.steps, prior)
     broken = torch.zeros((), dtype=torch.bool, device=accelerator.device)
     skipped = at.state().get("skipped", 0) if at else 0

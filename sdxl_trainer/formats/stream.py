@@ -45,9 +45,13 @@ Source = Tensor | Lazy
 
 
 def write(
-    path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str], dtype: torch.dtype | None = None
+    path: Path,
+    tensors: Mapping[str, Source],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+    whole: bool = False,
 ) -> str:
-    """Write a safetensors file, not atomically; gives the SHA-256 of all bytes after its header.
+    """Write a safetensors file, not atomically; gives the SHA-256 of all bytes after its header, or of the `whole`.
 
     With `dtype` every tensor of floating-point numbers is cast to it; a value that it cannot hold is an error.
     """
@@ -67,7 +71,10 @@ def write(
         at += size
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(header_bytes({**head, **entries}))
+        header = header_bytes({**head, **entries})
+        if whole:
+            digest.update(header)
+        file.write(header)
         for name in order:
             source = tensors[name]
             content = _bytes(name, source.make() if isinstance(source, Lazy) else source, kinds[name])

@@ -176,6 +176,12 @@ ROWS = [
         "correct file_name",
         make=lambda p: p.rows({"file_name": "9.png", "text": "a"}),
     ),
+    Bad(
+        "file name with half a character",
+        r"do not exist: a.*\(metadata.jsonl:7",
+        "correct file_name",
+        make=lambda p: p.rows({"file_name": "a\ud83d.png", "text": "a"}),
+    ),
     Bad("metadata without file_name", "have no file_name", "path", make=lambda p: p.rows({"text": "a"})),
     Bad(
         "duplicate rows",

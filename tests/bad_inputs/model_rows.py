@@ -114,6 +114,16 @@ ROWS = [
         "copy",
         make=lambda p: p.remove("base/unet/config.json"),
     ),
+    *(
+        Bad(
+            f"{name} = {size}",
+            f"{name} = .* is not that of a text encoder",
+            "download",
+            "text_encoder_2/config.json",
+            make=lambda p, name=name, size=size: p.edit("base/text_encoder_2/config.json", **{name: size}),
+        )
+        for name, size in {"num_hidden_layers": {"a": {}}, "hidden_size": 10**9}.items()
+    ),
     Bad("weights missing", "'unet' has no .safetensors weights", "copy", make=lambda p: p.remove(UNET)),
     Bad(
         "tokenizer without vocabulary",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_trainer import distributed, files, sharding
+from sdxl_trainer import distributed, files, setup, sharding
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from tests.train.processes import launch, rank, written
@@ -115,10 +115,31 @@ def test_settings_of_fsdp_that_are_refused(
         distributed.sharding(config(), print)
 
 
-def test_prior_prediction_is_refused_when_sharded(config: Callable[..., Any]) -> None:
-    kept = config(data=[{}, {"prior_prediction": True}], train={"shard": True})
-    with pytest.raises(UserError, match="prior prediction"):
-        distributed.sharding(kept, print)
+@pytest.mark.parametrize("adapter", [{"kind": "lora", "rank": 4}, None], ids=["lora", "full"])
+def test_shards_ask_the_base_as_one_process_does(
+    config: Callable[..., Any], tmp_path: Path, adapter: dict[str, Any] | None
+) -> None:
+    """Prior prediction, with samples of which some steps have none on one of the processes."""
+    found = []
+    for processes in (1, 2):
+        made = config(
+            data=[{"repeats": 2}, {"prior_prediction": True, "weight": 0.5, "caption_dropout": 0.3}],
+            train={**TRAIN, "batch_size": 2, "micro_batch": 1, "checkpoint_every": 0, "shard": processes == 2},
+            adapter=adapter,
+            output_dir=str(tmp_path / str(processes)),
+        )
+        assert launch(written(made), processes) == [0] * processes
+        found.append(read_metrics(tmp_path / str(processes) / "metrics.jsonl"))
+    # Of the base's own samples alone the loss is the difference of two predictions that are nearly equal.
+    for name, near, rounding in (("loss", 1e-5, 1e-7), ("grad_norm", 1e-4, 1e-6)):
+        one, two = ([row[name] for row in rows] for rows in found)
+        assert two == pytest.approx(one, rel=near, abs=rounding)
+    assert min(row["loss"] for row in found[0]) < 1e-2, "a step of such samples alone"
+
+
+def test_memory_is_not_planned_for_shards(config: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=r"train\.memory with sharded weights"):
+        setup.refuse_sharded(config(train={"memory": "12GB", "shard": True}), "fp32")
 
 
 def test_settings_of_fsdp_that_are_honoured(config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

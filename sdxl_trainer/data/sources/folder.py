@@ -183,7 +183,7 @@ def _resolved(tree: Tree, row: metadata.Row) -> tuple[str, str | None]:
     """The name under which the tree knows a row's picture, and what is wrong with it if it does not."""
     written = row.file_name or ""
     folder = posixpath.dirname(row.metadata)
-    if "\0" in written:
+    if not _can_be_a_name(written):
         return written, "missing"
     for candidate in (written, written.replace("\\", "/")):
         if posixpath.isabs(candidate) or candidate[1:3] in {":\\", ":/"}:
@@ -199,6 +199,13 @@ def _resolved(tree: Tree, row: metadata.Row) -> tuple[str, str | None]:
     if inside in tree.pictures:
         return inside, None
     return name, "foreign" if os.path.lexists(real) else "missing"
+
+
+def _can_be_a_name(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a character, as JSON can hold it
+        return False
 
 
 def _with_hint(tree: Tree, row: metadata.Row, trouble: str) -> str:
