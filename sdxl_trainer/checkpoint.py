@@ -278,15 +278,3 @@ def prune(output: Path, limit: int, last: int, kept: Collection[Path] = ()) -> N
     for old in [c for c in found(output) if c.step <= last][:-limit]:
         if old.path not in kept:
             files.remove(old.path)
-
-
-def sweep(output: Path) -> None:
-    """Remove what a killed process left half-written, and put back what it had only set aside."""
-    for path in output.glob(f".{PREFIX}*.tmp"):
-        files.remove(path)
-    for path in output.glob(f".{PREFIX}*.old"):
-        place = path.with_name(path.name[1:].partition(".")[0])
-        if place.exists():
-            files.remove(path)
-        else:
-            path.rename(place)

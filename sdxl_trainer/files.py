@@ -136,6 +136,20 @@ def _replace(temporary: Path, path: Path) -> None:
         temporary.replace(path)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder, and put back what they had only set aside. For who
+    alone writes there: a draft that another process is at would go too."""
+    for path in folder.glob(".*.*"):
+        name, _, kind = path.name[1:].rpartition(".")
+        name, _, number = name.rpartition(".")
+        if kind not in {"tmp", "old"} or not number.isdigit():
+            continue
+        if kind == "tmp" or (folder / name).exists():
+            remove(path)
+        else:
+            path.rename(folder / name)
+
+
 def _sync_tree(path: Path) -> None:
     if path.is_dir():
         for child in path.iterdir():

@@ -21,8 +21,8 @@ _TRIES = 20
 
 @contextmanager
 def held(folder: Path, main: bool = True) -> Iterator[None]:
-    """Hold the folder, which is made if it is missing, for as long as the block runs. Of the processes of one run only
-    the main one holds it. UserError names who does if it is held already."""
+    """Hold the folder, which is made if it is missing, for as long as the block runs, after it was swept: who holds it
+    is alone there. Of the processes of one run only the main one does. UserError names who holds it already."""
     if not main:
         yield
         return
@@ -30,6 +30,8 @@ def held(folder: Path, main: bool = True) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _acquired(folder / NAME)
     try:
+        with files.explained(folder):
+            files.sweep(folder)
         yield
     finally:
         # Removed while it is held: whoever waits for this file sees that it is no longer the folder's.

@@ -54,7 +54,6 @@ def starting_point(
     config: Config, start: Start, output: Path, stock: Stock, order: Plan, say: Callable[[str], None]
 ) -> Begin:
     """Choose the checkpoint, verify it, and refuse to continue another run's."""
-    checkpoint.sweep(output)
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
     data_hash = stock.data_hash
     last = _last_run(output)

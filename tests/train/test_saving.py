@@ -203,8 +203,17 @@ def test_what_was_set_aside_for_a_replacement_comes_back(tmp_path: Path) -> None
     made.close()
     (tmp_path / "checkpoint-1").rename(tmp_path / ".checkpoint-1.77.old")
     (tmp_path / ".checkpoint-1.77.tmp").mkdir()
-    checkpoint.sweep(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    (tmp_path / ".unet.78.tmp").mkdir()
+    (tmp_path / ".unet.78.tmp" / "model.safetensors").touch()
+    (tmp_path / ".model_index.json.78.tmp").touch()
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / ".checkpoint-2.77.old").mkdir()
+    foreign = [".git.old", ".hidden.tmp", ".lock"]
+    for name in foreign:
+        (tmp_path / name).touch()
+    files.sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*foreign, "checkpoint-1", "checkpoint-2"]
+    shutil.rmtree(tmp_path / "checkpoint-2")
     assert checkpoint.verify(checkpoint.found(tmp_path)[0])
 
 
