@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("name", nargs="?", default="demo")
     parser.add_argument("changes", nargs="*", help="options of the config: section.key=value")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=800, help="optimizer steps")
     parser.add_argument("--old", type=int, default=demo.PICTURES["old"], help="pictures of shapes that the base knows")
     parser.add_argument("--work", type=Path, default=Path("runs/forgetting"))
     arguments = parser.parse_intermixed_args()

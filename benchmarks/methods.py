@@ -4,7 +4,7 @@ Each method teaches micro-SDXL the demo's new shape from the demo's pictures, an
 and after. Beside each new picture a step has one of the shapes that the base knows, unless the row says otherwise. Each
 row runs in a process of its own, in one thread; a row that is finished is not run again.
 
-    python benchmarks/methods.py [ROW ...] [--again] [--steps 550] [--rate RATE] [--work runs/methods]
+    python benchmarks/methods.py [ROW ...] [--again] [--steps 800] [--rate RATE] [--work runs/methods]
     python benchmarks/methods.py --table      writes the table into docs/methods.md and runs nothing
 """
 
@@ -26,7 +26,7 @@ from sdxl_trainer import demo, files
 RESULT = Path(__file__).parent / "results" / "methods.json"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "methods.md"
 MARKS = ("<!-- made by python benchmarks/methods.py -->", "<!-- end -->")
-BATCH, STEPS = 8, 550
+BATCH, STEPS = 8, 800
 ASKED = {"new": 32, "old": 48}  # fewer of the demo's questions about old shapes: this is done for every row
 CLASS = 40  # pictures that the base draws, where it does
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -79,32 +79,32 @@ def together(*made: Callable[[float], Changes]) -> Callable[[float], Changes]:
 
 FULL, LORA = rules(unet=1.0), adapter()
 ROWS = {
-    "full": Row("full UNet", 5e-4, FULL),
-    "full-preservation": Row("full UNet, pictures that the base draws", 5e-4, FULL, "preservation"),
-    "full-prediction": Row("full UNet, prior prediction", 5e-4, FULL, "prediction"),
-    "full-alone": Row("full UNet, nothing that keeps the old shapes", 5e-4, FULL, ""),
-    "text": Row("UNet, and both text encoders at a quarter", 5e-4, rules(unet=1.0, text=0.25)),
-    "attention": Row("attention layers only", 1e-3, rules(attention=1.0)),
-    "lora": Row("LoRA r8, all layers (LoCon)", 2e-3, LORA),
-    "lora-preservation": Row("LoRA r8, all layers, pictures that the base draws", 2e-3, LORA, "preservation"),
-    "lora-prediction": Row("LoRA r8, all layers, prior prediction", 2e-3, LORA, "prediction"),
-    "lora-alone": Row("LoRA r8, all layers, nothing that keeps the old shapes", 2e-3, LORA, ""),
-    "lora-linear": Row("LoRA r8, linear layers", 2e-3, adapter(targets="linear")),
-    "lora-attention": Row("LoRA r8, attention", 2e-3, adapter(targets="attention")),
-    "lora-plus": Row("LoRA+ r8, all layers, B four times as fast", 1e-3, together(LORA, rules(lora_B=4.0, rest=1.0))),
-    "dora": Row("DoRA r8, all layers", 2e-3, adapter(kind="dora")),
-    "loha": Row("LoHa r8, all layers", 8e-3, adapter(kind="loha")),
-    "lokr": Row("LoKr r8, all layers", 4e-3, adapter(kind="lokr")),
-    "oft": Row("OFT, attention, blocks of 16", 2e-3, adapter(kind="oft", targets="attention", block_size=16)),
-    "boft": Row("BOFT, attention, blocks of 4", 2e-3, adapter(kind="boft", targets="attention", block_size=4)),
+    "full": Row("full UNet", 1.3e-3, FULL),
+    "full-preservation": Row("full UNet, pictures that the base draws", 1.3e-3, FULL, "preservation"),
+    "full-prediction": Row("full UNet, prior prediction", 1.3e-3, FULL, "prediction"),
+    "full-alone": Row("full UNet, nothing that keeps the old shapes", 1.3e-3, FULL, ""),
+    "text": Row("UNet, and both text encoders at a quarter", 1.3e-3, rules(unet=1.0, text=0.25)),
+    "attention": Row("attention layers only", 2e-3, rules(attention=1.0)),
+    "lora": Row("LoRA r8, all layers (LoCon)", 4e-3, LORA),
+    "lora-preservation": Row("LoRA r8, all layers, pictures that the base draws", 4e-3, LORA, "preservation"),
+    "lora-prediction": Row("LoRA r8, all layers, prior prediction", 4e-3, LORA, "prediction"),
+    "lora-alone": Row("LoRA r8, all layers, nothing that keeps the old shapes", 4e-3, LORA, ""),
+    "lora-linear": Row("LoRA r8, linear layers", 4e-3, adapter(targets="linear")),
+    "lora-attention": Row("LoRA r8, attention", 4e-3, adapter(targets="attention")),
+    "lora-plus": Row("LoRA+ r8, all layers, B four times as fast", 2e-3, together(LORA, rules(lora_B=4.0, rest=1.0))),
+    "dora": Row("DoRA r8, all layers", 4e-3, adapter(kind="dora")),
+    "loha": Row("LoHa r8, all layers", 1.2e-2, adapter(kind="loha")),
+    "lokr": Row("LoKr r8, all layers", 8e-3, adapter(kind="lokr")),
+    "oft": Row("OFT, attention, blocks of 16", 4e-3, adapter(kind="oft", targets="attention", block_size=16)),
+    "boft": Row("BOFT, attention, blocks of 4", 4e-3, adapter(kind="boft", targets="attention", block_size=4)),
     **{
-        f"qlora-{kind}": Row(f"LoRA r8, all layers, base in {kind}", 2e-3, adapter(kind))
+        f"qlora-{kind}": Row(f"LoRA r8, all layers, base in {kind}", 4e-3, adapter(kind))
         for kind in ("nf4", "int8", "fp8")
     },
     "textual-inversion": Row("textual inversion, 2 vectors", 2e-2, word),
     "pivotal": Row(
         "pivotal tuning: 2 vectors for half of the run, LoRA r8, all layers",
-        2e-3,
+        4e-3,
         together(word, LORA, rules(words=5.0, rest=1.0)),
     ),
 }
@@ -124,18 +124,26 @@ def main() -> None:
     if options.child:
         print(json.dumps(measured(options.rows[0], options)))
         return
-    results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {"base": {}, "tried": {}}
     for name in [] if options.table else options.rows or ["base", *ROWS]:
-        done = results["base"] if name == "base" else results["tried"].setdefault(name, {})
         key = "base" if name == "base" else tried(options.rate or ROWS[name].rate, options.steps)
-        if key in done and not options.again:
+        if key in of(known(), name) and not options.again:
             continue
-        done[key] = run(name, options)
-        results |= {"batch": BATCH, "asked": ASKED}
-        files.write_json(RESULT, results)
+        found = run(name, options)
+        results = known()  # read again: other rows may have been finished beside this one
+        of(results, name)[key] = found
+        files.write_json(RESULT, results | {"batch": BATCH, "asked": ASKED})
         document(results)
-        print(name, key, {kind: done[key]["accuracy"][kind]["shape"] for kind in demo.ASKED}, flush=True)
-    document(results)
+        print(name, key, {kind: found["accuracy"][kind]["shape"] for kind in demo.ASKED}, flush=True)
+    document(known())
+
+
+def known() -> dict[str, Any]:
+    return json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {"base": {}, "tried": {}}
+
+
+def of(results: dict[str, Any], name: str) -> dict[str, Any]:
+    """What was measured of a row, by rate and steps."""
+    return results["base"] if name == "base" else results["tried"].setdefault(name, {})
 
 
 def tried(rate: float, steps: int) -> str:
@@ -224,7 +232,7 @@ def prior(kind: str, new: dict[str, Any], work: Path) -> list[dict[str, Any]]:
     if kind == "preservation":
         asked = toyworld.prompts(CLASS, demo.SEEDS["old"], shapes=tuple(toyworld.BASE_SHAPES))
         drawn = {"generate": CLASS, "generate_prompts": [words for _, words in asked], "generate_batch": 10}
-        drawn |= {"generate_steps": 20, "generate_guidance": 4.0, "generate_precision": "fp32"}
+        drawn |= {"generate_steps": 20, "generate_guidance": demo.GUIDANCE, "generate_precision": "fp32"}
         return [{"path": str(work / "class"), **drawn, **common}]
     if kind == "prediction":
         return [{"path": str(renamed(Path(new["path"]), work / "renamed")), "prior_prediction": True, **common}]

@@ -296,7 +296,7 @@ def schema(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder of the demo")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 550,
+    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 800,
 ) -> None:
     """The embedded default: micro-SDXL learns a shape that it has never seen."""
     from sdxl_trainer import demo as demos
