@@ -40,9 +40,9 @@ GROUNDS = (
     "yellow",
 )  # of long captions: what the decisive word chooses from
 DECISIVE = 100  # the token from which on the decisive word stands
-STEPS = {"buckets": 100, "long captions": 240}
-RATES = {"buckets": 1.5e-4, "long captions": 4e-4}
-PICTURES = {"buckets": 480, "long captions": 80}  # to learn from
+STEPS = {"buckets": 400, "long captions": 240}
+RATES = {"buckets": 1e-3, "long captions": 4e-4}
+PICTURES = {"buckets": 960, "long captions": 80}  # to learn from
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "buckets": {
         "buckets": {"data": {"buckets": "sizes", "bucket_sizes": [[192, 96], [96, 192]]}},
@@ -127,6 +127,7 @@ def trained(work: Path, data: Path, seed: int, kind: str, changes: dict[str, dic
         },
         "schedule": {"name": "cosine", "warmup_steps": 5},
         "ema": {"enabled": True, "decay": 0.95},
+        "timesteps": {"bias": "later", "portion": 0.6, "multiplier": 3.0},  # as the base was trained
     }
     return train(validated(tree, "benchmark"))
 
