@@ -7,8 +7,6 @@ __version__ = "0.1.0"
 
 # transformers would advise on image processors that need torchvision, which nothing here uses.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# bitsandbytes would advise on kernels of the hub for CPUs, which nothing here uses.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # Threads that wait for one another must not spin: where something else wants a core, each barrier would cost a time
 # slice, and steps take a hundred times as long (docs/log.md). Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -253,9 +253,9 @@ def test_a_decoding_process_that_is_killed_costs_nothing(
             os.kill(os.getpid(), signal.SIGKILL)
         return decode(content, name)
 
-    def counting(vae: Any, writer: Any, keys: Any, batch: list[Any], device: Any) -> None:
+    def counting(vae: Any, writer: Any, keys: Any, batch: list[Any], *more: Any) -> None:
         count.append(len(batch))
-        encode_pictures(vae, writer, keys, batch, device)
+        encode_pictures(vae, writer, keys, batch, *more)
 
     own["cache"]["workers"] = 1
     with monkeypatch.context() as patched:
