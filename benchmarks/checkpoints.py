@@ -24,12 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 
-import toyworld
-from sdxl_trainer import blueprint, setup, train
-from sdxl_trainer.configfile import validated
-from sdxl_trainer.run import CONTINUE, Job, Stop
+from sdxl_trainer import blueprint, train
+from sdxl_trainer.run import Job, Stop
 
 RESULT = Path(__file__).parent / "results" / "checkpoints.json"
 AROUND = 3  # steps around a save
@@ -62,7 +61,9 @@ def command(options: argparse.Namespace) -> str:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    job = prepare(folder, options)
+    saves = {"checkpoint_every": options.every, "checkpoints_limit": 1}
+    tree = {"ema": {"enabled": True}, "train": {"steps": options.every * (options.saves + 2), **saves}}
+    job = common.job(folder, options, tree)
     began: list[float] = []
     step = train.train_step
 
@@ -107,27 +108,6 @@ def foreground(job: Job) -> float:
         job.saver.wait()
         taken.append(time.perf_counter() - before)
     return statistics.median(taken)
-
-
-def prepare(folder: Path, options: argparse.Namespace) -> Job:
-    data = toyworld.write_folder(folder / "pictures", 64, seed=0)
-    captions = [json.loads(line)["text"] for line in (data / "metadata.jsonl").read_text("utf-8").splitlines()]
-    base = blueprint.build(folder / "base", options.size, captions=captions)
-    tree = {
-        "output_dir": str(folder / "run"),
-        "model": {"path": str(base)},
-        "data": [{"path": str(data), "resolution": options.resolution, "max_upscale": 16.0}],
-        "ema": {"enabled": True},
-        "train": {
-            "steps": options.every * (options.saves + 2),
-            "batch_size": options.batch,
-            "checkpoint_every": options.every,
-            "checkpoints_limit": 1,
-        },
-    }
-    job = setup.prepare_job(validated(tree, "benchmark"), CONTINUE)
-    assert job is not None
-    return job
 
 
 if __name__ == "__main__":

@@ -40,6 +40,28 @@ def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> dict[str,
     return {"ratio": statistics.median(seconds[slow]) / statistics.median(seconds[fast]), "quartiles": [low, high]}
 
 
+def job(folder: Path, options: argparse.Namespace, sections: dict[str, Any], data: Path | None = None) -> Any:
+    """A training that is ready for its first step: of a base of random weights, of the `size`, on a folder of pictures
+    (drawn if none is given) at the `resolution`, in batches of `batch`."""
+    import toyworld
+    from sdxl_trainer import blueprint, setup
+    from sdxl_trainer.configfile import validated
+    from sdxl_trainer.run import CONTINUE
+
+    data = data or toyworld.write_folder(folder / "pictures", 64, seed=0)
+    captions = [json.loads(line)["text"] for line in (data / "metadata.jsonl").read_text("utf-8").splitlines()]
+    tree = {
+        "output_dir": str(folder / "run"),
+        "model": {"path": str(blueprint.build(folder / "base", options.size, captions=captions))},
+        "data": [{"path": str(data), "resolution": options.resolution, "max_upscale": 16.0}],
+        **sections,
+        "train": {"batch_size": options.batch, **sections["train"]},
+    }
+    made = setup.prepare_job(validated(tree, "benchmark"), CONTINUE)
+    assert made is not None
+    return made
+
+
 def installed(package: str) -> str | None:
     try:
         return version(package)

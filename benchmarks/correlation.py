@@ -36,7 +36,7 @@ from toyworld import score
 RESULT = common.RESULTS / "correlation.json"
 DOCS = Path(__file__).parent.parent / "docs"
 SIDE, STEPS, RATE = 128, 240, 7e-4
-SHAPES: dict[str, tuple[str, ...]] = {"new": (demo.SHAPE,), "old": tuple(toyworld.BASE_SHAPES)}
+SHAPES = {kind: demo.shapes_of(kind) for kind in demo.PICTURES}
 TRAINED, HELD_OUT, ASKED = {"new": 40, "old": 240}, 24, 36  # the last two of each kind
 SEEDS = {"trained": 201, "held-out": 202, "asked": 203}
 DRAWN = {"num_inference_steps": 12, "guidance_scale": demo.GUIDANCE, "height": SIDE, "width": SIDE}

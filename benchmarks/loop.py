@@ -18,12 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 
-import toyworld
-from sdxl_trainer import blueprint, setup, train
-from sdxl_trainer.configfile import validated
-from sdxl_trainer.run import CONTINUE, Job, Stop
+from sdxl_trainer import blueprint, train
+from sdxl_trainer.run import Job, Stop
 
 RESULT = Path(__file__).parent / "results" / "loop.json"
 
@@ -38,7 +37,8 @@ def main() -> None:
     parser.add_argument("--size", default="tiny", choices=sorted(blueprint.SIZES))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(prepare(Path(folder), options), options)
+        job = common.job(Path(folder), options, {"train": {"steps": 1, "checkpoint_every": 0}}, options.data)
+        result = measure(job, options)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     low, high = result["share_quartiles"]
@@ -46,21 +46,6 @@ def main() -> None:
         f"loop {result['loop_seconds']:.4f} s/step, bare {result['bare_seconds']:.4f} s/step: {result['share']:.1%} "
         f"of the loop is the work itself (quartiles of the rounds: {low:.1%}, {high:.1%})"
     )
-
-
-def prepare(folder: Path, options: argparse.Namespace) -> Job:
-    data = options.data or toyworld.write_folder(folder / "pictures", 64, seed=0)
-    captions = [json.loads(line)["text"] for line in (data / "metadata.jsonl").read_text("utf-8").splitlines()]
-    base = blueprint.build(folder / "base", options.size, captions=captions)
-    tree = {
-        "output_dir": str(folder / "run"),
-        "model": {"path": str(base)},
-        "data": [{"path": str(data), "resolution": options.resolution, "max_upscale": 16.0}],
-        "train": {"steps": 1, "batch_size": options.batch, "checkpoint_every": 0},
-    }
-    job = setup.prepare_job(validated(tree, "benchmark"), CONTINUE)
-    assert job is not None
-    return job
 
 
 def measure(job: Job, options: argparse.Namespace) -> dict[str, Any]:

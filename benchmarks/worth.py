@@ -33,12 +33,7 @@ ASKED_SEED = 9077  # no training picture was made with it
 WIDE, TALL = (96, 192), (192, 96)  # (height, width)
 LONG_SIDE = (64, 64)  # of pictures with long captions, whose backgrounds alone are read
 FILLER = "in a picture with a side, "
-GROUNDS = (
-    "black",
-    "white",
-    "blue",
-    "yellow",
-)  # of long captions: what the decisive word chooses from
+GROUNDS = ("black", "white", "blue", "yellow")  # of long captions: what the decisive word chooses from
 DECISIVE = 100  # the token from which on the decisive word stands
 STEPS = {"buckets": 400, "long captions": 240}
 RATES = {"buckets": 1e-3, "long captions": 4e-4}
@@ -101,12 +96,7 @@ def long_captioned(folder: Path, seed: int, tokenizers: Sequence[Any]) -> Path:
         scenes = grounds(toyworld.scene(200 + seed, index, holdout=False, count=1) for index in count())
         for index, scene in enumerate(islice(scenes, PICTURES["long captions"])):
             Image.fromarray(toyworld.draw(scene, LONG_SIDE)).save(folder / f"{index:03d}.png")
-            rows.append(
-                {
-                    "file_name": f"{index:03d}.png",
-                    "text": long_caption(tokenizers, scene),
-                }
-            )
+            rows.append({"file_name": f"{index:03d}.png", "text": long_caption(tokenizers, scene)})
         files.write_text(folder / "metadata.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
     return folder
 
@@ -127,7 +117,7 @@ def trained(work: Path, data: Path, seed: int, kind: str, changes: dict[str, dic
         },
         "schedule": {"name": "cosine", "warmup_steps": 5},
         "ema": {"enabled": True, "decay": 0.95},
-        "timesteps": {"bias": "later", "portion": 0.6, "multiplier": 3.0},  # as the base was trained
+        "timesteps": demo.TIMESTEPS,
     }
     return train(validated(tree, "benchmark"))
 
@@ -140,10 +130,7 @@ def embedded(model: Path, work: Path, prompts: Sequence[str], options: TextOptio
         strict=True,
     )
     assert len({len(state) for state in states}) == 1
-    return {
-        "prompt_embeds": torch.stack(states),
-        "pooled_prompt_embeds": torch.stack(pooled),
-    }
+    return {"prompt_embeds": torch.stack(states), "pooled_prompt_embeds": torch.stack(pooled)}
 
 
 def drawn(

@@ -119,11 +119,7 @@ def memory(
     """Bytes of weights, gradients, optimizer, averages and activations while training."""
     step = memories.step(config, setup.shapes(stock), precision, distributed.device_type())
     parts = memories.parts(config, sdxl, groups, step)
-    return [(name, size(value)) for name, value in {**parts, "together": sum(parts.values())}.items() if value]
-
-
-def size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    return [(name, dataset.size(value)) for name, value in {**parts, "together": sum(parts.values())}.items() if value]
 
 
 def _learns(config: Config, groups: list[parameters.Group], unet: int) -> list[tuple[str, str]]:
@@ -160,7 +156,7 @@ def _cache(base: Base, stock: Stock) -> list[tuple[str, str]]:
     (wanted, latents), texts = stock.needed, stock.missing_texts()
     bytes_ = latents.cells() * 16
     return [
-        ("latents", f"{wanted - len(latents)} cached, {len(latents)} to encode ({size(bytes_)})"),
+        ("latents", f"{wanted - len(latents)} cached, {len(latents)} to encode ({dataset.size(bytes_)})"),
         ("captions", _texts(base, stock, len(texts))),
     ]
 
@@ -170,7 +166,7 @@ def _texts(base: Base, stock: Stock, missing: int) -> str:
         return "none: the text encoders work in the step"
     first, second = (base.config(part) for part in text.PARTS)
     row = 77 * (first["hidden_size"] + second["hidden_size"]) + second.get("projection_dim", second["hidden_size"])
-    chunk = size(row * DTYPES[stock.keys.text_precision].itemsize)
+    chunk = dataset.size(row * DTYPES[stock.keys.text_precision].itemsize)
     return f"{stock.texts_needed() - missing} cached, {missing} to encode ({chunk} for each 75 tokens)"
 
 
@@ -182,7 +178,7 @@ def _disk(config: Config, saved: int) -> list[tuple[str, str]]:
     weights = _BYTES[config.train.weights]
     per_weight = weights + optim.state_bytes(config.optimizer, weights) + 4 * config.ema.enabled
     checkpoint = saved * per_weight
-    return [("each checkpoint", f"up to {size(checkpoint)}"), ("free", f"{size(free)} at {existing}")]
+    return [("each checkpoint", f"up to {dataset.size(checkpoint)}"), ("free", f"{dataset.size(free)} at {existing}")]
 
 
 def _table(title: str, rows: list[tuple[str, Any]]) -> None:

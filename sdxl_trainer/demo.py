@@ -9,14 +9,16 @@ import numpy as np
 
 from sdxl_trainer import files
 from sdxl_trainer.configfile import validated
+from sdxl_trainer.formats.folder import MICRO
 from sdxl_trainer.log import duration
 
-# A complete SDXL of 7.6 million parameters; recipes/micro makes it, docs/micro.md describes it.
-BASE = Path(__file__).parent / "assets" / "micro"
+BASE = MICRO
 SHAPE = "hourglass"  # neither the base's pictures nor its captions know it
 # Pictures to learn from: of the new shape, and, two for each of it, of those that the base knows and may not forget.
 PICTURES, SEEDS = {"new": 20, "old": 1600}, {"new": 33, "old": 55}
 RESOLUTION = 128
+# As the base was trained: shapes are decided where there is much noise.
+TIMESTEPS = {"bias": "later", "portion": 0.6, "multiplier": 3.0}
 # Asked before and after, with the same first noises.
 ASKED, ASKED_SEED = {"new": 32, "old": 96}, 9077
 SHOWN = {"new": 6, "old": 2}
@@ -70,8 +72,7 @@ def settings(out: Path, data: list[Path], steps: int) -> dict[str, Any]:
             {"path": str(path), "resolution": RESOLUTION, "caption_dropout": 0.1, "repeats": repeats}
             for path, repeats in zip(data, (PICTURES["old"] // PICTURES["new"] // 2, 1), strict=True)
         ],
-        # As the base was trained: shapes are decided where there is much noise.
-        "timesteps": {"bias": "later", "portion": 0.6, "multiplier": 3.0},
+        "timesteps": TIMESTEPS,
         "train": {"steps": steps, "batch_size": 16, "learning_rate": 1.3e-3, "checkpoint_every": max(1, steps // 2)},
         "schedule": {"name": "cosine", "warmup_steps": min(10, steps - 1)},
         "ema": {"enabled": True, "decay": 0.98},

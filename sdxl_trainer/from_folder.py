@@ -18,10 +18,10 @@ from sdxl_trainer.data import sources
 from sdxl_trainer.data.records import Record
 from sdxl_trainer.data.sources.extras import KOHYA
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats.folder import MICRO
 from sdxl_trainer.presets import Preset
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
-MICRO = Path(__file__).parent / "assets" / "micro"  # what `--model micro` means
 RUNS = Path("runs")
 MOST_REPEATS = 1000  # folders named 2024_summer are not kohya's
 

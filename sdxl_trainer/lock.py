@@ -39,6 +39,19 @@ def held(folder: Path, main: bool = True) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a run holds the folder, by what its lock says; of another machine's processes nothing more is known."""
+    try:
+        told = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        if told["host"] == socket.gethostname():
+            os.kill(told["pid"], 0)
+    except PermissionError:  # somebody else's process: it is there
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
 def _acquired(path: Path) -> int:
     """A descriptor of the locked file. POSIX record locks, unlike flock's, are not inherited by worker processes,
     which may outlive a killed run by seconds; and they reach over NFS."""

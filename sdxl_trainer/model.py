@@ -230,7 +230,7 @@ def use_attention(model: SDXL, kind: str, device: torch.device) -> str | None:
             model.unet.enable_xformers_memory_efficient_attention()
         else:
             model.unet.set_attn_processor(_npu_processor())
-    except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
+    except (ImportError, ValueError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return f"{kind} attention is not to be had here ({reason}); PyTorch's own SDPA does the same job"
     return None

@@ -1,9 +1,6 @@
 """What a run is asked for while it goes on: a checkpoint or pictures, now. A wish is an empty file in the run's folder,
 so that anything that can write there can ask: another terminal, another machine, the studio."""
 
-import json
-import os
-import socket
 import tomllib
 from pathlib import Path
 
@@ -19,7 +16,7 @@ def ask(folder: Path, names: list[str]) -> list[str]:
     for name in names:
         if name not in WISHES:
             raise UserError(f"'{name}' cannot be asked of a run", "sdxl now", f"choose from: {closest(name, WISHES)}")
-    if not _at_work(folder):
+    if not lock.is_held(folder):
         fix = "start it with sdxl train; of a run that has ended sdxl sample draws pictures"
         raise UserError("no run is at work in this folder", str(folder), fix)
     if "sample" in names and not _prompts(folder):
@@ -42,19 +39,6 @@ def granted(folder: Path) -> set[str]:
             continue
         found.add(name)
     return found
-
-
-def _at_work(folder: Path) -> bool:
-    """Whether a run holds the folder, by what its lock says; of another machine's processes nothing more is known."""
-    try:
-        told = json.loads((folder / lock.NAME).read_text(encoding="utf-8"))
-        if told["host"] == socket.gethostname():
-            os.kill(told["pid"], 0)
-    except PermissionError:  # somebody else's process: it is there
-        return True
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return True
 
 
 def _prompts(folder: Path) -> bool:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "sdxl"
+# A complete SDXL of 7.6 million parameters; recipes/micro makes it, docs/micro.md describes it.
+MICRO = SHIPPED.with_name("micro")
 INDEX = "model_index.json"
 # Component -> its weight file, as `from_pretrained` of diffusers and transformers look for it.
 WEIGHTS = {

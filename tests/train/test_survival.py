@@ -237,6 +237,15 @@ def losses(output: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
 
 
+def failed(run: Any, words: str, decode: Callable[..., Any]) -> UserError:
+    """The error of a run whose pictures are decoded by something else."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(images, "decode", decode)
+        with pytest.raises(UserError, match=words) as caught:
+            train(run)
+    return caught.value
+
+
 def test_a_decoding_process_that_is_killed_costs_nothing(
     config: Callable[..., Any],
     own: dict[str, Any],
@@ -258,11 +267,8 @@ def test_a_decoding_process_that_is_killed_costs_nothing(
         encode_pictures(vae, writer, keys, batch, *more)
 
     own["cache"]["workers"] = 1
-    with monkeypatch.context() as patched:
-        patched.setattr(images, "decode", dying)
-        with pytest.raises(UserError, match="a process that decodes pictures ended") as caught:
-            train(config(**own))
-    assert caught.value.where == "cache.workers"
+    error = failed(config(**own), "a process that decodes pictures ended", dying)
+    assert error.where == "cache.workers"
     kept = encoded(tmp_path / "cache")
     assert 1 <= kept < 6
     monkeypatch.setattr(encode, "_encode_pictures", counting)
@@ -272,11 +278,7 @@ def test_a_decoding_process_that_is_killed_costs_nothing(
 
 
 def test_pictures_that_vanish_while_they_are_encoded_are_named(
-    config: Callable[..., Any],
-    own: dict[str, Any],
-    whole: list[float],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    config: Callable[..., Any], own: dict[str, Any], whole: list[float], tmp_path: Path
 ) -> None:
     decode = images.decode
 
@@ -285,11 +287,8 @@ def test_pictures_that_vanish_while_they_are_encoded_are_named(
             (tmp_path / "own").rename(tmp_path / "aside")
         return decode(content, name)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(images, "decode", vanishing)
-        with pytest.raises(UserError, match="4 pictures cannot be used") as caught:
-            train(config(**own))
-    assert all(f"{number}.png" in caught.value.where for number in (2, 3, 4, 5))
+    error = failed(config(**own), "4 pictures cannot be used", vanishing)
+    assert all(f"{number}.png" in error.where for number in (2, 3, 4, 5))
     assert encoded(tmp_path / "cache") == 2
     (tmp_path / "aside").rename(tmp_path / "own")
     output = train(config(**own))
