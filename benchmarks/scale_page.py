@@ -18,6 +18,15 @@ SIDE = 128  # latent cells of a picture of 1024 px
 TEXT = 77 * (768 + 1280) + 1280  # numbers of a caption's embedding
 BILLION = 10**9
 NAMES = {"facts": "pictures' hashes and sizes", "index": "index of the cache", "records": "captions and places"}
+LINES = {
+    "first_step": "first step, warm cache",
+    "check": "sdxl check",
+    "first_look": "first look at every picture",
+    "peak_rss": "all",
+    "peak_anonymous": "anonymous",
+    "peak_file": "pages of files",
+    "step_cpu": "of the processor",
+}
 # What a cluster is taken to have where nothing was measured.
 GPUS, PER_NODE, LINK, RATE, SAMPLES = 1000, 8, 50e9, 200e6, 5.0
 
@@ -195,15 +204,15 @@ def panel(rows: list[dict[str, Any]], left: int, title: str, lines: dict[str, tu
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{10.0**power:g}</text>')
     for row in rows:
         x = at(row["samples"], 10.0**low)[0]
-        text = f"{row['samples']:,}" if row["samples"] < 10_000 else f"{row['samples'] // 1000:,}k"
+        text = f"{row['samples'] // 10**6} M" if row["samples"] >= 10**6 else f"{row['samples'] // 1000} k"
         parts.append(f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle" fill="#555">{text}</text>')
     for number, (name, (colour, factor)) in enumerate(lines.items()):
         points = [at(row["samples"], row[name] * factor) for row in rows if name in row]
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
-        label = name.replace("_", " ").replace("rss", "memory")
-        parts.append(f'<text x="{left}" y="{top + height + 40 + 18 * number}" fill="{colour}">{label}</text>')
+        y = top + height + 40 + 18 * number
+        parts.append(f'<text x="{left}" y="{y}" fill="{colour}">{LINES[name]}</text>')
     return parts
 
 
