@@ -4,7 +4,7 @@ The whole loop (cached rows read, random numbers drawn, noise added, step, metri
 tensors that lie in memory: UNet, loss, backward, optimizer. Both alternate in one process on the same model; the
 medians of all rounds are compared.
 
-    python benchmarks/loop.py [--data FOLDER] [--resolution 256] [--batch 4] [--rounds 15] [--steps 8]
+    python benchmarks/loop.py [--data FOLDER] [--resolution 256] [--batch 4] [--rounds 9] [--steps 40]
 """
 
 import argparse
@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="image folder; default: drawn pictures")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--size", default="tiny", choices=sorted(blueprint.SIZES))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
