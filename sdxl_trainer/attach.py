@@ -130,7 +130,10 @@ def renamed(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(key: str) -> str:
-    key = re.sub(r"\.to_(q|k|v|out)_lora\.(down|up)\.", r".\1_proj.lora.\2.", key)
+    key = key.replace(".processor.", ".")  # where older versions kept the attention's adapters
+    layer = r".\1_proj" if key.startswith("text_encoder") else r".to_\1"
+    key = re.sub(r"\.to_(q|k|v|out)_lora\.(down|up)\.", rf"{layer}.lora.\2.", key)
+    key = key.replace(".to_out.lora.", ".to_out.0.lora.")
     key = re.sub(r"\.(lora|lora_linear_layer)\.(down|up)\.", r".lora.\2.", key)
     return key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
 

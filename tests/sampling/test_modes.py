@@ -1,6 +1,7 @@
 """Every way of drawing equals the call of the stock pipeline of diffusers, pixel for pixel."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sdxl_trainer import sample
+from sdxl_trainer.blueprint import SIZES, build
+from sdxl_trainer.formats import lora
 from sdxl_trainer.sampling import order
+from tests.conftest import CAPTIONS
+from tests.convert.conftest import adapt
 
 PROMPT, OTHER = "a red circle", "a blue square"
 PLAIN = {"num_inference_steps": 4, "guidance_scale": 4.0}
@@ -175,6 +181,73 @@ def test_samplers_by_name(draw: Draw, base: Path, name: str) -> None:
     pipeline.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config, **options)
     expected = pipeline(PROMPT, height=64, width=64, generator=seeded(), **PLAIN).images[0]
     (found,) = draw(base, sampler=name)
+    assert (found == np.asarray(expected)).all()
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_loras_with_weights(draw: Draw, base: Path, tmp_path: Path) -> None:
+    """Two of them, in both layouts, of which one is subtracted; and one by itself."""
+    files = [str(tmp_path / f"{layout}.safetensors") for layout in ("diffusers", "kohya")]
+    lora.write(adapt(base), Path(files[0]), "diffusers", {})
+    lora.write(adapt(base, seed=1, rank=2, alpha=1.0, parts=("unet", "text_encoder_2")), Path(files[1]), "kohya", {})
+    pipeline = stock("StableDiffusionXLPipeline", base)
+    for name, file in zip("ab", files, strict=True):
+        pipeline.load_lora_weights(file, adapter_name=name)
+    told = {"height": 64, "width": 64, **PLAIN}
+    drawn = []
+    for weights in ({"a": 0.7, "b": -0.4}, {"a": 1.0}):
+        pipeline.set_adapters(list(weights), list(weights.values()))
+        expected = pipeline(PROMPT, generator=seeded(), **told).images[0]
+        loras = tuple(f"{file}:{weights[name]}" for name, file in zip("ab", files, strict=True) if name in weights)
+        (found,) = draw(base, loras=loras)
+        assert (found == np.asarray(expected)).all()
+        drawn.append(found)
+    (plain,) = draw(base)
+    assert all(np.abs(one - plain).max() > 3 for one in drawn)
+    assert (drawn[0] != drawn[1]).any()
+
+
+def test_embeddings(draw: Draw, base: Path, tmp_path: Path) -> None:
+    """A word of two vectors in the prompt, one of one vector in what is not to be drawn."""
+    noise = torch.Generator().manual_seed(3)
+    words = {"cat": 2, "blur": 1}
+    pipeline = stock("StableDiffusionXLPipeline", base)
+    for word, count in words.items():
+        rows = {key: torch.randn(count, width, generator=noise) for key, width in (("clip_l", 24), ("clip_g", 40))}
+        save_file(rows, tmp_path / f"{word}.safetensors")
+        for key, end in (("clip_l", ""), ("clip_g", "_2")):
+            encoder, tokenizer = getattr(pipeline, f"text_encoder{end}"), getattr(pipeline, f"tokenizer{end}")
+            pipeline.load_textual_inversion(rows[key], word, text_encoder=encoder, tokenizer=tokenizer)
+    # New words have larger ids than the end of the text, which old configs say to be the largest.
+    pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
+    told = {"negative_prompt": "a blur circle", "height": 64, "width": 64, **PLAIN}
+    expected = pipeline("a red cat", generator=seeded(), **told).images[0]
+    files = tuple(str(tmp_path / f"{word}.safetensors") for word in words)
+    (found,) = draw(base, ("a red cat",), negative="a blur circle", embeddings=files)
+    assert (found == np.asarray(expected)).all()
+    (plain,) = draw(base, ("a red cat",), negative="a blur circle")
+    assert np.abs(found - plain).max() > 3
+
+
+@pytest.mark.parametrize("skip", [1, 3, 4])
+def test_clip_skip(draw: Draw, tmp_path: Path, skip: int) -> None:
+    """Layers are counted from the end here, as in A1111; by diffusers from the last but one, where SDXL was trained."""
+    text = [replace(size, layers=4) for size in (SIZES["tiny"].text_1, SIZES["tiny"].text_2)]
+    deep = build(tmp_path / "deep", replace(SIZES["tiny"], text_1=text[0], text_2=text[1]), captions=CAPTIONS)
+    pipeline = stock("StableDiffusionXLPipeline", deep)
+    told = {"clip_skip": skip - 2, "height": 64, "width": 64, **PLAIN}
+    expected = pipeline(PROMPT, generator=seeded(), **told).images[0]
+    (found,) = draw(deep, clip_skip=skip)
+    assert (found == np.asarray(expected)).all()
+    (plain,) = draw(deep)
+    assert (found != plain).any()
+    # A negative prompt is read from the same layer as the prompt; diffusers by itself reads it from the usual one.
+    states, _, pooled, _ = pipeline.encode_prompt(OTHER, clip_skip=skip - 2, do_classifier_free_guidance=False)
+    negative = {"negative_prompt_embeds": states, "negative_pooled_prompt_embeds": pooled}
+    embeds = pipeline.encode_prompt(PROMPT, clip_skip=skip - 2, do_classifier_free_guidance=False)
+    both = {"prompt_embeds": embeds[0], "pooled_prompt_embeds": embeds[2], **negative}
+    expected = pipeline(generator=seeded(), height=64, width=64, **both, **PLAIN).images[0]
+    (found,) = draw(deep, negative=OTHER, clip_skip=skip)
     assert (found == np.asarray(expected)).all()
 
 

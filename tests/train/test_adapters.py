@@ -231,12 +231,13 @@ def test_kohya_files_are_begun_with_by_their_alpha(config: Callable[..., Any], t
 
     from sdxl_trainer.errors import UserError
 
-    adapter = {"rank": 4, "alpha": 2.0, "targets": r"text_encoder_2\..*q_proj", "parts": ["text_encoder_2"]}
+    targets = r"(unet|text_encoder_2)\..*(to_q|to_out\.0|ff\.net\.2|q_proj|out_proj)"
+    adapter = {"rank": 4, "alpha": 2.0, "targets": targets, "parts": ["unet", "text_encoder_2"]}
     first = train(config(adapter=adapter, train=TRAIN, output_dir=str(tmp_path / "first")))
     mine, kohya = load_file(first / RESULTS[0]), {}
     for name, tensor in mine.items():
-        layer, _, kind = name.removeprefix("text_encoder_2.").rpartition(".lora_")
-        stem = "lora_te2_" + layer.replace(".", "_")
+        layer, _, kind = name.rpartition(".lora_")
+        stem = "lora_" + layer.replace("text_encoder_2", "te2").replace(".", "_")
         kohya[f"{stem}.lora_{'down' if kind.startswith('A') else 'up'}.weight"] = tensor
         kohya[f"{stem}.alpha"] = torch.tensor(2.0)
     save_file(kohya, tmp_path / "kohya.safetensors")
