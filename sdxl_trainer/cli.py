@@ -87,9 +87,12 @@ def train(
 @app.command()
 def now(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="output folder of a run that is at work")],
-    wishes: Annotated[list[str], typer.Argument(metavar="save|sample...", help="a checkpoint, validation pictures")],
+    wishes: Annotated[
+        list[str],
+        typer.Argument(metavar="save|sample|pause|continue...", help="a checkpoint, pictures, to hold, to go on"),
+    ],
 ) -> None:
-    """Ask a run that goes on for a checkpoint or for its validation pictures, now."""
+    """Ask a run that goes on for a checkpoint or for its validation pictures, now, or to pause and to continue."""
     from sdxl_trainer import wishes as known
 
     print("\n".join(known.ask(run, wishes)))

@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from sdxl_trainer.data.loader import Batch
 from sdxl_trainer.errors import Interrupted, UserError, shortened
 from sdxl_trainer.formats import pretrained
 from sdxl_trainer.run import CONTINUE, Job, Run, Start, State, Stop, Unread, stopping
+
+BETWEEN_LOOKS = 0.5  # seconds in which a paused run asks whether it may go on
 
 
 def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tuple[Tensor, Tensor, float]:
@@ -78,7 +81,7 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
     output = Path(config.output_dir).expanduser()
     with stopping() as stop, lock.held(output, distributed.leads()), guards.memory_explained(config):
         if distributed.leads():
-            wishes.granted(output)  # those of an earlier run, which ended before it saw them
+            wishes.forget(output)  # those of an earlier run, which ended before it saw them
         job = setup.prepare_job(config, start)
         if job is None:
             return output
@@ -89,6 +92,8 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
         finally:
             job.pulse.close()
             job.console.end()
+            if distributed.leads():
+                wishes.forget(output)
             try:
                 job.saver.close()
             finally:
@@ -139,7 +144,7 @@ def _loop(job: Job, stop: Stop) -> None:
         state.unread.append(Unread(row, loss, norm, names, torch.cat(state.each)))
         done = state.step == run.steps or held_out.enough(job)
         asked = _asked(job, stop) if state.step % read_every == 0 or done else set[str]()
-        saving = bool(asked & {"stop", "save"}) or held_out.new_best(job)
+        saving = bool(asked & {"stop", "save", "pause"}) or held_out.new_best(job)
         saving = saving or bool(config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0)
         if saving or done or state.step % read_every == 0:
             _read(job)
@@ -148,17 +153,27 @@ def _loop(job: Job, stop: Stop) -> None:
             _save(job)
         if "stop" in asked or done:
             return
-        if "sample" in asked or job.validator.due(state.step, run.steps, job.order.steps_per_epoch):
+        drawing = "sample" in asked or job.validator.due(state.step, run.steps, job.order.steps_per_epoch)
+        if drawing:
             with job.watch.phase("validation pictures"):
                 finish.draw_validation(job)
-        elif not measured:
-            continue
-        finish.write_report(job)
+        if drawing or measured:
+            finish.write_report(job)
+        if "pause" in asked and _held(job, stop):
+            return
 
 
 def _asked(job: Job, stop: Stop) -> set[str]:
-    """What any process was told since the last look: to stop by a signal, to save or sample by a wish. All do it after
-    the same step."""
+    """What any process was told since the last look: to stop by a signal, to save, sample or pause by a wish. All do it
+    after the same step."""
+    asked = _told(job, stop)
+    if wished := sorted(asked - {"stop"}):
+        job.console.say(f"step {job.state.step}: asked to {' and '.join(wished)} now")
+    return asked
+
+
+def _told(job: Job, stop: Stop) -> set[str]:
+    """The same on all processes."""
     accelerator = job.run.accelerator
     wished = wishes.granted(job.output) if accelerator.is_main_process else set[str]()
     if accelerator.num_processes > 1:
@@ -167,9 +182,29 @@ def _asked(job: Job, stop: Stop) -> set[str]:
         wished = {name for name, some in zip(wishes.WISHES, given, strict=True) if some}
     if not job.run.config.validation.prompts:
         wished.discard("sample")
-    if wished:
-        job.console.say(f"step {job.state.step}: asked to {' and '.join(sorted(wished))} now")
     return wished | ({"stop"} if stop.signal else set())
+
+
+def _held(job: Job, stop: Stop) -> bool:
+    """Hold for as long as the run is asked to pause, its step saved; whether it was told to stop meanwhile. Pictures
+    that are asked for are drawn."""
+    state, accelerator = job.state, job.run.accelerator
+    job.saver.wait()
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    job.console.end()
+    job.console.say(f"paused after step {state.step}, which is saved; 'sdxl now {job.output} continue' goes on")
+    while "pause" in (told := _told(job, stop)) and "stop" not in told:
+        if "sample" in told:
+            with job.watch.phase("validation pictures"):
+                finish.draw_validation(job)
+            finish.write_report(job)
+        job.pulse.beat(state.step)
+        with job.watch.phase("paused"):
+            sleep(BETWEEN_LOOKS)
+    job.console.say("goes on")
+    job.console.progress(state.step, job.run.steps, "steps")
+    return "stop" in told
 
 
 def _read(job: Job) -> None:

@@ -24,17 +24,22 @@ TRAIN = {"steps": 6, "batch_size": 4, "micro_batch": 2, "checkpoint_every": 3, "
 
 
 def asking_rank(path: str, number: int, processes: int, port: int) -> None:
-    """In the second step the last process, which does not lead, leaves wishes in the folder."""
+    """In the second step the last process, which does not lead, leaves wishes in the folder; paused, it goes on."""
     from sdxl_trainer import train, wishes
 
     original = train.train_step
 
     def step(run: Any, state: Any, *more: Any) -> Any:
         if state.step == 1 and number == processes - 1:
-            wishes.ask(Path(run.config.output_dir), ["save", "sample"])
+            wishes.ask(Path(run.config.output_dir), ["sample", "pause"])
         return original(run, state, *more)
 
-    train.train_step = step
+    def rest(seconds: float) -> None:
+        folder = Path(path).with_suffix("")
+        if number == processes - 1 and wishes.asked_to_pause(folder):
+            wishes.ask(folder, ["continue"])
+
+    train.train_step, train.sleep = step, rest
     rank(path, number, processes, port)
 
 

@@ -1,6 +1,8 @@
 """What a run is asked for while it goes on."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from sdxl_trainer import checkpoint, files, lock, train, wishes
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.errors import Interrupted, UserError
 
 VALIDATION = {"prompts": ["a red circle"], "images": 1, "steps": 2}
 
@@ -45,6 +47,56 @@ def test_a_run_saves_and_samples_when_it_is_asked_and_learns_the_same(
     assert files.tree_hashes(alone / "unet") == files.tree_hashes(asked / "unet")
 
 
+def test_a_paused_run_is_saved_draws_and_goes_on_to_the_same_end(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = {name: tmp_path / name for name in ("alone", "paused", "stopped")}
+    seen: list[int] = []
+
+    def run(name: str) -> Path:
+        return train.train(
+            config(output_dir=str(folders[name]), train={"steps": 4, "checkpoint_every": 0}, validation=VALIDATION)
+        )
+
+    alone, original = run("alone"), train.train_step
+
+    def pausing(name: str, rest: Callable[[float], None]) -> None:
+        def step(made: Any, state: Any, *more: Any) -> Any:
+            if state.step == 1:
+                said = wishes.ask(folders[name], ["pause"])
+                assert said == ["the run saves a checkpoint and holds after the step that is running"]
+            return original(made, state, *more)
+
+        monkeypatch.setattr(train, "train_step", step)
+        monkeypatch.setattr(train, "sleep", rest)
+
+    def rest(seconds: float) -> None:
+        folder = folders["paused"]
+        seen.append(len((folder / "metrics.jsonl").read_text().splitlines()))
+        checkpoint.verify(checkpoint.Checkpoint(folder / "checkpoint-2", 2))
+        if len(seen) == 1:
+            with pytest.raises(UserError, match="pause, which saves its last step"):
+                wishes.ask(folder, ["save"])
+            assert wishes.ask(folder, ["sample"]) == ["the validation pictures are drawn while the run is paused"]
+        else:
+            assert (folder / "samples/step-000002/0-0.png").is_file()
+            assert wishes.ask(folder, ["continue"]) == ["the run goes on"]
+
+    pausing("paused", rest)
+    assert files.tree_hashes(run("paused") / "unet") == files.tree_hashes(alone / "unet")
+    assert seen == [2, 2]
+    assert "paused after step 2, which is saved; 'sdxl now" in capsys.readouterr().err
+    assert json.loads((folders["paused"] / "manifest.json").read_text())["timings"].keys() >= {"paused"}
+
+    pausing("stopped", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        run("stopped")
+    assert [p.name for p in folders["stopped"].glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (folders["stopped"] / wishes.WISHES["pause"]).exists()
+    monkeypatch.setattr(train, "train_step", original)
+    assert files.tree_hashes(run("stopped") / "unet") == files.tree_hashes(alone / "unet")
+
+
 def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     def asking(*names: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "sdxl_trainer", "now", str(tmp_path), *names]
@@ -63,6 +115,14 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
         done = asking("save")
         assert (done.returncode, done.stderr) == (0, "")
         assert wishes.granted(tmp_path) == {"save"}
+        with pytest.raises(UserError, match="is not paused"):
+            wishes.ask(tmp_path, ["continue"])
+        wishes.ask(tmp_path, ["pause"])
+        with pytest.raises(UserError, match="goes with no other"):
+            wishes.ask(tmp_path, ["continue", "save"])
+        assert wishes.granted(tmp_path) == wishes.granted(tmp_path) == {"pause"}, "it stays until it is taken back"
+        wishes.forget(tmp_path)
+        assert wishes.granted(tmp_path) == set()
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     gone = {"pid": process.pid, "host": socket.gethostname()}
