@@ -271,6 +271,21 @@ def report(
 
 
 @app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="output folder of a finished run")],
+    name: Annotated[str | None, typer.Option("--id", help="you/name; default: hub.id, or the folder's name")] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="of a new repository")] = None,
+    look: Annotated[bool, typer.Option("--look", help="say what would be done, and do nothing")] = False,
+) -> None:
+    """Upload a run's result with its card to the Hugging Face hub, after saying what that means."""
+    from sdxl_trainer import publish
+
+    print("\n".join(publish.planned(run, name, private).told()), flush=True)
+    if not look:
+        print(f"pushed to {publish.push(run, name, private)}")
+
+
+@app.command()
 def ui(
     folder: Annotated[Path, typer.Argument(help="where configs and runs are kept")] = Path(),
     port: Annotated[int, typer.Option(min=0, max=65535, help="port of this machine; 0: any that is free")] = 7860,

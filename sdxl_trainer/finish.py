@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sdxl_trainer import checkpoint, export, files, manifest, optim, publish, report, sharding
+from sdxl_trainer import checkpoint, export, files, hub, manifest, optim, publish, report, sharding
 from sdxl_trainer.base import Base
-from sdxl_trainer.data import prepare
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.run import Job
 
@@ -45,10 +44,7 @@ def conclude(job: Job) -> None:
     accelerator.wait_for_everyone()
     job.trackers.close()
     if accelerator.is_main_process and config.hub.push:
-        cached = prepare.cache_folder(config)
-        left_out = [f"{config.log.dir}/*"]
-        left_out += [f"{cached.relative_to(job.output)}/*"] if cached.is_relative_to(job.output) else []
-        job.console.say(f"pushed to {publish.push(job.output, config.hub, left_out)}")
+        job.console.say(f"pushed to {hub.push(job.output, config.hub, hub.left_out(config, job.output))}")
 
 
 def write_report(job: Job) -> None:

@@ -1,17 +1,15 @@
-"""The model card of a finished run, and its copy on the Hugging Face hub."""
+"""The model card of a finished run, and its way to the Hugging Face hub."""
 
 import json
 import re
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sdxl_trainer import configfile, files, hub, lock
 from sdxl_trainer.config import Adapter, Config, Data, Hub, Model
 from sdxl_trainer.errors import UserError
 
-# What stays here: states to resume from, caches, logs, unfinished files (and the old names of such folders).
-LEFT_OUT = ("checkpoint-*", "cache/*", "logs/*", "wandb/*", "step_*", "epoch_*", "*.tmp*")
 TAGS = ("text-to-image", "diffusers", "diffusers-training", "stable-diffusion-xl", "stable-diffusion-xl-diffusers")
 OPENRAIL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -72,66 +70,33 @@ def card(run_dir: Path, config: Config, repo_id: str | None = None) -> str:
     return _front_matter(config, licence, samples) + "\n" + "\n\n".join(part for part in sections if part) + "\n"
 
 
-def repository(output_dir: Path, hub: Hub) -> str:
-    """Make sure, before anything is spent, that the result can be uploaded; the full name of its repository."""
-    return _repository(output_dir, hub, "nothing has been trained yet")
+def planned(run_dir: Path, repo_id: str | None = None, private: bool | None = None) -> hub.Plan:
+    """What an upload of a finished run would do; what is not given is as its config says. UserError if it has left no
+    result."""
+    config, target = _target(run_dir, repo_id, private)
+    return hub.planned(run_dir, target, hub.left_out(config, run_dir))
 
 
-def push(folder: Path, hub: Hub, left_out: Sequence[str] = ()) -> str:
-    """Upload a run's result, without `left_out` and what only serves to continue it. The address of its page."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-
-    name = hub.id or folder.resolve().name
-    ignored = [*LEFT_OUT, *left_out]
-    excluded = " ".join(f"'{pattern}'" for pattern in ignored)
-    later = f"the result is safe in {folder}; later: hf upload {name} {shlex.quote(str(folder))} . --exclude {excluded}"
-    repo_id = _repository(folder, hub, later)
-    try:
-        HfApi().upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="End of training", ignore_patterns=ignored
-        )
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise _explained(error, repo_id, later) from None
-    return f"{HfApi().endpoint}/{repo_id}"
+def push(run_dir: Path, repo_id: str | None = None, private: bool | None = None) -> str:
+    """Upload the result of a finished run; the address of its page. A card that nobody changed will name it."""
+    config, target = _target(run_dir, repo_id, private)
+    readme = run_dir / "README.md"
+    if readme.read_text(encoding="utf-8") == card(run_dir, config):
+        files.write_text(readme, card(run_dir, config, target.id))
+    return hub.push(run_dir, target, hub.left_out(config, run_dir))
 
 
-def _repository(folder: Path, hub: Hub, safe: str) -> str:
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HTTPError
-
-    name = hub.id or folder.resolve().name
-    if not get_token():
-        raise UserError(f"no token to push '{name}' to the hub", "hub.push", f"hf auth login, or set HF_TOKEN; {safe}")
-    try:
-        return HfApi().create_repo(name, private=hub.private or None, exist_ok=True).repo_id
-    except (HTTPError, OSError, ValueError) as error:
-        raise _explained(error, name, safe) from None
-
-
-def _explained(error: Exception, name: str, safe: str) -> UserError:
-    """The error of a library as one for the user, who wants to know first that the result is not lost."""
-    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
-
-    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    known = {
-        401: ("the hub does not accept this token", "hf auth login with a token that may write"),
-        403: (f"this token may not write to '{name}'", "use a token that may, or another hub.id"),
-        404: (f"the hub has no repository '{name}', or hides it from this token", "use a token that may write to it"),
-    }
-    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-    if status in known:
-        what, fix = known[status]
-    elif isinstance(cause, OfflineModeIsEnabled):
-        what, fix = "the hub is switched off by HF_HUB_OFFLINE", "unset HF_HUB_OFFLINE"
-    elif isinstance(cause, HFValidationError):
-        what, fix = f"'{name}' cannot be the name of a repository", "set hub.id to 'you/name' (letters, digits, -_.)"
-    elif isinstance(cause, HTTPError | ConnectionError) and status is None:
-        what, fix = f"the hub cannot be reached ({reason})", "check the network"
-    else:
-        what, fix = f"the hub refused '{name}' ({status or reason})", "try again"
-    return UserError(what, "hub.push", f"{fix}; {safe}")
+def _target(run_dir: Path, repo_id: str | None, private: bool | None) -> tuple[Config, Hub]:
+    path = run_dir / "config.toml"
+    if not path.is_file():
+        raise UserError("there is no run in this folder", str(run_dir), "give the output folder of a run")
+    if lock.is_held(run_dir):
+        raise UserError("a run is at work in this folder", str(run_dir), "let it end first")
+    if not (run_dir / "README.md").is_file():
+        raise UserError("this run has left no result yet", str(run_dir), "let it end first; the same command continues")
+    config = configfile.load(path)
+    private = config.hub.private if private is None else private
+    return config, Hub(push=True, id=repo_id or config.hub.id, private=private)
 
 
 def _front_matter(config: Config, licence: dict[str, Any], samples: list[dict[str, Any]]) -> str:

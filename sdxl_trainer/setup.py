@@ -18,6 +18,7 @@ from sdxl_trainer import (
     files,
     guards,
     held_out,
+    hub,
     kinds,
     manifest,
     memory,
@@ -26,7 +27,6 @@ from sdxl_trainer import (
     objective,
     optim,
     parameters,
-    publish,
     resume,
     sample,
     schedule,
@@ -85,7 +85,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     _refuse_early(config, base, stock, accelerator.device, accelerator.num_processes, precision)
     config = fitted(config, base, stock, begin.checkpoint, precision, console.say)
     if config.hub.push and accelerator.is_main_process:
-        publish.repository(output, config.hub)
+        hub.repository(output, config.hub)
     with watch.phase("encoding"):
         fill(config, base, stock, accelerator, console)
     with watch.phase("loading the model"):

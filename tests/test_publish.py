@@ -13,9 +13,11 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 
+from sdxl_trainer import configfile, lock, publish
 from sdxl_trainer.config import Config, Hub
 from sdxl_trainer.errors import UserError
-from sdxl_trainer.publish import card, push, repository
+from sdxl_trainer.hub import planned, push, repository
+from sdxl_trainer.publish import card
 from tests.compat import hub as standin
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +197,44 @@ def test_push_uploads_the_result_and_nothing_else(run_dir: Path, hub: standin.Hu
     assert hub.private == set()
 
 
+def test_what_an_upload_would_do_is_what_it_does(run_dir: Path, hub: standin.Hub) -> None:
+    (run_dir / ".pause").touch()
+    plan = planned(run_dir, Hub(push=True), left_out=["tensorboard-logs/*"])
+    assert hub.requests == [], "it asks nobody"
+    push(run_dir, Hub(push=True), left_out=["tensorboard-logs/*"])
+    assert dict(plan.files) == {name: len(data) for name, data in hub.repositories["me/my-model"].items()}
+    assert plan.token
+    said = "\n".join(plan.told())
+    assert "my-model, in the account of the token" in said
+    assert "public, everybody can see it" in said
+    assert TOKEN not in said
+
+
+def test_a_finished_run_is_pushed_by_a_command(run_dir: Path, hub: standin.Hub) -> None:
+    made = config(output_dir=str(run_dir), cache={"path": str(run_dir / "cache")})
+
+    def command(*more: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "sdxl_trainer", "push", str(run_dir), *more]
+        return subprocess.run(words, env={**os.environ, **hub.environment()}, capture_output=True, text=True)
+
+    assert "there is no run in this folder" in command().stderr
+    (run_dir / "config.toml").write_text(configfile.dumps(made))
+    assert "has left no result yet" in command().stderr
+    (run_dir / "README.md").write_text(card(run_dir, made))
+    looked = command("--id", "me/style", "--private", "--look")
+    assert (looked.returncode, hub.requests) == (0, [])
+    done = command("--id", "me/style", "--private")
+    assert done.stdout.splitlines() == [*looked.stdout.splitlines(), f"pushed to {hub.url}/me/style"]
+    assert hub.private == {"me/style"}
+    assert b'from_pretrained("me/style"' in hub.repositories["me/style"]["README.md"]
+    assert TOKEN not in done.stdout + done.stderr
+    (run_dir / "README.md").write_text("my own words")
+    publish.push(run_dir, "me/style")
+    assert hub.repositories["me/style"]["README.md"] == b"my own words"
+    with lock.held(run_dir), pytest.raises(UserError, match="at work"):
+        publish.planned(run_dir)
+
+
 def test_push_again_and_elsewhere(run_dir: Path, hub: standin.Hub) -> None:
     first = push(run_dir, Hub(push=True, id="team/other", private=True))
     assert push(run_dir, Hub(push=True, id="team/other", private=True)) == first
@@ -202,8 +242,8 @@ def test_push_again_and_elsewhere(run_dir: Path, hub: standin.Hub) -> None:
 
 
 def test_the_environment_decides_in_a_process_of_its_own(run_dir: Path, hub: standin.Hub) -> None:
-    code = "import sys; from pathlib import Path; from sdxl_trainer.config import Hub; from sdxl_trainer import publish"
-    code += "; publish.push(Path(sys.argv[1]), Hub(push=True)); assert 'torch' not in sys.modules"
+    code = "import sys; from pathlib import Path; from sdxl_trainer.config import Hub; from sdxl_trainer import hub"
+    code += "; hub.push(Path(sys.argv[1]), Hub(push=True)); assert 'torch' not in sys.modules"
     environment = {**os.environ, **hub.environment(), "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code, str(run_dir)], check=True, env=environment, capture_output=True)
     assert "model_index.json" in hub.repositories["me/my-model"]
@@ -232,7 +272,7 @@ def test_refusals_say_that_the_result_is_safe(
     with pytest.raises(UserError) as caught:
         push(run_dir, Hub(push=True))
     assert what in caught.value.what
-    assert f"the result is safe in {run_dir}; later: hf upload" in caught.value.fix
+    assert f"the result is safe in {run_dir}; later: sdxl push" in caught.value.fix
     assert TOKEN not in str(caught.value)
 
 

@@ -74,7 +74,7 @@ LAYERS = [
     ["overview"],
     ["distributed", "sample", "sampling", "checkpoint", "prior"],
     ["class_pictures", "mirror"],
-    ["validate", "publish", "saver"],
+    ["validate", "hub", "publish", "saver"],
     ["run"],
     ["manifest", "resume"],
     ["export"],

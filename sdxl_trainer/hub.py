@@ -1,0 +1,119 @@
+"""A run's result on the Hugging Face hub: what an upload would do, and the upload. The token is never shown."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdxl_trainer.config import Config, Hub
+from sdxl_trainer.errors import UserError, shortened
+
+# What stays here: states to resume from, caches, logs, unfinished files (and the old names of such folders).
+LEFT_OUT = ("checkpoint-*", "cache/*", "logs/*", "wandb/*", "step_*", "epoch_*", "*.tmp*", ".lock", ".pause")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an upload would do: to which repository, public or private if it is a new one, and which files with their
+    bytes. `token`: whether this machine has one."""
+
+    repository: str
+    private: bool
+    files: tuple[tuple[str, int], ...]
+    token: bool
+
+    def told(self) -> list[str]:
+        """The plan in words."""
+        where = self.repository if "/" in self.repository else f"{self.repository}, in the account of the token"
+        seen = "nobody else sees it" if self.private else "everybody can see it, with its prompts and pictures"
+        total = sum(size for _, size in self.files) / 1e6
+        names = sorted({name.split("/")[0] + "/" * ("/" in name) for name, _ in self.files})
+        token = "this machine has one" if self.token else "none on this machine: hf auth login, or set HF_TOKEN"
+        return [
+            f"to: {where}",
+            f"if it is new: {'private' if self.private else 'public'}, {seen}; one that is there stays as it is",
+            f"what: {len(self.files)} files, {total:.1f} MB: {shortened(names, 20)}",
+            "not: checkpoints, caches, logs",
+            f"token: {token}",
+        ]
+
+
+def left_out(config: Config, output: Path) -> list[str]:
+    """What of a run's folder serves only to continue it, where its config says so."""
+    cached = Path(config.cache.path or output / "cache").expanduser()
+    found = [f"{config.log.dir}/*"]
+    return found + ([f"{cached.relative_to(output)}/*"] if cached.is_relative_to(output) else [])
+
+
+def planned(folder: Path, hub: Hub, left_out: Sequence[str] = ()) -> Plan:
+    """What `push` would do. It asks nobody."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    ignored = [*LEFT_OUT, *left_out, *DEFAULT_IGNORE_PATTERNS]
+    kept = filter_repo_objects(names, ignore_patterns=ignored)
+    sizes = tuple((name, (folder / name).stat().st_size) for name in kept)
+    return Plan(hub.id or folder.resolve().name, hub.private, sizes, bool(get_token()))
+
+
+def repository(output_dir: Path, hub: Hub) -> str:
+    """Make sure, before anything is spent, that the result can be uploaded; the full name of its repository."""
+    return _repository(output_dir, hub, "nothing has been trained yet")
+
+
+def push(folder: Path, hub: Hub, left_out: Sequence[str] = ()) -> str:
+    """Upload a run's result, without `left_out` and what only serves to continue it. The address of its page."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    name = hub.id or folder.resolve().name
+    ignored = [*LEFT_OUT, *left_out]
+    chosen = shlex.join(["--id", name, *(["--private"] if hub.private else [])])
+    later = f"the result is safe in {folder}; later: sdxl push {shlex.quote(str(folder))} {chosen}"
+    repo_id = _repository(folder, hub, later)
+    try:
+        HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="End of training", ignore_patterns=ignored
+        )
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise _explained(error, repo_id, later) from None
+    return f"{HfApi().endpoint}/{repo_id}"
+
+
+def _repository(folder: Path, hub: Hub, safe: str) -> str:
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HTTPError
+
+    name = hub.id or folder.resolve().name
+    if not get_token():
+        raise UserError(f"no token to push '{name}' to the hub", "hub.push", f"hf auth login, or set HF_TOKEN; {safe}")
+    try:
+        return HfApi().create_repo(name, private=hub.private or None, exist_ok=True).repo_id
+    except (HTTPError, OSError, ValueError) as error:
+        raise _explained(error, name, safe) from None
+
+
+def _explained(error: Exception, name: str, safe: str) -> UserError:
+    """The error of a library as one for the user, who wants to know first that the result is not lost."""
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    known = {
+        401: ("the hub does not accept this token", "hf auth login with a token that may write"),
+        403: (f"this token may not write to '{name}'", "use a token that may, or another hub.id"),
+        404: (f"the hub has no repository '{name}', or hides it from this token", "use a token that may write to it"),
+    }
+    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    if status in known:
+        what, fix = known[status]
+    elif isinstance(cause, OfflineModeIsEnabled):
+        what, fix = "the hub is switched off by HF_HUB_OFFLINE", "unset HF_HUB_OFFLINE"
+    elif isinstance(cause, HFValidationError):
+        what, fix = f"'{name}' cannot be the name of a repository", "set hub.id to 'you/name' (letters, digits, -_.)"
+    elif isinstance(cause, HTTPError | ConnectionError) and status is None:
+        what, fix = f"the hub cannot be reached ({reason})", "check the network"
+    else:
+        what, fix = f"the hub refused '{name}' ({status or reason})", "try again"
+    return UserError(what, "hub.push", f"{fix}; {safe}")
