@@ -43,6 +43,26 @@ def test_axes_of_flat_lines(value: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([0.004, 3.0], (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)),
+        ([0.11, 0.14], (0.11, 0.12, 0.13, 0.14)),
+        ([1e-9, 1e3], tuple(10.0**power for power in range(-9, 4, 2))),
+    ],
+)
+def test_a_logarithmic_axis(values: list[float], ticks: tuple[float, ...]) -> None:
+    (axis,) = charts.logarithmic(values)
+    assert axis.ticks == pytest.approx(ticks)
+    assert (axis.place(values[0]), axis.place(values[1])) == (0, 1000)
+    assert axis.place(math.sqrt(values[0] * values[1])) == pytest.approx(500)
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], [-1.0, 1.0], [0.5, 0.5]])
+def test_some_values_have_no_logarithmic_axis(values: list[float]) -> None:
+    assert charts.logarithmic(values) == ()
+
+
+@pytest.mark.parametrize(
     ("value", "said"),
     [
         (0, "0"),

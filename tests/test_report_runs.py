@@ -249,6 +249,13 @@ def test_the_keyboard_alone_reads_a_curve_and_compares_pictures(browser: Browser
     assert run('document.querySelector(".chart.lines output").textContent').startswith("step 0: held-out pictures")
     press("ArrowRight")
     assert run('document.querySelector(".chart.lines output").textContent').startswith("step 50: ")
+    run('document.querySelector(".scale").focus()')
+    press("Enter")
+    shown = (
+        "[...document.querySelectorAll('.plot')].filter((plot) => plot.checkVisibility()).map((plot) => plot.className)"
+    )
+    assert run(shown) == ["plot log"] * 3 + ["plot"] * 4, "all charts of losses have the other axis"
+    assert run('document.querySelector(".scale").ariaPressed') == "true"
     run('document.getElementById("steps").focus()')
     press("Home")
     assert run('document.querySelector(".steps output").textContent') == "step 0"

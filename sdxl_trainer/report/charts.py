@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ class Chart:
     title: str
     from_zero: bool = True
     smooth: bool = False
+    log: bool = False  # also on a logarithmic axis, for the reader to choose
 
 
 CHARTS = (
-    Chart("loss", "Training loss", from_zero=False, smooth=True),
+    Chart("loss", "Training loss", from_zero=False, smooth=True, log=True),
     Chart("learning_rate", "Learning rate"),
     Chart("grad_norm", "Gradient norm"),
     Chart("samples_per_second", "Pictures per second"),
@@ -38,10 +39,14 @@ class Axis:
     low: float
     high: float
     ticks: tuple[float, ...]
+    log: bool = False
 
     def place(self, value: float) -> float:
         """Where a value lies, from 0 to 1000; what is beyond lies on the edge."""
-        return 1000 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
+        if value <= self.low or value >= self.high:
+            return 0.0 if value <= self.low else 1000.0
+        low, at, high = (math.log(v) if self.log else v for v in (self.low, value, self.high))
+        return 1000 * (at - low) / (high - low)
 
 
 def series(metrics: Sequence[dict[str, Any]], key: str) -> list[Point]:
@@ -106,6 +111,34 @@ def vertical(chart: Chart, values: Sequence[float]) -> tuple[Axis, int]:
     return scale, sum(value > scale.high * (1 + 1e-9) for value in values)
 
 
+def logarithmic(values: Sequence[float]) -> tuple[Axis, ...]:
+    """A logarithmic axis from the least to the largest value; none where they are not all above zero, or all alike."""
+    low, high = min(values), max(values)
+    if low <= 0 or high < 1.01 * low:
+        return ()
+    decades = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    marks = [factor * decade for decade in decades for factor in (1, 2, 5)]
+    if sum(low <= mark <= high for mark in marks) < 3:
+        marks = list(axis(low, high, 4).ticks)
+    elif len(marks) > 12:
+        marks = decades[:: math.ceil(len(decades) / 7)]
+    return (Axis(low, high, tuple(mark for mark in marks if low <= mark <= high), log=True),)
+
+
+def plots(x: Axis, scales: Sequence[Axis], drawn: Callable[[Axis], str]) -> str:
+    """The same lines on each axis of values; the script of the page shows one of them."""
+    return "".join(
+        f'<div class="plot{" log" if y.log else ""}">{labels(x, y)}{drawn(y)}<i class="cross"></i></div>'
+        for y in scales
+    )
+
+
+def scale_switch(scales: Sequence[Axis]) -> str:
+    """The button that changes the axis of values, where there is a choice."""
+    made = '<button type="button" class="scale scripted" aria-pressed="false">log axis</button>'
+    return made if len(scales) > 1 else ""
+
+
 def figure(chart: Chart, metrics: Sequence[dict[str, Any]]) -> str:
     """A chart with title, axes, line(s) and a read-out; nothing where the run has no such numbers."""
     points = series(metrics, chart.key)
@@ -115,6 +148,7 @@ def figure(chart: Chart, metrics: Sequence[dict[str, Any]]) -> str:
     values = [value for _, value in points]
     x = axis(steps[0], steps[-1], 5, whole=True)
     y, above = vertical(chart, values)
+    scales = [y, *(logarithmic(values) if chart.log else ())]
     chosen = kept(points)
     lines = [("raw" if chart.smooth else "line", [points[i] for i in chosen])]
     readout = [f"{chart.title} {short(values[-1])} at step {count(steps[-1])}"]
@@ -131,9 +165,9 @@ def figure(chart: Chart, metrics: Sequence[dict[str, Any]]) -> str:
         f"lowest {short(min(values))}, highest {short(max(values))}."
     )
     return (
-        f'<figure class="chart {chart.key}" tabindex="0" data-title="{chart.title}" {_hover(lines, x, y)}>'
-        f"<figcaption><b>{chart.title}</b>{_legend(chart, len(points))}</figcaption>"
-        f'<div class="plot">{labels(x, y)}{_svg(lines, x, y, spoken)}<i class="cross"></i></div>'
+        f'<figure class="chart {chart.key}" tabindex="0" data-title="{chart.title}" {_hover(lines, x, scales)}>'
+        f"<figcaption><b>{chart.title}</b>{_legend(chart, len(points))}{scale_switch(scales)}</figcaption>"
+        f"{plots(x, scales, lambda scale: _svg(lines, x, scale, spoken))}"
         f'<output aria-live="polite">{"; ".join(readout)}</output></figure>'
     )
 
@@ -177,12 +211,12 @@ def _path(points: Sequence[Point], x: Axis, y: Axis) -> str:
     return "M" + "L".join(places if len(places) > 1 else places * 2)
 
 
-def _hover(lines: Sequence[tuple[str, Sequence[Point]]], x: Axis, y: Axis) -> str:
+def _hover(lines: Sequence[tuple[str, Sequence[Point]]], x: Axis, scales: Sequence[Axis]) -> str:
     """The numbers that the read-out needs, as attributes."""
     data = {
         "x": [step for step, _ in lines[0][1]],
         "values": [[float(f"{value:.4g}") for _, value in points] for _, points in lines],
         "places": [round(x.place(step), 1) for step, _ in lines[0][1]],
-        "heights": [round(y.place(value), 1) for _, value in lines[-1][1]],
+        "heights": [[round(scale.place(v), 1) for _, v in lines[-1][1]] for scale in scales],
     }
     return f"data-points='{json.dumps(data, separators=(',', ':'))}'"

@@ -124,12 +124,12 @@ def _curves(runs: Sequence[Run], called: Sequence[str]) -> list[str]:
             drawn = [(name, charts.smoothed(points)) for name, points in drawn]
         title = f"{chart.title}, smoothed" if chart.smooth else chart.title
         shown = [lines.Series(name, points) for name, points in drawn]
-        made.append(lines.figure(title, shown, chart.from_zero, wide=chart.smooth))
+        made.append(lines.figure(title, shown, chart.from_zero, wide=chart.smooth, log=chart.log))
     measured = []
     for name, run in pairs:
         own = next(iter(validation.measures(run.validation).values()), [])
         measured.append(lines.Series(name, [(m.step, m.loss) for m in own]))
-    made.insert(1, lines.figure("Validation loss", measured, wide=True))
+    made.insert(1, lines.figure("Validation loss", measured, wide=True, log=True))
     return made
 
 

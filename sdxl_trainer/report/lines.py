@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sdxl_trainer.report.charts import LIMIT, Axis, Chart, Point, axis, labels, vertical
+from sdxl_trainer.report.charts import LIMIT, Axis, Chart, Point, axis, logarithmic, plots, scale_switch, vertical
 from sdxl_trainer.report.words import count, safe, short
 
 COLOURS = 6  # as the style has them; more lines begin anew
@@ -19,8 +19,9 @@ class Series:
     width: dict[int, float] | None = None
 
 
-def figure(title: str, series: Sequence[Series], from_zero: bool = False, wide: bool = False) -> str:
-    """A chart with a legend, axes, the lines and a read-out; nothing where there are no points."""
+def figure(title: str, series: Sequence[Series], from_zero: bool = False, wide: bool = False, log: bool = False) -> str:
+    """A chart with a legend, axes, the lines and a read-out; nothing where there are no points. With `log` also on a
+    logarithmic axis."""
     shown = [line for line in series if line.points]
     if not shown:
         return ""
@@ -36,29 +37,34 @@ def figure(title: str, series: Sequence[Series], from_zero: bool = False, wide: 
     ]
     x = axis(steps[0], steps[-1], 5, whole=True)
     y, above = vertical(Chart("", title, from_zero), values)
+    scales = [y, *(logarithmic([value for line in shown for _, value in line.points]) if log else ())]
     thin = {line.name: _thinned(line.points, max(2, LIMIT // len(shown))) for line in shown}
-    drawn = "".join(_band(line, i, x, y) for i, line in enumerate(shown))
-    drawn += "".join(
-        f'<path class="c{i % COLOURS}" d="{_path(thin[line.name], x, y)}"/>' for i, line in enumerate(shown)
-    )
     said = "; ".join(f"{line.name} {short(line.points[-1][1])} at step {count(line.points[-1][0])}" for line in shown)
     beyond = f"; {above:,} values lie above the frame" if above else ""
     keys = "".join(
         f'<span><span class="key c{i % COLOURS}"></span>{safe(line.name, 60)}</span>' for i, line in enumerate(shown)
     )
+    spoken = safe(f"{title}: {said}.")
+    drawn = plots(x, scales, lambda scale: _svg(shown, thin, x, scale, spoken))
+    return (
+        f'<figure class="chart lines{" wide" if wide else ""}" tabindex="0" data-title="{safe(title)}" '
+        f'{_hover(shown, thin, x, scales)}><figcaption><b>{safe(title)}</b><span class="legend">{keys}</span>'
+        f"{scale_switch(scales)}</figcaption>{drawn}"
+        f'<output aria-live="polite">{safe(said + beyond)}</output></figure>'
+    )
+
+
+def _svg(shown: Sequence[Series], thin: dict[str, list[Point]], x: Axis, y: Axis, spoken: str) -> str:
     grid = "".join(
         f'<line class="grid" x1="0" x2="1000" y1="{1000 - y.place(tick):.1f}" y2="{1000 - y.place(tick):.1f}"/>'
         for tick in y.ticks
     )
-    svg = (
-        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{safe(f"{title}: {said}.")}">'
-        f"{grid}{drawn}</svg>"
+    drawn = "".join(_band(line, i, x, y) for i, line in enumerate(shown))
+    drawn += "".join(
+        f'<path class="c{i % COLOURS}" d="{_path(thin[line.name], x, y)}"/>' for i, line in enumerate(shown)
     )
     return (
-        f'<figure class="chart lines{" wide" if wide else ""}" tabindex="0" data-title="{safe(title)}" '
-        f'{_hover(shown, thin, x, y)}><figcaption><b>{safe(title)}</b><span class="legend">{keys}</span></figcaption>'
-        f'<div class="plot">{labels(x, y)}{svg}<i class="cross"></i></div>'
-        f'<output aria-live="polite">{safe(said + beyond)}</output></figure>'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{spoken}">{grid}{drawn}</svg>'
     )
 
 
@@ -86,7 +92,7 @@ def _band(line: Series, number: int, x: Axis, y: Axis) -> str:
     return f'<path class="band c{number % COLOURS}" d="M{"L".join([*there, *back])}Z"/>'
 
 
-def _hover(shown: Sequence[Series], thin: dict[str, list[Point]], x: Axis, y: Axis) -> str:
+def _hover(shown: Sequence[Series], thin: dict[str, list[Point]], x: Axis, scales: Sequence[Axis]) -> str:
     """The numbers that the read-out needs: of each line its value at each step that any line has, or null."""
     steps = sorted({step for points in thin.values() for step, _ in points})
     known = [dict(thin[line.name]) for line in shown]
@@ -95,6 +101,6 @@ def _hover(shown: Sequence[Series], thin: dict[str, list[Point]], x: Axis, y: Ax
         "names": [line.name[:60] for line in shown],
         "values": [[None if s not in own else float(f"{own[s]:.4g}") for s in steps] for own in known],
         "places": [round(x.place(step), 1) for step in steps],
-        "heights": [round(y.place(next(own[s] for own in known if s in own)), 1) for s in steps],
+        "heights": [[round(y.place(next(own[s] for own in known if s in own)), 1) for s in steps] for y in scales],
     }
     return f"data-points='{safe(json.dumps(data, separators=(',', ':')), 10**9)}'"

@@ -7,14 +7,17 @@ const said = (value) => (value !== 0 && Math.abs(value) < 1e-3 ? value.toExponen
 const wireCurves = (root) => {
   for (const chart of root.querySelectorAll(".chart")) {
     const data = JSON.parse(chart.dataset.points);
-    const [plot, cross, output] = [".plot", ".cross", "output"].map((name) => chart.querySelector(name));
+    const [plots, crosses] = [".plot", ".cross"].map((name) => [...chart.querySelectorAll(name)]); // one for each axis of values
+    const output = chart.querySelector("output");
     const rest = output.textContent;
     let at = data.x.length - 1;
     const show = (index) => {
       at = Math.min(Math.max(index, 0), data.x.length - 1);
-      cross.style.display = "block";
-      cross.style.left = `${data.places[at] / 10}%`;
-      cross.style.setProperty("--height", `${data.heights[at] / 10}%`);
+      for (const [scale, cross] of crosses.entries()) {
+        cross.style.display = "block";
+        cross.style.left = `${data.places[at] / 10}%`;
+        cross.style.setProperty("--height", `${data.heights[scale][at] / 10}%`);
+      }
       const here = data.values.map((values) => (values[at] === null ? null : said(values[at])));
       const told = data.names
         ? data.names.flatMap((name, line) => (here[line] === null ? [] : [`${name} ${here[line]}`])).join("; ")
@@ -22,7 +25,7 @@ const wireCurves = (root) => {
       output.textContent = `step ${data.x[at].toLocaleString("en")}: ${told}`;
     };
     const hide = () => {
-      cross.style.display = "none";
+      for (const cross of crosses) cross.style.display = "none";
       output.textContent = rest;
     };
     const nearest = (place) => {
@@ -35,12 +38,14 @@ const wireCurves = (root) => {
       return place - data.places[low] < data.places[high] - place ? low : high;
     };
     const follow = (event) => {
-      const box = plot.getBoundingClientRect();
+      const box = event.currentTarget.getBoundingClientRect();
       show(nearest((1000 * (event.clientX - box.left)) / box.width));
     };
-    plot.addEventListener("pointermove", follow);
-    plot.addEventListener("pointerdown", follow);
-    plot.addEventListener("pointerleave", hide);
+    for (const plot of plots) {
+      plot.addEventListener("pointermove", follow);
+      plot.addEventListener("pointerdown", follow);
+      plot.addEventListener("pointerleave", hide);
+    }
     chart.addEventListener("blur", hide);
     chart.addEventListener("keydown", (event) => {
       const stride = event.shiftKey ? Math.ceil(data.x.length / 20) : 1;
@@ -50,6 +55,14 @@ const wireCurves = (root) => {
       show(to);
     });
   }
+};
+
+// The axis of values of all curves that have a logarithmic one: a class of the whole page, so that it stays when curves are drawn anew.
+const wireScales = (root) => {
+  const page = document.documentElement.classList;
+  const tell = (place) => place.querySelectorAll(".scale").forEach((button) => button.setAttribute("aria-pressed", String(page.contains("log"))));
+  for (const button of root.querySelectorAll(".scale")) button.addEventListener("click", () => (page.toggle("log"), tell(document)));
+  tell(root);
 };
 
 // Pictures: a picked picture of a row lies over the first one of that row, with a divider between.
@@ -118,4 +131,4 @@ const wireCopies = (root) => {
 // Print shows everything.
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => (part.open = true)));
 
-for (const wire of [wireCurves, wirePictures, wireCopies]) wire(document);
+for (const wire of [wireCurves, wireScales, wirePictures, wireCopies]) wire(document);

@@ -60,7 +60,8 @@ def figures(rows: Sequence[dict[str, Any]]) -> str:
     parts = first[-1].timesteps
     whole = [m for m in first if m.timesteps == parts and len(m.by_timestep) == len(parts)]
     by_part = [Series(f"t ≈ {part}", [(m.step, m.by_timestep[i]) for m in whole]) for i, part in enumerate(parts)]
-    return figure("Validation loss", lines, wide=True) + figure("Validation loss by timestep", by_part, from_zero=True)
+    charts = [("Validation loss", lines, False), ("Validation loss by timestep", by_part, True)]
+    return "".join(figure(title, s, from_zero=parts, wide=not parts, log=True) for title, s, parts in charts)
 
 
 def change(before: Measure, after: Measure) -> tuple[float, float] | None:

@@ -17,7 +17,7 @@ export const h = (tag, given = {}, ...children) => {
 export const show = (place, html) => {
   place.innerHTML = html;
   for (const title of place.querySelectorAll("h1")) title.replaceWith(h("h2", { class: "title" }, ...title.childNodes)); // a page has one
-  for (const wire of [wireCurves, wirePictures, wireCopies]) wire(place);
+  for (const wire of [wireCurves, wireScales, wirePictures, wireCopies]) wire(place);
 };
 
 export class Refused extends Error {
