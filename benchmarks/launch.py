@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def peak_bytes() -> int:
-    """The most that this program has had in memory. `ru_maxrss` would be that of whoever started it, if that had more."""
+    """The most that this program has had in memory. `ru_maxrss` would be that of its parent, if that had more."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return int(found[1]) * 1024

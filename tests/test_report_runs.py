@@ -242,7 +242,8 @@ def test_the_keyboard_alone_reads_a_curve_and_compares_pictures(browser: Browser
 
     def press(key: str) -> None:
         for kind in ("keyDown", "keyUp"):
-            browser.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
+            told = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key], "text": "\r" * (key == "Enter")}
+            browser.send("Input.dispatchKeyEvent", type=kind, **told)
 
     run('document.querySelector(".chart.lines").focus()')
     press("Home")
@@ -262,7 +263,7 @@ def test_the_keyboard_alone_reads_a_curve_and_compares_pictures(browser: Browser
     assert run('document.querySelector(".wipe img.after").alt').startswith("step 0, ")
 
 
-KEYS = {"Home": 36, "ArrowRight": 39}
+KEYS = {"Enter": 13, "Home": 36, "ArrowRight": 39}
 
 
 def test_a_long_run_s_page_stays_small(pages: dict[str, Path]) -> None:

@@ -118,9 +118,10 @@ def logarithmic(values: Sequence[float]) -> tuple[Axis, ...]:
         return ()
     decades = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     marks = [factor * decade for decade in decades for factor in (1, 2, 5)]
-    if sum(low <= mark <= high for mark in marks) < 3:
+    inside = sum(low <= mark <= high for mark in marks)
+    if inside < 3:
         marks = list(axis(low, high, 4).ticks)
-    elif len(marks) > 12:
+    elif inside > 9:
         marks = decades[:: math.ceil(len(decades) / 7)]
     return (Axis(low, high, tuple(mark for mark in marks if low <= mark <= high), log=True),)
 
