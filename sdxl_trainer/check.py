@@ -25,7 +25,7 @@ from sdxl_trainer import (
 from sdxl_trainer import memory as memories
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
-from sdxl_trainer.data import findings, ledger, plan, prepare, problems
+from sdxl_trainer.data import findings, ledger, mirrored, plan, prepare, problems
 from sdxl_trainer.data.encode import DTYPES
 from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.data.prepare import Stock
@@ -71,7 +71,7 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
         "what will learn": _learns(config, groups, unet),
         "data": _data(config, stock, order),
         "captions": findings.lines(words),
-        "cache": _cache(base, stock),
+        "cache": _cache(config, base, stock),
         "disk": _disk(config, sum(g.size for g in groups) if config.adapter or config.token else unet),
         "memory": memory(config, stock, groups, sdxl, precision),
     }
@@ -152,13 +152,17 @@ def _data(config: Config, stock: Stock, order: plan.Plan) -> list[tuple[str, str
     return rows + ledger.rows(config, stock, order)
 
 
-def _cache(base: Base, stock: Stock) -> list[tuple[str, str]]:
+def _cache(config: Config, base: Base, stock: Stock) -> list[tuple[str, str]]:
     (wanted, latents), texts = stock.needed, stock.missing_texts()
     bytes_ = latents.cells() * 16
-    return [
+    rows = [
         ("latents", f"{wanted - len(latents)} cached, {len(latents)} to encode ({dataset.size(bytes_)})"),
         ("captions", _texts(base, stock, len(texts))),
     ]
+    if stock.latents.beyond is not None:
+        count, shards = mirrored.size((stock.latents, stock.texts))
+        rows.append(("mirror", f"{config.cache.mirror} holds {count} rows in {shards} files"))
+    return rows
 
 
 def _texts(base: Base, stock: Stock, missing: int) -> str:

@@ -110,12 +110,13 @@ def cache(
     gc: Annotated[
         bool, typer.Option("--gc", help="delete rows that this config does not need, and drafts an hour old")
     ] = False,
+    push: Annotated[bool, typer.Option("--push", help="then copy what cache.mirror lacks there")] = False,
 ) -> None:
     """Encode everything that is missing, then stop (train does it by itself)."""
     loaded = _load(config, overrides, trigger, preset, model, name)
     from sdxl_trainer import inspect_cache
 
-    inspect_cache.run(loaded, verify=verify, gc=gc)
+    inspect_cache.run(loaded, verify=verify, gc=gc, push=push)
 
 
 @app.command()

@@ -5,20 +5,26 @@ from pathlib import Path
 from sdxl_trainer import base as bases
 from sdxl_trainer import class_pictures, distributed, setup
 from sdxl_trainer.config import Config
-from sdxl_trainer.data import cache, holes, masks, prepare
+from sdxl_trainer.data import cache, holes, masks, mirrored, prepare
 from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.log import Console
 
 
-def run(config: Config, *, verify: bool, gc: bool) -> None:
-    """Encode what is missing; or look for damage; or delete what this config does not need."""
-    folder = prepare.cache_folder(config)
-    if verify and gc:
-        raise UserError("--verify and --gc are two jobs", "command line", "give one of them, then the other")
+def run(config: Config, *, verify: bool, gc: bool, push: bool = False) -> None:
+    """Encode what is missing, and copy it to the mirror if wanted; or look for damage; or delete what this config does
+    not need."""
+    folder, mirror = prepare.cache_folder(config), config.cache.mirror
+    jobs = [name for name, wanted in (("--verify", verify), ("--gc", gc), ("--push", push)) if wanted]
+    if len(jobs) > 1:
+        raise UserError(f"{' and '.join(jobs)} are two jobs", "command line", "give one of them, then the other")
     if verify:
-        _verify(folder)
+        _verify(folder, mirror)
         return
+    if push and mirror is None:
+        raise UserError("--push without cache.mirror", "command line", "add cache.mirror=s3://bucket/cache")
+    if push and mirror and not mirrored.known(folder, mirror):
+        config = config.model_copy(update={"cache": config.cache.model_copy(update={"mirror": None})})
     notes: list[str] = []
     precision = setup.computing(config, notes)
     accelerator = distributed.make(config, precision)
@@ -40,17 +46,29 @@ def run(config: Config, *, verify: bool, gc: bool) -> None:
     setup.fill(config, base, stock, accelerator, console)
     size = (stock.latents.bytes() + stock.texts.bytes()) / 1e6
     console.say(f"encoded {new[0]} latents and {new[1]} captions; {folder} holds {size:.1f} MB")
+    if push and mirror and accelerator.is_main_process:
+        count, sent = mirrored.push(folder, mirror, stock.memo, console.progress)
+        console.say(f"copied {count} files ({sent / 1e6:.1f} MB) to {mirror}, which holds {_held(folder, mirror)}")
 
 
-def _verify(folder: Path) -> None:
-    bad = [path for kind in ("latents", "texts") for path in cache.damaged(folder / kind)]
-    count = sum(1 for kind in ("latents", "texts") for _ in (folder / kind).glob("*.safetensors"))
+def _held(folder: Path, mirror: str) -> str:
+    rows, shards = mirrored.size(mirrored.open_stores(folder, mirror))
+    return f"{rows} rows in {shards} files"
+
+
+def _verify(folder: Path, mirror: str | None) -> None:
+    bad = [str(path) for kind in mirrored.KINDS for path in cache.damaged(folder / kind)]
+    count = sum(1 for kind in mirrored.KINDS for _ in (folder / kind).glob("*.safetensors"))
+    console, where = Console(), str(folder)
+    if mirror is not None:
+        far, spoiled = mirrored.damaged(folder, mirror, console.progress)
+        count, bad, where = count + far, bad + spoiled, f"{folder} and {mirror}"
     if count == 0:
-        raise UserError("there is no cache to verify", str(folder), "fill it first: sdxl cache CONFIG.toml")
+        raise UserError("there is no cache to verify", where, "fill it first: sdxl cache CONFIG.toml")
     if bad:
-        listed = shortened(str(path) for path in bad)
-        raise UserError(f"{len(bad)} of {count} cache files are damaged", listed, "delete them: they are encoded anew")
-    Console().say(f"{count} cache files in {folder}: every byte is as it was written")
+        fix = "delete them: they are encoded anew" + (", and --push copies them again" if mirror else "")
+        raise UserError(f"{len(bad)} of {count} cache files are damaged", shortened(bad), fix)
+    console.say(f"{count} cache files in {where}: every byte is as it was written")
 
 
 def _collect(stock: prepare.Stock) -> int:

@@ -8,9 +8,12 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def mapped(one: Callable[[int], T], numbers: Iterable[int], ahead: int = 32) -> Iterator[tuple[int, T]]:
-    """(number, one(number)) in order, computed by threads with no more than `ahead` in work or waiting."""
-    with ThreadPoolExecutor() as pool:
+def mapped(
+    one: Callable[[int], T], numbers: Iterable[int], ahead: int = 32, threads: int | None = None
+) -> Iterator[tuple[int, T]]:
+    """(number, one(number)) in order, computed by threads with no more than `ahead` in work or waiting. `threads`: how
+    many, for what waits more than it computes."""
+    with ThreadPoolExecutor(threads) as pool:
         waiting = iter(numbers)
         queue = [(n, pool.submit(one, n)) for n in islice(waiting, ahead)]
         while queue:

@@ -22,7 +22,7 @@ SOURCES = sorted(
 
 # Lower layers first: a module imports only from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "files", "lock", "wishes", "sharding", "keyed", "config", "chunking", "threads"],
+    ["errors", "files", "addresses", "lock", "wishes", "sharding", "keyed", "config", "chunking", "threads"],
     [
         "schedule",
         "noise",
@@ -52,6 +52,7 @@ LAYERS = [
         "data.masks",
         "data.problems",
         "data.memo",
+        "data.mirrored",
         "data.pictures",
         "data.captions",
     ],

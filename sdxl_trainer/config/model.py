@@ -68,6 +68,10 @@ class Inpainting(Section):
 
 class Cache(Section):
     path: PathText | None = option(None, "folder of cached latents and embeddings; default: <output_dir>/cache")
+    mirror: PathText | None = option(
+        None,
+        "folder or fsspec address (s3://bucket/cache) that `sdxl cache --push` fills: rows not in path are read there",
+    )
     batch_size: Positive = option(4, "pictures per forward pass of the VAE; fewer of more than 512 x 512 pixels")
     text_batch_size: Positive = option(8, "captions per forward pass of the text encoders")
     vae_precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "type in which the VAE encodes")

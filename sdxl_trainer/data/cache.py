@@ -13,11 +13,11 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ OPEN = 128
 LOOKS = 16
 # safetensors' names of what rows are made of.
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+# What helps where a shard is no whole file.
+AGAIN = "delete it: what it held is encoded anew"
 
 
 def key(*parts: Any) -> str:
@@ -50,14 +52,21 @@ def key(*parts: Any) -> str:
 # Where a row begins in its shard, of which type and shape it is, and its checksum: -1 in shards of older
 # versions, whose bytes are compared with their name at the first look, -2 where it is missing.
 COLUMNS = {"begin": ("<i8", ()), "shard": ("<i4", ()), "kind": ("<i4", ()), "sum": ("<i8", ())}
+# (name, (type, shape), place in the file, checksum) of a row.
+Described = tuple[str, tuple[str, tuple[int, ...]], int, int]
 
 
 @dataclass
 class Store:
     """The rows of one folder, found by a sorted table of all shards' headers, which lies beside the folder. A row is
-    read by itself: nothing is decoded, and no row stays in memory."""
+    read by itself: nothing is decoded, and no row stays in memory. Rows that are not here are those of `beyond`."""
+
+    # How often a row is read that is not what was written, and whether one that was right once stays so.
+    TRIES: ClassVar[int] = 1
+    LASTING: ClassVar[bool] = True
 
     folder: Path
+    beyond: "Store | None" = None
     table: Table = field(default_factory=lambda: empty(COLUMNS))
     shards: list[str] = field(default_factory=list)
     kinds: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
@@ -67,17 +76,26 @@ class Store:
     _looks: int = 0
 
     def __contains__(self, row: str) -> bool:
-        return self.table.place(row) >= 0
+        return self.table.place(row) >= 0 or (self.beyond is not None and row in self.beyond)
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def lacking(self, rows: np.ndarray) -> np.ndarray:
+        """Which of the rows with these keys, int64 [n, 2], are neither here nor beyond: bool [n]."""
+        lacks = self.table.find(rows) < 0
+        if self.beyond is not None and lacks.any():
+            lacks[lacks] = self.beyond.lacking(rows[lacks])
+        return lacks
 
     def get(self, row: str) -> Tensor:
         """A row, compared with its checksum when it is read for the first time; KeyError if there is none of that name.
         UserError if it is damaged: its shard is set aside then, so that the same command encodes it anew."""
         at = self.table.place(row)
         if at < 0:
-            raise KeyError(row)
+            if self.beyond is None:
+                raise KeyError(row)
+            return self.beyond.get(row)
         kind, shard, begin, expected = (int(self.table.columns[name][at]) for name in ("kind", "shard", "begin", "sum"))
         self._looks += 1
         if self._looks % LOOKS == 0:
@@ -85,22 +103,31 @@ class Store:
         dtype, shape = self.kinds[kind]
         tensor, name = torch.empty(shape, dtype=TYPES[dtype]), self.shards[shard]
         buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
+        if len(self._checked) != len(self.table):
+            self._checked = np.zeros(len(self.table), dtype=bool)
+        wrong = ""
+        for _ in range(self.TRIES):
+            if self.read_into(buffer, name, begin) != len(buffer):
+                wrong = "a file of the cache is shorter than it was"
+            elif self._checked[at] or expected in (-1, checksum(tensor)):
+                self._checked[at] = self.LASTING
+                return tensor
+            else:
+                wrong = "a row of the cache is damaged: its bytes are not those that were written"
+        raise self.spoiled(name, wrong)
+
+    def read_into(self, buffer: memoryview, name: str, begin: int) -> int:
+        """Fill a buffer from a place in a shard; gives how many bytes there were."""
         try:
             with self._lock:
                 # Within the lock, for another thread may close the oldest file.
-                count = os.preadv(self._file(name), [buffer], begin)
+                return os.preadv(self._file(name), [buffer], begin)
         except OSError as error:
-            raise _set_aside(self.folder / name, f"a file of the cache cannot be read: {error.strerror}") from None
-        if count != len(buffer):
-            raise _set_aside(self.folder / name, "a file of the cache is shorter than it was")
-        if len(self._checked) != len(self.table):
-            self._checked = np.zeros(len(self.table), dtype=bool)
-        if not self._checked[at]:
-            if expected not in (-1, checksum(tensor)):
-                what = "a row of the cache is damaged: its bytes are not those that were written"
-                raise _set_aside(self.folder / name, what)
-            self._checked[at] = True
-        return tensor
+            raise self.spoiled(name, f"a file of the cache cannot be read: {error.strerror}") from None
+
+    def spoiled(self, name: str, what: str) -> UserError:
+        """What to say of a shard that cannot be used any more, after it was set aside."""
+        return _set_aside(self.folder / name, what)
 
     def _file(self, name: str) -> int:
         number = self._opened.pop(name, None)
@@ -111,16 +138,26 @@ class Store:
         self._opened[name] = number
         return number
 
+    def there(self) -> list[str]:
+        """The names of the shards that there are now, sorted."""
+        return sorted(path.name for path in self.folder.glob("*.safetensors"))
+
+    def headers(self, names: Sequence[str]) -> dict[str, list[Described]]:
+        """The rows of shards."""
+        return {name: described(self.folder / name) for name in names}
+
     def refresh(self) -> "Store":
         """Take in the headers of shards that are new since the last look, also those of other processes. Where one is
         gone, all are read anew."""
-        there = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        there = self.there()
         if there == self.shards:
             return self
         if not set(self.shards) <= set(there):
-            self.table, self.shards, self.kinds = empty(COLUMNS), [], []
-        known, number_of = set(self.shards), {name: number for number, name in enumerate(there)}
-        found = {name: _header(self.folder / name) for name in there if name not in known}
+            self.forget(set(self.shards) - set(there))
+        known = set(self.shards)
+        found = self.headers([name for name in there if name not in known])
+        there = [name for name in there if name in known or name in found]
+        number_of = {name: number for number, name in enumerate(there)}
         kinds = sorted({*self.kinds, *(kind for rows in found.values() for _, kind, *_ in rows)})
         kind_of = {kind: number for number, kind in enumerate(kinds)}
         columns = self.table.columns
@@ -143,6 +180,17 @@ class Store:
         self.table.notes = {"shards": json.dumps(self.shards), "kinds": json.dumps(self.kinds)}
         return self
 
+    def forget(self, gone: set[str]) -> None:
+        """Leave out the rows of shards that are gone. Other shards may hold some of them: all are read anew."""
+        self.table, self.shards, self.kinds = empty(COLUMNS), [], []
+
+    def load(self) -> None:
+        """Take the table that was saved last, if there is one."""
+        found = opened(self.index, COLUMNS)
+        if found.notes:
+            self.table, self.shards = found, json.loads(found.notes["shards"])
+            self.kinds = [(dtype, tuple(shape)) for dtype, shape in json.loads(found.notes["kinds"])]
+
     def save(self) -> None:
         """Write the table, for the next start to find."""
         if self.shards and json.loads(opened(self.index, COLUMNS).notes.get("shards", "[]")) != self.shards:
@@ -151,6 +199,10 @@ class Store:
     @property
     def index(self) -> Path:
         return self.folder.with_suffix(".index")
+
+    def all_shards(self) -> set[str]:
+        """The names of the shards here and beyond."""
+        return {*self.shards, *(self.beyond.all_shards() if self.beyond is not None else ())}
 
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
@@ -178,13 +230,14 @@ def _set_aside(path: Path, what: str) -> UserError:
     return UserError(what, str(path), f"it is {aside.name} now: run the same command, which encodes it anew")
 
 
-def open_store(folder: Path) -> Store:
-    """The rows of a folder: from its table, and the headers of shards that are not in it yet."""
-    store = Store(folder)
-    found = opened(store.index, COLUMNS)
-    if found.notes:
-        store.table, store.shards = found, json.loads(found.notes["shards"])
-        store.kinds = [(dtype, tuple(shape)) for dtype, shape in json.loads(found.notes["kinds"])]
+def open_store(folder: Path, beyond: Store | None = None) -> Store:
+    """The rows of a folder: from its table, and the headers of shards that are not in it yet; then those beyond."""
+    return looked_over(Store(folder, beyond))
+
+
+def looked_over(store: Store) -> Store:
+    """A store that knows its shards of now, and whose next start will."""
+    store.load()
     known = store.shards
     if store.refresh().shards != known:
         store.save()
@@ -231,9 +284,14 @@ def write_shard(folder: Path, rows: dict[str, Tensor], notes: dict[str, Any]) ->
     return path
 
 
+def is_whole(shard: Path) -> bool:
+    """Whether its bytes are those that its name says."""
+    return shard.stem == files.sha256(shard)[:_NAME_DIGITS]
+
+
 def damaged(folder: Path) -> list[Path]:
     """Shards whose bytes are not those that were written, and the table if it is not what the shards say."""
-    bad = [p for p in sorted(folder.glob("*.safetensors")) if not p.stem == files.sha256(p)[:_NAME_DIGITS]]
+    bad = [path for path in sorted(folder.glob("*.safetensors")) if not is_whole(path)]
     store = Store(folder)
     if bad or not store.index.is_file():
         return bad
@@ -247,7 +305,7 @@ def collect_garbage(folder: Path, needed: Collection[str]) -> int:
     """Delete rows that are not needed; gives the bytes freed. Shards holding both kinds are written anew."""
     before, store = Store(folder).bytes(), open_store(folder)
     for path in sorted(folder.glob("*.safetensors")):
-        names = [name for name, *_ in _header(path)]
+        names = [name for name, *_ in described(path)]
         live = [name for name in names if name in needed]
         if len(live) == len(names):
             continue
@@ -283,29 +341,26 @@ def finite(rows: Iterable[tuple[str, Tensor]]) -> None:
         )
 
 
-def _header(path: Path) -> list[tuple[str, tuple[str, tuple[int, ...]], int, int]]:
-    """(name, (type, shape), place in the file, checksum) of a shard's rows, after checking that the file is as long as
-    its header says."""
-    again = "delete it: what it held is encoded anew"
-    entries, told = header.described(path, again)
-    for entry in entries.values():
+def described(path: Path) -> list[Described]:
+    """The rows of a shard here, after checking that the file is as long as its header says."""
+    entries, told, start = header.placed(path, AGAIN)
+    rows = described_by(entries, told, start, str(path))
+    if any(total == -1 for *_, total in rows) and len(path.stem) == _NAME_DIGITS:
+        if not is_whole(path):
+            raise _set_aside(path, "a file of the cache is damaged: its bytes are not those that were written")
+    return rows
+
+
+def described_by(entries: header.Entries, told: dict[str, str], start: int, where: str) -> list[Described]:
+    """The rows of the shard that has this header, whose first row begins at `start`."""
+    sums, rows = _sums(told), list[Described]()
+    for name, entry in entries.items():
         shape: Any = entry.get("shape")
         begin, end = entry["data_offsets"]
         fits = isinstance(shape, list) and all(isinstance(side, int) and side >= 0 for side in shape)
         kind = TYPES.get(str(entry.get("dtype")))
         if not fits or kind is None or end - begin != kind.itemsize * math.prod(shape):
-            raise UserError("the file is cut short or damaged: its header contradicts itself", str(path), again)
-    sums = _sums(told)
-    if not sums and len(path.stem) == _NAME_DIGITS and path.stem != files.sha256(path)[:_NAME_DIGITS]:
-        raise _set_aside(path, "a file of the cache is damaged: its bytes are not those that were written")
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-    return [
-        (
-            name,
-            (entry["dtype"], tuple(entry["shape"])),
-            start + entry["data_offsets"][0],
-            sums.get(name, -2 if sums else -1),
-        )
-        for name, entry in entries.items()
-    ]
+            raise UserError("the file is cut short or damaged: its header contradicts itself", where, AGAIN)
+        total = sums.get(name, -2 if sums else -1)
+        rows.append((name, (entry["dtype"], tuple(shape)), start + begin, total))
+    return rows

@@ -130,7 +130,7 @@ def wanted(
     whole = np.concatenate(found[1:] or found)
     first = table.distinct(whole[:, 0])
     rows = whole[first].reshape(-1, 2)
-    missing = (store.table.find(rows) < 0).reshape(len(first), -1).any(axis=1)
+    missing = store.lacking(rows).reshape(len(first), -1).any(axis=1)
     return len(rows), Work(pictures, np.concatenate(numbers)[first[missing]])
 
 

@@ -1,9 +1,9 @@
 """From cached rows to the batches of a step. Every random choice about a sample is made here, by law 1."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +19,15 @@ from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.pictures import Picture
 from sdxl_trainer.data.words import Text, Words
 from sdxl_trainer.model import LatentScale
+from sdxl_trainer.threads import mapped
 from sdxl_trainer.timesteps import Clock
+
+T = TypeVar("T")
 
 # Steps prepared ahead of the one that trains.
 AHEAD = 2
+# Samples of a batch whose rows are fetched at a time, where they are not on this machine.
+FAR = 32
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,12 @@ class Samples:
         """What the sample's text is drawn from."""
         return self.choices[sample % len(self.pictures)]
 
+    def each(self, one: Callable[[int], T], chosen: Sequence[int]) -> list[T]:
+        """What `one` makes of each sample. Rows that come from afar are waited for together."""
+        if self.latents.beyond is None:
+            return [one(sample) for sample in chosen]
+        return [made for _, made in mapped(one, chosen, FAR, FAR)]
+
     def mask(self, picture: Picture, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
         """Factor on the loss of each latent cell, [1, h, w]."""
         if picture.mask is None:
@@ -120,7 +131,7 @@ def batch(
     """The micro-batch of (sample, counts) pairs; a sample that does not count gets weight 0. `drawn`: the timesteps
     of the step's samples, where they depend on each other."""
     drawn = drawn or samples.clock.draw(samples.seed, 0, epoch, [sample for sample, _ in chosen])
-    rows = [_row(samples, epoch, sample, drawn[sample]) for sample, _ in chosen]
+    rows = samples.each(lambda sample: _row(samples, epoch, sample, drawn[sample]), [sample for sample, _ in chosen])
     columns = {name: torch.stack([row[name] for row, _ in rows]) for name in rows[0][0]}
     text = samples.words.together([words for _, words in rows])
     if samples.dropout:

@@ -49,17 +49,29 @@ class Memo:
             self.changed = False
         if self.learned:
             stamps, contents, sizes = zip(*self.learned, strict=True)
-            more = {
-                "content": np.frombuffer(b"".join(contents), dtype="u1").reshape(-1, 32),
-                "size": np.array(sizes, dtype="<i4").reshape(-1, 2),
-                "newness": np.zeros(len(stamps), "<i4"),
-            }
-            columns = {**self.facts.columns, "newness": np.ones(len(self.facts), "<i4")}
-            merged = Table(columns).with_rows(np.array(stamps), more, "newness")
-            del merged.columns["newness"]
-            merged.save(self.path.with_name("pictures.table"))
-            self.facts = opened(self.path.with_name("pictures.table"), FACTS)
+            content = np.frombuffer(b"".join(contents), dtype="u1").reshape(-1, 32)
+            self._add(np.array(stamps), {"content": content, "size": np.array(sizes, dtype="<i4").reshape(-1, 2)}, 0)
             self.learned.clear()
+
+    def take_in(self, table: Path) -> None:
+        """Add the facts that another place knows; of what both know this one's stay."""
+        found = opened(table, FACTS).columns
+        stamps = np.stack([found["key"], found["low"]], axis=1)
+        self._add(stamps, {name: found[name] for name in FACTS}, 2)
+
+    def _add(self, stamps: np.ndarray, columns: dict[str, np.ndarray], oldness: int) -> None:
+        """Facts by their stamps' keys int64 [n, 2], beside those that are known, whose oldness is 1."""
+        more = {**columns, "oldness": np.full(len(stamps), oldness, "<i4")}
+        known = {**self.facts.columns, "oldness": np.ones(len(self.facts), "<i4")}
+        merged = Table(known).with_rows(stamps, more, "oldness")
+        del merged.columns["oldness"]
+        merged.save(self.table)
+        self.facts = opened(self.table, FACTS)
+
+    @property
+    def table(self) -> Path:
+        """Where the facts lie."""
+        return self.path.with_name("pictures.table")
 
 
 def open_memo(folder: Path) -> Memo:

@@ -16,7 +16,7 @@ from sdxl_trainer import files, model, parameters, text, timesteps, tokens
 from sdxl_trainer.base import Base
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Config, Inpainting, TextOptions
-from sdxl_trainer.data import cache, captions, encode, holes, masks, plan
+from sdxl_trainer.data import cache, captions, encode, holes, masks, mirrored, plan
 from sdxl_trainer.data.captions import Choice
 from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.memo import Memo, open_memo
@@ -70,7 +70,7 @@ class Stock:
         """How many rows are needed, if it is known that all of them are there: then none need be looked for."""
         try:
             known = json.loads(self._record.read_text(encoding="utf-8"))
-            there = set(known["shards"]) <= {*self.latents.shards, *self.texts.shards}
+            there = set(known["shards"]) <= self.latents.all_shards() | self.texts.all_shards()
             return known["rows"] if there else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -79,7 +79,7 @@ class Stock:
         """Note that every row that is needed is there, in the shards of now."""
         if self.settled is None:
             rows = {"latents": self.needed[0], "texts": len(self.prompts) if self.text_cached else 0}
-            shards = [*self.latents.shards, *self.texts.shards]
+            shards = sorted(self.latents.all_shards() | self.texts.all_shards())
             with files.explained(self._record):
                 self._record.parent.mkdir(parents=True, exist_ok=True)
                 files.write_json(self._record, {"rows": rows, "shards": shards})
@@ -135,6 +135,8 @@ def take_stock(config: Config, base: Base, text_precision: str, notes: Notes | N
     used are noted and left out, as long as there are others."""
     folder = cache_folder(config)
     memo = open_memo(folder)
+    if config.cache.mirror:
+        mirrored.take_in(folder, config.cache.mirror, memo)
     found = load(config, memo, notes)
     if notes is not None and len(np.unique(found.rows["source"])) < len(config.data):
         load(config, memo)  # nothing is left of a data set: the error that says why
@@ -153,7 +155,7 @@ def take_stock(config: Config, base: Base, text_precision: str, notes: Notes | N
     wanted = [config.validation.negative or "", *config.validation.prompts]
     drawn = [*(written(config.text, p) for p in wanted), *(p for choice in looked_at for p in choice.prompts())]
     keys = encode.keys(base, config.cache, config.text, text_precision, memo)
-    latents, texts = cache.open_store(folder / "latents"), cache.open_store(folder / "texts")
+    latents, texts = mirrored.open_stores(folder, config.cache.mirror)
     learns = parameters.text_learns(config, text.parameter_names(base))
     cached = config.text.cache and not learns
     if learns and not config.text.cache:

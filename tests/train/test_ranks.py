@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_trainer import distributed, files, setup, sharding
+from sdxl_trainer import distributed, files, inspect_cache, setup, sharding
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from tests.train.processes import launch, rank, written
@@ -179,3 +179,16 @@ def test_all_processes_do_what_is_asked_after_the_same_step(config: Callable[...
     assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
     assert len(list((run / "samples" / "step-000002").glob("*.png"))) == 3
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_two_processes_read_from_a_mirror(config: Callable[..., Any], tmp_path: Path) -> None:
+    """It has four of the six pictures: each process encodes one of the others, and all train on all of them."""
+    one = config(cache={"path": str(tmp_path / "near")}, output_dir=str(tmp_path / "one"))
+    assert launch(written(one), 1) == [0]
+    far = {"path": str(tmp_path / "part"), "mirror": f"file://{tmp_path / 'far'}"}
+    inspect_cache.run(config(data=[{"max_samples": 4}], cache=far), verify=False, gc=False, push=True)
+    two = config(cache={**far, "path": str(tmp_path / "new")}, output_dir=str(tmp_path / "two"))
+    assert launch(written(two), 2) == [0, 0]
+    assert len(list((tmp_path / "new" / "latents").glob("*.safetensors"))) == 2
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    assert [row["loss"] for row in rows[1]] == pytest.approx([row["loss"] for row in rows[0]], rel=1e-5)

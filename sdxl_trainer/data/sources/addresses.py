@@ -1,7 +1,8 @@
-"""Files at any address that fsspec opens: a folder here, s3://, gs://, https://, ..."""
+"""Data sets at any address that fsspec opens: a folder here, s3://, gs://, https://, hf://, ..."""
 
 from typing import Any
 
+from sdxl_trainer import addresses
 from sdxl_trainer.data.sources.tree import natural
 from sdxl_trainer.errors import UserError
 
@@ -10,24 +11,16 @@ KINDS = (".tar", ".parquet")
 File = tuple[str, str]
 
 
-def opened(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path on it."""
-    import fsspec
-
-    return fsspec.core.url_to_fs(address)
-
-
 def files(address: str, place: str) -> tuple[str, list[File]]:
     """The kind of the files at an address (a file of `KINDS`, or a folder), and these in natural order of their names.
     UserError where there are none, or some of both kinds."""
-    try:
-        system, path = opened(address)
+
+    def look() -> tuple[list[str], list[File]]:
+        system, path = addresses.opened(address, place)
         names = [path] if path.endswith(KINDS) else [p for p in system.find(path) if p.endswith(KINDS)]
-        found = [_stamped(system, name) for name in sorted(names, key=natural)]
-    except ImportError as error:
-        raise UserError(str(error), place, "install what the address needs, for example: pip install s3fs") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"the address cannot be opened: {error}", place, "check spelling, rights and network") from None
+        return names, [_stamped(system, name) for name in sorted(names, key=natural)]
+
+    names, found = addresses.asked(look, address, place)
     kinds = sorted({kind for kind in KINDS if any(name.endswith(kind) for name in names)})
     if not found:
         fix = "pack the pictures in WebDataset shards (.tar) or parquet, or copy the folder to this machine"
@@ -41,4 +34,5 @@ def files(address: str, place: str) -> tuple[str, list[File]]:
 def _stamped(system: Any, name: str) -> File:
     info = system.info(name)
     changed = [info.get(key) for key in ("ETag", "etag", "mtime", "LastModified", "created")]
-    return system.unstrip_protocol(name), f"{name}:{info['size']}:{changed}"
+    more = [str(info[key]) for key in ("Last-Modified", "blob_id") if info.get(key) is not None]
+    return system.unstrip_protocol(name), f"{name}:{info['size']}:{changed}{more or ''}"

@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer import files
+from sdxl_trainer import addresses, files
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.problems import Found, Notes, refuse, total
 from sdxl_trainer.data.records import Lasting, Mask, Record
-from sdxl_trainer.data.sources import addresses, extras
+from sdxl_trainer.data.sources import extras
+from sdxl_trainer.data.sources.addresses import File
 from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES
 from sdxl_trainer.errors import UserError
 
@@ -37,15 +38,13 @@ PROBLEMS = {
 Sample = tuple[str, list[tuple[str, int, int]], dict[str, str | None]]
 
 
-def records(
-    data: Data, found: list[addresses.File], place: str, index_dir: Path | None, notes: Notes | None = None
-) -> Lasting:
+def records(data: Data, found: list[File], place: str, index_dir: Path | None, notes: Notes | None = None) -> Lasting:
     """The samples of all shards, in their order."""
     return Lasting([data.model_dump(mode="json"), found], _rows(data, found, place, index_dir, notes))
 
 
 def _rows(
-    data: Data, found_shards: list[addresses.File], place: str, index_dir: Path | None, notes: Notes | None
+    data: Data, found_shards: list[File], place: str, index_dir: Path | None, notes: Notes | None
 ) -> Iterator[Record]:
     problems: Found = defaultdict(list)
     found, alone, unusable, told = 0, 0, 0, False
@@ -78,11 +77,7 @@ def _rows(
 
 def read(shard: str, offset: int, size: int, name: str) -> bytes:
     """The bytes of one picture. UserError names it if they cannot be read any more."""
-    try:
-        system, path = addresses.opened(shard)
-        content = system.cat_file(path, start=offset, end=offset + size)
-    except OSError as error:
-        raise UserError(f"the shard cannot be read: {error}", name, "restore the shard, or check the network") from None
+    content = addresses.part(shard, offset, offset + size, name)
     if len(content) != size:
         raise UserError("the shard is shorter than it was", name, "restore the shard")
     return content
@@ -98,12 +93,17 @@ def _index(shard: str, stamp: str, place: str, index_dir: Path | None) -> list[S
             ]
         except ValueError:
             log.info("%s is damaged: the shard is walked once more", known)
-    try:
-        system, path = addresses.opened(shard)
+
+    def walk() -> list[Sample]:
+        system, path = addresses.opened(shard, place)
         with system.open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            samples = _walk(tar)
+            found = _walk(tar)
             _refuse_open_end(tar, stream, shard, place)
-    except (OSError, tarfile.TarError) as error:
+            return found
+
+    try:
+        samples = addresses.asked(walk, shard, place)
+    except tarfile.TarError as error:
         raise UserError(f"the shard {shard} cannot be read: {error}", place, "download or pack it once more") from None
     if known:
         files.write_json(known, samples)

@@ -6,23 +6,23 @@ Arrow file where datasets are kept, and its rows are read from there as those of
 
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from sdxl_trainer import files
+from sdxl_trainer import addresses, files
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.problems import Notes
 from sdxl_trainer.data.records import Lasting
-from sdxl_trainer.data.sources import addresses, dataset
+from sdxl_trainer.data.sources import dataset
+from sdxl_trainer.data.sources.addresses import File
 from sdxl_trainer.errors import UserError
 
 # Rows in memory at a time.
 BATCH = 100
 
 
-def records(
-    data: Data, found: list[addresses.File], place: str, datasets_dir: str | None, notes: Notes | None = None
-) -> Lasting:
+def records(data: Data, found: list[File], place: str, datasets_dir: str | None, notes: Notes | None = None) -> Lasting:
     """The rows of all files, in their order."""
     import datasets
     import pyarrow
@@ -58,8 +58,8 @@ def _copy(address: str, copy: Path, place: str) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    def write(draft: Path) -> None:
-        system, path = addresses.opened(address)
+    def rows(draft: Path) -> None:
+        system, path = addresses.opened(address, place)
         with system.open(path, "rb") as stream:
             source = pyarrow.parquet.ParquetFile(stream)
             with (
@@ -69,11 +69,14 @@ def _copy(address: str, copy: Path, place: str) -> None:
                 for batch in source.iter_batches(BATCH):
                     writer.write_batch(batch)
 
+    def write(draft: Path) -> None:
+        try:
+            rows(draft)
+        except pyarrow.ArrowException as error:
+            said = " ".join(str(error).split())
+            what = f"the parquet file {address} cannot be copied to {copy.parent}: {said}"
+            raise UserError(what, place, "write the file once more") from None
+
     with files.explained(copy):
         copy.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        files.write_atomically(copy, write)
-    except (OSError, pyarrow.ArrowException) as error:
-        said = " ".join(str(error).split())
-        what = f"the parquet file {address} cannot be copied to {copy.parent}: {said}"
-        raise UserError(what, place, "check network and disk, or write the file once more") from None
+        files.write_atomically(copy, lambda draft: addresses.asked(partial(write, draft), address, place))
