@@ -28,6 +28,8 @@ def main() -> None:
         stream.write(json.dumps({"event": event, "at": time.time(), **facts}) + "\n")
 
     mode = os.environ.get("MODE", "")
+    if os.environ.get("OURS"):
+        import sdxl_trainer  # noqa: F401 - it decides how threads wait, before PyTorch is loaded, as our script does
     declare_torchvision()
     watch_steps(note)
     if mode:

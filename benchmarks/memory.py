@@ -1,4 +1,4 @@
-"""The memory that is predicted for a training step against what it takes: 30 settings.
+"""The memory that is predicted for a training step against what it takes: 33 settings.
 
     python benchmarks/memory.py [--size mid] [--only NAME]
 
@@ -32,7 +32,9 @@ def settings() -> dict[str, dict[str, Any]]:
     made |= {f"batch {n}": {"samples": n} for n in (1, 2, 8)}
     made |= {f"latent {n}": {"latent": n} for n in (16, 24, 48)}
     made |= {f"checkpointing, batch {n}": {"checkpointing": True, "samples": n} for n in (1, 4, 16)}
-    made |= {name: {"optimizer": name} for name in ("adafactor", "sgd", "lion", "muon")}
+    made |= {
+        name: {"optimizer": name} for name in ("adafactor", "sgd", "lion", "muon", "came", "prodigy", "schedulefree")
+    }
     made |= {f"{name}, batch 1": {"optimizer": name, "samples": 1} for name in ("adafactor", "sgd")}
     made |= {
         f"bf16 weights, batch {n}": {"weights": "bf16", "optimizer": "adamw_bf16", "samples": n} for n in (1, 4, 8)

@@ -81,7 +81,13 @@ def run(setting: Setting, who: str, output: str, steps: int, mode: str = "", wei
     line = [f"--{name}={value}" if value is not True else f"--{name}" for name, value in given.items()]
     command = [sys.executable, str(HERE / "launch.py"), str(events), str(setting.script(who)), "--center_crop", *line]
     extra = os.environ.get("PEER_PATH", "") if who == "reference" else str(HERE.parent)
-    home = {"HF_HOME": str(setting.place / "hub"), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "MODE": mode}
+    home = {
+        "OURS": "1" * (who == "ours"),
+        "HF_HOME": str(setting.place / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "MODE": mode,
+    }
     began, heaviest = time.time(), 0
     with events.with_suffix(".log").open("w+", encoding="utf-8") as said:
         process = subprocess.Popen(

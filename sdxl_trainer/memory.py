@@ -21,14 +21,11 @@ from sdxl_trainer import adapters, kernels, narrow, optim
 from sdxl_trainer.config import Config
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.model import SDXL
-from sdxl_trainer.optim import rounding
 from sdxl_trainer.parameters import Group
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What CUDA and its libraries take for themselves.
 _CONTEXT = 0.6e9
-# Numbers beside its state that our optimizer for bf16 weights holds at a time, as fp32.
-_ROUNDING_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,9 @@ def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dic
     # bf16 weights that compute in fp32: the pass counts gradients of 4 bytes, and keeps them in 2.
     wider = learns * (4 - weight) if setting.precision == "fp32" else 0
     pass_ = working(config, sdxl.unet, setting) - wider
-    own_copies = _ROUNDING_COPIES * 4 * min(learns, rounding.TOGETHER) if config.optimizer.name == "adamw_bf16" else 0
+    stepping = gradients + optim.workspace_bytes(
+        config.optimizer, [p.shape for g in groups for p in g.parameters], weight
+    )
     prior = any(data.prior_prediction for data in config.data) and not beside
     return {
         "context and libraries": _CONTEXT if setting.device == "cuda" else 0,
@@ -165,7 +164,7 @@ def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dic
         "optimizer": learns * optim.state_bytes(config.optimizer, weight),
         "averages (EMA)": learns * 4 if config.ema.enabled else 0,
         "gradients": gradients,
-        "activations and workspace": max(pass_, gradients + own_copies) - gradients,
+        "activations and workspace": max(pass_, stepping) - gradients,
     }
 
 

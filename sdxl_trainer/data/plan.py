@@ -11,7 +11,7 @@ from sdxl_trainer import keyed
 
 @dataclass(frozen=True)
 class Stream:
-    """The pictures of one data set (int64 [n]), each `repeats[i]` times a pass, of which every epoch takes the next
+    """The pictures of one data set (integers [n]), each `repeats[i]` times a pass, of which every epoch takes the next
     `count`: so all are seen equally often, whatever share of a pass an epoch is."""
 
     pictures: np.ndarray
@@ -80,18 +80,23 @@ def make(
     return Plan(seed, batch_size, groups, tuple(streams) if streams else (whole,))
 
 
+def least(pictures: int, turns: int) -> type[np.signedinteger]:
+    """The smallest integers that hold the numbers of all samples: of many millions each byte counts."""
+    return np.int32 if pictures * turns < 1 << 31 else np.int64
+
+
 def _epoch(plan: Plan, epoch: int) -> Order:
+    # Groups in the order in which the pictures begin them.
+    kinds, first = np.unique(plan.group_of, return_index=True)
     chosen = [_chosen(plan, number, epoch) for number in range(len(plan.streams))]
     samples = chosen[0] if len(chosen) == 1 else np.concatenate(chosen)
     paired = np.repeat([stream.paired for stream in plan.streams], [len(part) for part in chosen])
     del chosen  # of many millions of samples each array counts
     groups = plan.group_of[samples % len(plan.group_of)]
-    kinds, first = np.unique(plan.group_of, return_index=True)
     full: list[np.ndarray] = []
     left: list[np.ndarray] = []
-    # Groups in the order in which the pictures begin them.
     for number, kind in enumerate(kinds[np.argsort(first)]):
-        shuffled = np.flatnonzero(groups == kind)
+        shuffled = np.flatnonzero(groups == kind).astype(samples.dtype)
         keyed.generator(plan.seed, "order", epoch, number + 1).shuffle(shuffled)
         laid = _interleaved(samples[shuffled], paired[shuffled])
         whole = len(laid) // plan.batch_size * plan.batch_size
@@ -120,13 +125,15 @@ def _chosen(plan: Plan, number: int, epoch: int) -> np.ndarray:
     """The samples of one stream in an epoch, in the order of the pictures where that is whole passes."""
     stream, pictures = plan.streams[number], len(plan.group_of)
     first, last, length = epoch * stream.count, (epoch + 1) * stream.count, stream.length
-    turns = np.zeros(len(stream.pictures), dtype=np.int64)
+    most = (stream.count // max(length, 1) + 2) * int(stream.repeats.max(initial=0))
+    own = stream.pictures.astype(least(pictures, most), copy=False)
+    turns = np.zeros_like(own)
     once = bool((stream.repeats == 1).all())
     found = []
     for run in range(first // length, -(-last // length)) if length else ():
         start, stop = max(first - run * length, 0), min(last - run * length, length)
         if once and (start, stop) == (0, length):
-            found.append(stream.pictures + turns * pictures)
+            found.append(own + turns * pictures)
             turns += 1
             continue
         entries = np.arange(length)
@@ -135,9 +142,10 @@ def _chosen(plan: Plan, number: int, epoch: int) -> np.ndarray:
             entries = np.sort(order[start:stop])
         index = np.searchsorted(np.cumsum(stream.repeats), entries, side="right")  # whose entries; ascending
         before = np.searchsorted(index, index)  # where the entries of the same picture begin
-        found.append(stream.pictures[index] + (turns[index] + np.arange(len(index)) - before) * pictures)
-        turns += np.bincount(index, minlength=len(turns))
-    return found[0] if len(found) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *found])
+        nth = turns[index] + (np.arange(len(index)) - before).astype(own.dtype)
+        found.append(own[index] + nth * pictures)
+        turns += np.bincount(index, minlength=len(turns)).astype(own.dtype)
+    return found[0] if len(found) == 1 else np.concatenate([own[:0], *found])
 
 
 def share(

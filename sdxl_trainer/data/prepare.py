@@ -251,8 +251,9 @@ def _refuse_new_words(config: Config, pictures: Sequence[Picture], choices: Sequ
 
 def order(config: Config, stock: Stock) -> plan.Plan:
     """Which pictures each step trains on."""
-    members = [stock.pictures.of(number) for number in range(len(config.data))]
-    repeats = stock.pictures.column("repeats").astype("<i8")
+    numbers = plan.least(len(stock.pictures), 1)
+    members = [stock.pictures.of(number).astype(numbers) for number in range(len(config.data))]
+    repeats = stock.pictures.column("repeats")
     stock.pictures.let_go()
     entries = [int(repeats[m].sum()) for m in members]
     trained = [n for n, data in zip(entries, config.data, strict=True) if not data.regularisation]

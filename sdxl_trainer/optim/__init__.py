@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import packages_distributions
@@ -15,6 +15,7 @@ from torch import nn
 from sdxl_trainer import sharding
 from sdxl_trainer.config import Optimizer, Train
 from sdxl_trainer.errors import UserError, closest
+from sdxl_trainer.optim import muon, rounding
 from sdxl_trainer.optim.clipping import clip
 from sdxl_trainer.optim.rates import SHAPES, factor, set_learning_rates
 from sdxl_trainer.parameters import Group
@@ -33,7 +34,20 @@ __all__ = [
     "refuse_unwritable",
     "set_learning_rates",
     "state_bytes",
+    "workspace_bytes",
 ]
+
+
+def _largest(shapes: Sequence[torch.Size]) -> int:
+    return max((shape.numel() for shape in shapes), default=0)
+
+
+def _two(shapes: Sequence[torch.Size]) -> int:
+    return 2 * _largest(shapes)
+
+
+def _all(shapes: Sequence[torch.Size]) -> int:
+    return sum(shape.numel() for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -41,12 +55,14 @@ class Kind:
     """Where an optimizer's class is, the package that brings it, and arguments that should not be its own defaults.
 
     `state`: what it keeps of each learning number: how many in the weights' type, and how many bytes beside.
+    `workspace`: how many numbers of the weights' type a step holds beside that for a moment, by the tensors' shapes.
     """
 
     place: str
     package: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
     state: tuple[float, float] = (2, 0)
+    workspace: Callable[[Sequence[torch.Size]], int] = _largest
     sharded: bool = False  # whether it can step on a shard of each tensor: what it does is done to each number alone
 
 
@@ -56,21 +72,22 @@ KINDS: dict[str, Kind] = {
     # Block-wise 8-bit moments (Dettmers et al. 2022); paged: moved to host memory when the GPU's is short.
     "adamw8bit": Kind("bitsandbytes.optim:AdamW8bit", "bitsandbytes", state=(0, 2.05)),
     "paged_adamw8bit": Kind("bitsandbytes.optim:PagedAdamW8bit", "bitsandbytes", state=(0, 2.05)),
-    "adamw_bf16": Kind("sdxl_trainer.optim.rounding:AdamW"),
+    "adamw_bf16": Kind("sdxl_trainer.optim.rounding:AdamW", workspace=rounding.workspace),
     # Factored second moments, no first (Shazeer & Stern 2018): almost no memory of its own.
     "adafactor": Kind("torch.optim:Adafactor", state=(0.02, 0)),
-    # Factored as well, with a first moment that is trusted as far as it is steady (Luo et al. 2023).
-    "came": Kind("pytorch_optimizer:CAME", "pytorch-optimizer", state=(1.05, 0)),
+    # Factored as well, with a first moment that is trusted as far as it is steady (Luo et al. 2023). Tensor by tensor:
+    # over all at once it and lion would hold copies of all weights for a moment, and they are chosen for their memory.
+    "came": Kind("pytorch_optimizer:CAME", "pytorch-optimizer", {"foreach": False}, (1.05, 0), _two),
     # The sign of a momentum (Chen et al. 2023).
-    "lion": Kind("pytorch_optimizer:Lion", "pytorch-optimizer", state=(1, 0), sharded=True),
-    "muon": Kind("sdxl_trainer.optim.muon:Muon", state=(1, 0)),
+    "lion": Kind("pytorch_optimizer:Lion", "pytorch-optimizer", {"foreach": False}, state=(1, 0), sharded=True),
+    "muon": Kind("sdxl_trainer.optim.muon:Muon", state=(1, 0), workspace=muon.workspace),
     # Finds its rate by itself (Mishchenko & Defazio 2024), with the settings of the reference's scripts.
     "prodigy": Kind(
         "prodigyopt:Prodigy", "prodigyopt", {"use_bias_correction": True, "safeguard_warmup": True}, state=(4, 0)
     ),
     # Averages instead of lowering the rate (Defazio et al. 2024).
-    "schedulefree": Kind("schedulefree:AdamWScheduleFree", "schedulefree", sharded=True),
-    "sgd": Kind("torch.optim:SGD", arguments={"fused": True}, state=(1, 0), sharded=True),
+    "schedulefree": Kind("schedulefree:AdamWScheduleFree", "schedulefree", workspace=_all, sharded=True),
+    "sgd": Kind("torch.optim:SGD", arguments={"fused": True}, state=(0, 0), sharded=True),
 }
 
 
@@ -148,7 +165,14 @@ def refuse_unwritable(name: str, state: dict[str, Any]) -> None:
 def state_bytes(options: Optimizer, weight: int) -> float:
     """Bytes of state per learning number whose weight has `weight` bytes; of an unknown optimizer as of AdamW."""
     copies, beside = KINDS.get(options.name, Kind("")).state
-    return copies * weight + beside
+    momentum = options.name == "sgd" and bool(options.arguments.get("momentum"))
+    return (copies + momentum) * weight + beside
+
+
+def workspace_bytes(options: Optimizer, shapes: Sequence[torch.Size], weight: int) -> float:
+    """Bytes that a step holds for a moment beside weights, gradients and state."""
+    every = bool(options.arguments.get("foreach", False))
+    return weight * (_all if every else KINDS.get(options.name, Kind("")).workspace)(shapes)
 
 
 def _class(kind: Kind) -> Any:

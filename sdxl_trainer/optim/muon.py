@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,15 +59,19 @@ class Muon(torch.optim.Optimizer):
             for p in some:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-            momenta = [self.state[p]["momentum"] for p in some]
-            gradients = [_gradient(p) for p in some]
-            torch._foreach_lerp_(momenta, gradients, 1.0 - group["momentum"])
-            aims = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
-            updates = orthogonalised(torch.stack([t.flatten(1) for t in aims]), group["iterations"])
+            updates = orthogonalised(self._aims(some, group), group["iterations"])
             scale = 0.2 * math.sqrt(max(updates.shape[1:]))
             torch._foreach_mul_(some, 1.0 - group["lr"] * group["weight_decay"])
             flat = [u.view(p.shape).to(p.dtype) for u, p in zip(updates, some, strict=True)]
             torch._foreach_add_(some, flat, alpha=-group["lr"] * scale)
+
+    def _aims(self, some: list[Tensor], group: dict[str, Any]) -> Tensor:
+        """Where the momentum points now, of tensors of one flattened shape: [n, rows, columns]."""
+        momenta = [self.state[p]["momentum"] for p in some]
+        gradients = [_gradient(p) for p in some]
+        torch._foreach_lerp_(momenta, gradients, 1.0 - group["momentum"])
+        aims = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
+        return torch.stack([t.flatten(1) for t in aims])
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for p in parameters:
@@ -100,6 +105,7 @@ def orthogonalised(matrices: Tensor, iterations: int) -> Tensor:
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    del matrices  # they may be the largest there are
     a, b, c = COEFFICIENTS
     for _ in range(iterations):
         gram = x @ x.mT
@@ -115,6 +121,17 @@ def _alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
     for (rows, columns, _, _), members in kinds.items():
         count = max(1, TOGETHER // (rows * columns))
         yield from (members[i : i + count] for i in range(0, len(members), count))
+
+
+def workspace(shapes: Sequence[torch.Size]) -> int:
+    """Numbers that a step holds for a moment: the largest of what is iterated together, before and after a product, and
+    two squares of its smaller side."""
+    kinds = Counter((shape[0], shape[1:].numel()) for shape in shapes if len(shape) > 1)
+    most = 0
+    for (rows, columns), members in kinds.items():
+        together = min(members, max(1, TOGETHER // (rows * columns)))
+        most = max(most, together * (3 * rows * columns + 2 * min(rows, columns) ** 2))
+    return most
 
 
 def _gradient(parameter: Tensor) -> Tensor:

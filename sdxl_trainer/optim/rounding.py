@@ -1,6 +1,6 @@
 """AdamW for weights that are kept in bf16: everything it writes is rounded up or down by chance, right on average."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,11 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 def _store(tensors: list[Tensor], flat: Tensor) -> None:
     parts = flat.split([t.numel() for t in tensors])
     torch._foreach_copy_(tensors, [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)])
+
+
+def workspace(shapes: Sequence[torch.Size]) -> int:
+    """Numbers of two bytes that a step holds for a moment: six copies in fp32 of what is updated together."""
+    return 12 * min(sum(shape.numel() for shape in shapes), TOGETHER)
 
 
 def _together(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from sdxl_trainer import checkpoint, configfile, files, optim, parameters
+from sdxl_trainer import checkpoint, configfile, files, memory, optim, parameters
 from sdxl_trainer import config as options
 from sdxl_trainer.config import OPTIMIZERS, Learn, Optimizer, Train
 from sdxl_trainer.errors import UserError
@@ -105,6 +105,26 @@ def test_the_memory_that_is_told_is_the_memory_that_is_taken(name: str) -> None:
     taken = sum(v.numel() * v.element_size() for v in kept if isinstance(v, torch.Tensor))
     told = optim.state_bytes(chosen, module.unet.weight.element_size()) * 256 * 256
     assert taken == pytest.approx(told, rel=0.05 if name != "adafactor" else 1.0)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "paged_adamw8bit"])
+def test_a_step_holds_no_more_for_a_moment_than_is_told(name: str) -> None:
+    kind, chosen, module = (
+        torch.bfloat16 if name == "adamw_bf16" else torch.float32,
+        Optimizer(name=name, **CHOSEN[name]),
+        nn.Module(),
+    )
+    module.unet = nn.ModuleList([nn.Linear(64, 256, dtype=kind) for _ in range(6)] + [nn.Linear(256, 512, dtype=kind)])
+    optimizer = optim.make(parameters.apply_rules(module, (Learn(match=".*"),), Train(steps=1), chosen), chosen)
+    learning = list(module.parameters())
+    for _ in range(2):
+        for parameter in learning:
+            parameter.grad = torch.randn_like(parameter)
+        state = [v for kept in optimizer.state.values() for v in kept.values() if isinstance(v, torch.Tensor)]
+        with memory.Live([*learning, *(p.grad for p in learning if p.grad is not None), *state]) as live:
+            optimizer.step()
+    told = optim.workspace_bytes(chosen, [p.shape for p in learning], kind.itemsize)
+    assert live.peak <= 1.02 * told + 2**12
 
 
 def sections(name: str, output: Path, **sizes: Any) -> dict[str, Any]:
