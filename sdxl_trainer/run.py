@@ -140,6 +140,11 @@ class Job:
     output: Path
     data_hash: str
 
+    @property
+    def to_keep(self) -> int | None:
+        """The step whose checkpoint is kept whatever the limit."""
+        return self.state.best if self.run.config.validation.keep_best else None
+
     def sync(self) -> None:
         """Put the metrics so far on the disk: they have to be there before the checkpoint that follows on them."""
         self.metrics.sync()

@@ -59,6 +59,13 @@ class Saver:
         else:
             self._done(self._write(contents, before, best))
 
+    def prune(self, last: int, best: int | None) -> None:
+        """Leave as many checkpoints up to step `last` as are wanted, and that of the step `best`."""
+        if self._limit and self._main:
+            kept = [path for path, upload in self._uploads.items() if not upload.done()]
+            kept += [self._output / f"{checkpoint.PREFIX}{best}"] if best is not None else []
+            checkpoint.prune(self._output, self._limit, last, kept)
+
     def check(self) -> None:
         """Raise what went wrong with the checkpoint that is being written, as soon as it did."""
         if self._writing is not None and self._writing.done():
@@ -84,10 +91,7 @@ class Saver:
         with _fair():
             before()
             made = checkpoint.save(self._output, contents)
-            if self._limit:
-                kept = [path for path, upload in self._uploads.items() if not upload.done()]
-                kept += [self._output / f"{checkpoint.PREFIX}{best}"] if best is not None else []
-                checkpoint.prune(self._output, self._limit, made.step, kept)
+            self.prune(made.step, best)
             return made
 
     def _done(self, made: Checkpoint) -> None:

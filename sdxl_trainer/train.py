@@ -87,6 +87,7 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
             return output
         stop.gently = True
         try:
+            job.saver.prune(job.state.step, job.to_keep)  # an interruption may have come before that
             job.pulse.begin()
             _loop(job, stop)
         finally:
@@ -287,4 +288,4 @@ def _save(job: Job) -> None:
         }
         optimizer = run.optimizer.optimizer
         contents = checkpoint.contents(state.step, run.sdxl, state.ema, optimizer, run.groups, record)
-        job.saver.save(contents, job.sync, state.best if run.config.validation.keep_best else None)
+        job.saver.save(contents, job.sync, job.to_keep)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_trainer import checkpoint
+from sdxl_trainer import checkpoint, finish
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.run import Start
@@ -180,6 +180,23 @@ def test_checkpointing_in_the_backward_pass_changes_nothing(config: Callable[...
 def test_checkpoints_are_limited(config: Callable[..., Any]) -> None:
     output = train(config(train={"steps": 6, "checkpoints_limit": 2}))
     assert {c.step for c in checkpoint.found(output)} == {4, 6}
+
+
+def test_checkpoints_are_limited_where_the_last_was_written_just_before_an_interruption(
+    config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = config(train={"steps": 6, "checkpoints_limit": 2})
+
+    def killed(*_: Any) -> None:
+        raise SystemExit(137)
+
+    with monkeypatch.context() as killing:
+        killing.setattr(checkpoint, "prune", lambda *_: None)
+        killing.setattr(finish, "conclude", killed)
+        with pytest.raises(SystemExit):
+            train(chosen)
+    assert {c.step for c in checkpoint.found(Path(chosen.output_dir))} == {2, 4, 6}
+    assert {c.step for c in checkpoint.found(train(chosen))} == {4, 6}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
