@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ def inject(sdxl: SDXL, options: Adapter, seed: int) -> None:
         parameter = sdxl.get_parameter(name)
         parameter.data = parameter.data.float()
     sdxl.added.update(added)
+    for layer in layers(sdxl):
+        if isinstance(getattr(layer, "module_dropout", None), dict):
+            # peft leaves a LoHa or LoKr layer out where a draw from 0 to 1 is not above this: with 0 it may happen.
+            layer.module_dropout[NAME] = -1.0
     if options.dropout:
         _key_dropout(sdxl, options.dropout)
 
@@ -81,7 +85,7 @@ def sites(sdxl: SDXL, options: Adapter) -> dict[str, list[Site]]:
         if getattr(options, name) is not None and not convolutions:
             what = f"adapter.{name} has no effect: no convolution gets an adapter"
             raise UserError(what, f"adapter.{name}", f'remove it, or set targets = "all" (now: {options.targets})')
-    return found
+    return _whole_unscaled(found, options) if options.kind == "lokr" else found
 
 
 def _layers(sdxl: SDXL, part: str, targets: str) -> Iterator[tuple[str, nn.Module]]:
@@ -168,10 +172,34 @@ def _loha(options: Adapter, places: list[Site]) -> Any:
 
 
 def _lokr(options: Adapter, places: list[Site]) -> Any:
-    """The update is a Kronecker product (Yeh et al. 2024)."""
+    """The update is a Kronecker product (Yeh et al. 2024). As in LyCORIS the first factor begins at random and the
+    second at zero."""
     from peft import LoKrConfig
 
-    return LoKrConfig(**_places(options, places))
+    return LoKrConfig(decompose_factor=options.factor or -1, init_weights="lycoris", **_places(options, places))
+
+
+def _whole_unscaled(found: dict[str, list[Site]], options: Adapter) -> dict[str, list[Site]]:
+    """LoKr's sites, without a scale where the rank makes the second factor no smaller, so that it is whole: LyCORIS,
+    and whoever reads its files, scales products of two matrices alone."""
+    whole = [_second_is_whole(place, options.factor or -1) for places in found.values() for place in places]
+    if all(whole) and (options.alpha or options.conv_alpha or options.alphas):
+        what = f"alpha has no effect: with rank {options.rank} the second factor of every layer is whole"
+        raise UserError(what, "adapter.alpha", "remove alpha, or set a smaller rank")
+    kept = iter(whole)
+    return {
+        part: [replace(place, alpha=float(place.rank)) if next(kept) else place for place in places]
+        for part, places in found.items()
+    }
+
+
+def _second_is_whole(place: Site, factor: int) -> bool:
+    from peft.tuners.lokr.layer import factorization
+
+    layer: Any = place.layer
+    linear = isinstance(layer, nn.Linear)
+    sides = (layer.out_features, layer.in_features) if linear else (layer.out_channels, layer.in_channels)
+    return place.rank >= max(factorization(side, factor)[1] for side in sides) / 2
 
 
 def _oft(options: Adapter, places: list[Site]) -> Any:

@@ -12,11 +12,14 @@ from sdxl_trainer.adapter_files import FOLDER, tensors_of, told
 from sdxl_trainer.adapters import NAME
 from sdxl_trainer.attach import AGAIN, located, read_folder, refuse_foreign, refuse_unfit, renamed
 from sdxl_trainer.errors import UserError, shortened
-from sdxl_trainer.formats import header
+from sdxl_trainer.formats import header, lora
+from sdxl_trainer.formats.lora_names import Layout
 from sdxl_trainer.model import SDXL
 
 WHERE = "adapter.start"
-LIKE = "give the kind, parts, targets and ranks that it was made with"
+LIKE = "give the kind, parts, targets, ranks and factor that it was made with"
+# By which of its tensors a layer's rank is known, and by which side of it.
+_RANKS = {".lora_B": 1, ".hada_w1_b": 0, ".lokr_w2_b": 0}
 
 
 @torch.no_grad()
@@ -58,24 +61,38 @@ class _Alphas:
             return float(rank), False  # files that say nothing: alpha is the rank
         return alpha(config, name, rank), bool(config.get("use_rslora"))
 
+    def scales_whole(self, layer: str) -> bool:
+        """Whether LoKr's update by two whole factors has a scale: only peft gives it one, alpha / rank."""
+        part, _, name = layer.partition(".")
+        config = self.configs.get(part)
+        return config is not None and alpha(config, name, 0) != _pattern(config, "rank_pattern", name, config.get("r"))
+
 
 def alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """What a config of peft says of a layer's alpha; the rank for kinds that have none."""
+    return float(_pattern(config, "alpha_pattern", layer, config.get("lora_alpha", config.get("alpha", rank))))
+
+
+def _pattern(config: Mapping[str, Any], table: str, layer: str, default: Any) -> Any:
     from peft.utils.other import get_pattern_key
 
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    default: float = config.get("lora_alpha", config.get("alpha", rank))
-    return float(patterns.get(get_pattern_key(list(patterns), layer), default))
+    patterns: dict[str, Any] = config.get(table) or {}
+    return patterns.get(get_pattern_key(list(patterns), layer), default)
 
 
 def _refuse_scales(part: str, config: dict[str, Any], mine: Mapping[str, Tensor], theirs: _Alphas, path: Path) -> None:
     """Refuse another alpha: the same tensors would be another update."""
     for name, parameter in mine.items():
-        layer, mark, _ = name.partition(".lora_B")
-        layer, mark = (layer, mark) if mark else name.partition(".hada_w1_b")[:2]
-        if not mark or not name.startswith(f"{part}."):
+        layer = name.rpartition(".")[0] if name.endswith(".lokr_w2") else ""
+        if layer.startswith(f"{part}.") and theirs.scales_whole(layer):
+            what = f"the update of '{layer}' had a scale, and by two whole factors it has none here"
+            raise UserError(
+                what, str(path), f"sdxl convert {path} FILE.safetensors puts it into a factor: begin with that"
+            )
+        mark = next((mark for mark in _RANKS if mark in name), None)
+        if mark is None or not name.startswith(f"{part}."):
             continue
-        rank = parameter.shape[1] if mark == ".lora_B" else parameter.shape[0]
+        layer, rank = name.partition(mark)[0], parameter.shape[_RANKS[mark]]
         ours = (alpha(config, layer.removeprefix(f"{part}."), rank), bool(config.get("use_rslora")))
         if theirs(layer, rank) != ours:
             (was, root), (now, new_root) = theirs(layer, rank), ours
@@ -95,7 +112,10 @@ def _file(path: Path, sdxl: SDXL) -> tuple[dict[str, Tensor], _Alphas]:
     """From a file that diffusers reads, which changes kohya's keys into its own."""
     from diffusers import StableDiffusionXLPipeline
 
-    refuse_foreign(header.read(path, AGAIN), path)
+    names = header.read(path, AGAIN)
+    refuse_foreign(names, path)
+    if any(kind in name for name in names for kind in (".hada_", ".lokr_", ".dora_scale")):
+        return _lycoris(path, sdxl)
     try:
         state, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
             path, unet_config=sdxl.unet.config, return_lora_metadata=True
@@ -116,6 +136,15 @@ def _file(path: Path, sdxl: SDXL) -> tuple[dict[str, Tensor], _Alphas]:
     }
     by_layer = {key.partition(".lora_")[0] + ".alpha": value for key, value in of_layer.items()}
     return {_plain(key): tensor for key, tensor in state.items()}, _Alphas(configs, by_layer)
+
+
+def _lycoris(path: Path, sdxl: SDXL) -> tuple[dict[str, Tensor], _Alphas]:
+    """From a file of LoHa, LoKr or DoRA as LyCORIS or `sdxl convert` write them, which diffusers does not read."""
+    config = sdxl.unet.config
+    read = lora.read(path, Layout(len(config["block_out_channels"]), config["layers_per_block"]))
+    found = {_plain(name): tensor for name, tensor in lora.peft_tensors(read, str(path)).items()}
+    alphas = {n: float(m.rank) if m.alpha is None else m.alpha for n, m in read.modules.items()}
+    return found, _Alphas({}, {f"{_plain(name)}.alpha": value for name, value in alphas.items()})
 
 
 def _plain(key: str) -> str:

@@ -50,6 +50,7 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
         (f"adapter.{name}", lambda c: _kind(c) in {"oft", "boft"}, "oft and boft rotate blocks of block_size")
         for name in ("rank", "alpha", "conv_rank", "conv_alpha", "ranks", "alphas")
     ),
+    ("adapter.factor", lambda c: _kind(c) != "lokr", "it is of kind 'lokr'"),
     ("adapter.block_size", lambda c: _kind(c) not in {"oft", "boft"}, "it is of kind 'oft' and 'boft'"),
     *(
         (f"export.{name}", lambda c: not (c.export.formats or c.adapter or c.token), "export.formats is empty")

@@ -91,14 +91,19 @@ def test_parts_follow_from_sizes(config: Callable[..., Any]) -> None:
     assert all(p.is_meta for p in sdxl.parameters())  # the model is as it was
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "oft", "boft"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "lokr, whole", "oft", "boft"])
 def test_every_adapter_can_be_counted(config: Callable[..., Any], kind: str) -> None:
-    drops = {"dropout": 0.1} if kind in {"lora", "dora"} else {}
-    chosen = config(adapter={"kind": kind, **drops}, train={"gradient_checkpointing": True})
+    more: dict[str, Any] = {"dropout": 0.1} if kind in {"lora", "dora"} else {}
+    if kind == "lokr, whole":
+        kind, more = "lokr", {"factor": 2, "rank": 10_000, "targets": "linear"}
+    chosen = config(adapter={"kind": kind, **more}, train={"gradient_checkpointing": True})
     sdxl, groups = skeleton(chosen)
     found = memory.parts(chosen, sdxl, groups, memory.Step((2, 8, 8), "fp32", "cpu"))
     assert found["gradients"] == 4 * sum(group.size for group in groups) > 0
     assert found["activations and workspace"] > 0
+    if "factor" in more:  # a fourth of each matrix, and 2 x 2 numbers
+        linear = [m for m in sdxl.unet.modules() if isinstance(m, torch.nn.Linear)]
+        assert sum(group.size for group in groups) == sum(m.weight.numel() // 4 + 4 for m in linear)
 
 
 def test_gradients_lie_beside_the_next_micro_batch(config: Callable[..., Any]) -> None:

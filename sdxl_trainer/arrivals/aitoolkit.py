@@ -304,8 +304,7 @@ def _network(network: Account, train: Account) -> None:
     network.kept("type", "adapter.kind", "lora" if kind == "locon" else kind)
     network.put("adapter.parts", parts)
     rank = "rank" if network.has("rank") else "linear"
-    full = kind == "lokr" and network.look("lokr_full_rank", True)
-    _ranks(network, rank, full)
+    _ranks(network, rank)
     conv = network.number("conv")
     chosen = BLOCKS if conv else TRANSFORMERS
     if conv:
@@ -318,24 +317,18 @@ def _network(network: Account, train: Account) -> None:
         network.kept("dropout", "adapter.dropout", float(network.number("dropout")))
     if network.has("pretrained_lora_path"):
         network.kept("pretrained_lora_path", "adapter.start", network.text("pretrained_lora_path"))
-    network.drop_all(
-        {"lokr_factor": "peft decides how LoKr's factors are decomposed", "transformer_only": "of other models"}
-    )
+    if kind == "lokr":
+        network.options.setdefault("lokr_full_rank", True)  # the default there
+        common.kronecker(network, network, "lokr_factor", "lokr_full_rank")
+    network.drop_all({"lokr_factor": "of LoKr alone", "lokr_full_rank": "of LoKr alone"})
     network.drop_all({"network_kwargs": "layers are chosen by adapter.targets", "conv_alpha": "no convolutions"})
+    network.drop_all({"transformer_only": "of other models"})
     network.drop_all({"old_lokr_format": "see sdxl convert", "split_multistage_loras": "of other models"})
     if "export" in network.tree and not network.tree["export"].get("formats"):
         network.put("export.formats", ["kohya"])
 
 
-def _ranks(network: Account, rank: str, full: bool) -> None:
-    if full:
-        why = "no full-rank LoKr; a rank of 64 and alpha of 64"
-        network.dropped("lokr_full_rank", why)
-        network.assumed("adapter.rank", 64, why)
-        network.put("adapter.alpha", 64.0)
-        names = ("rank", "linear", "linear_alpha", "alpha")
-        network.drop_all(dict.fromkeys(names, "lokr_full_rank has the last word there"))
-        return
+def _ranks(network: Account, rank: str) -> None:
     if network.has(rank):
         network.kept(rank, "adapter.rank", int(network.number(rank)))
     else:
@@ -345,9 +338,7 @@ def _ranks(network: Account, rank: str, full: bool) -> None:
         network.kept(alpha, "adapter.alpha", float(network.number(alpha)))
     else:
         network.assumed("adapter.alpha", 1.0, "the default there")
-    network.drop_all(
-        {"linear": "rank has the last word", "alpha": "linear_alpha has the last word", "lokr_full_rank": ""}
-    )
+    network.drop_all({"linear": "rank has the last word", "alpha": "linear_alpha has the last word"})
 
 
 def _sample(sample: Account, trigger: str | None) -> None:

@@ -1,5 +1,6 @@
 """Optimizers and learning rates under the names of other trainers."""
 
+import math
 from typing import Any
 
 from sdxl_trainer.arrivals.account import Account
@@ -63,6 +64,11 @@ SCHEDULES: dict[str, tuple[str, str]] = {
     "step": ("constant", "the rate does not fall in steps"),
     "piecewise_constant": ("constant", "the rate does not change in steps"),
 }
+# A rank that makes no layer's factor smaller, as users of LyCORIS give it for whole ones.
+WHOLE = 100_000
+_ATTENTION = ("attention", r"unet\..*\.attn[12]\..*")
+# Sides of SDXL's widest layers.
+_WIDEST, _WIDEST_OF_ATTENTION, _WIDEST_CONVOLUTION = 10240, 2048, 2560
 # How optimizers take what the config has options for.
 _OWN = {"weight_decay": "optimizer.weight_decay", "eps": "optimizer.eps"}
 # Of transformers' Adafactor, which finds steps relative to the weights; PyTorch's takes the rate as it is.
@@ -173,3 +179,31 @@ def schedule(account: Account, option: str, given: str, warmup: tuple[str, float
         account.changed(place, "schedule.warmup_steps", int(count), f"that share of {steps} steps")
     else:
         account.dropped(place, "a share of a number of steps that the data decide: set schedule.warmup_steps yourself")
+
+
+def kronecker(account: Account, options: Account, factor: str = "factor", whole: str = "full_matrix") -> None:
+    """LoKr's factor, a second factor that is whole, and no alpha that would do nothing; once rank, alpha and targets
+    are known. `options` are those that hold `factor` and `whole`."""
+    adapter = account.tree["adapter"]
+    if options.number(factor, -1) > 0:
+        options.kept(factor, "adapter.factor", int(options.number(factor)))
+    options.part(factor, "adapter.factor, which is not given: near the square root of a side, as there")
+    if options.look(whole):
+        for option in ("rank", "alpha", "conv_rank", "conv_alpha"):
+            _taken_out(account, option, f"{whole} has the last word")
+        options.kept(whole, "adapter.rank", WHOLE)
+    widest = _WIDEST_OF_ATTENTION if adapter["targets"] in _ATTENTION else _WIDEST
+    why = "the rank makes the second factor of no layer smaller: these are whole, and have no alpha there either"
+    for rank, alpha, side in (("rank", "alpha", widest), ("conv_rank", "conv_alpha", _WIDEST_CONVOLUTION)):
+        if alpha in adapter and adapter[rank] >= _second(side, adapter.get("factor")) / 2:
+            _taken_out(account, alpha, why)
+
+
+def _taken_out(account: Account, option: str, why: str) -> None:
+    account.tree["adapter"].pop(option, None)
+    account.undone(f"adapter.{option}", why)
+
+
+def _second(side: int, factor: int | None) -> int:
+    """The part of a side that LoKr's second factor has."""
+    return side // max(n for n in range(1, min(side, factor or math.isqrt(side)) + 1) if side % n == 0)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sdxl_trainer.arrivals import common
 from sdxl_trainer.arrivals.account import Account, pairs
 from sdxl_trainer.errors import UserError, closest
 
@@ -33,15 +34,15 @@ _ARGUMENTS = {
     "use_conv_cp": "convolutions are factored in two, not in Tucker's three",
     "use_scalar": "no learned scale for each layer",
     "train_norm": "norms stay as they are",
-    "decompose_both": "peft decides how LoKr's factors are decomposed",
-    "factor": "peft decides how LoKr's factors are decomposed",
-    "full_matrix": "peft decides how LoKr's factors are decomposed",
+    "decompose_both": "the first of LoKr's factors is whole",
+    "factor": "of LoKr alone",
+    "full_matrix": "of LoKr alone",
     "constraint": "rotations are not constrained",
     "constrain": "rotations are not constrained",
     "rescaled": "no learned scale beside the rotation",
     "bypass_mode": "how the sum is computed is decided here",
     "wd_on_output": "DoRA's lengths are of the outputs",
-    "unbalanced_factorization": "peft decides how LoKr's factors are decomposed",
+    "unbalanced_factorization": "the first of LoKr's factors has the smaller part of both sides",
     "dropout": "see network_dropout",
     "block_lr_zero_threshold": "a rate of 0 leaves a block as it is",
     "verbose": "sdxl check shows what learns",
@@ -105,6 +106,8 @@ def _network(account: Account, rate: float) -> None:
     account.put("adapter.parts", parts)
     _ranks(account, arguments, kind)
     _targets(arguments, account, module, parts)
+    if kind == "lokr":
+        common.kronecker(account, arguments)
     if account.has("network_dropout") and kind in {"lora", "dora"}:
         account.kept("network_dropout", "adapter.dropout", float(account.number("network_dropout")))
     _rates(account, arguments, parts, rate, kind)

@@ -240,6 +240,10 @@ def _adapter(made: Account, parts: list[str]) -> None:
     text = any(part != "unet" for part in parts)
     wanted = [chosen] * ("unet" in parts) + [TEXT] * text
     made.put("adapter.targets", wanted[0] if len(wanted) == 1 else f"({'|'.join(wanted)})")
+    if ours == "lokr":
+        common.kronecker(made, made, "lokr_decompose_factor", "lokr_full_matrix")
+        names = ("lokr_decompose_both", "lokr_use_tucker", "lokr_weight_decompose")
+        made.drop_all(dict.fromkeys(names, "LoKr's first factor is whole, its second a product of two at most"))
     if made.has("dropout_probability") and ours in {"lora", "dora"}:
         made.kept("dropout_probability", "adapter.dropout", float(made.number("dropout_probability")))
     if made.has("lora_model_name"):

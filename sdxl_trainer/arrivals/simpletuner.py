@@ -239,27 +239,32 @@ def _lycoris(made: Account, path: Path) -> str:
     if algorithm not in kinds:
         raise UserError(f"the algorithm '{algorithm}' is not available here", str(found), f"known: {', '.join(kinds)}")
     inner.part("algo", "adapter.kind")
-    rank = int(inner.number("linear_dim", 4))
-    if rank > 1024:
-        inner.changed(
-            "linear_dim", "adapter.rank", 64, "a dimension above the layers' means full factors there: 64 here"
-        )
-        inner.put("adapter.alpha", 64.0)
-        inner.drop_all({"linear_alpha": "not looked at with full factors"})
-    else:
-        inner.kept("linear_dim", "adapter.rank", rank)
-        inner.kept("linear_alpha", "adapter.alpha", float(inner.number("linear_alpha", 1.0)))
-    targets = (inner.options.pop("apply_preset", None) or {}).get("target_module", [])
+    inner.kept("linear_dim", "adapter.rank", int(inner.number("linear_dim", 4)))
+    inner.kept("linear_alpha", "adapter.alpha", float(inner.number("linear_alpha", 1.0)))
+    preset = inner.options.pop("apply_preset", None) or {}
+    targets = preset.get("target_module", [])
     inner.put(
         "adapter.targets",
         "attention" if targets == ["Attention"] else r"unet\..*\.attentions\..*" if targets else BLOCKS,
     )
-    inner.drop_all(
-        {"factor": "peft decides how factors are decomposed", "bypass_mode": "decided here", "multiplier": ""}
-    )
-    inner.drop_all({"full_matrix": "peft decides", "use_scalar": "no learned scale for each layer"})
+    if algorithm == "lokr":
+        _factors(inner, preset.get("module_algo_map") or {}, targets)
+        common.kronecker(inner, inner)
+    inner.drop_all({"factor": "of LoKr alone", "full_matrix": "of LoKr alone", "bypass_mode": "decided here"})
+    inner.drop_all({"multiplier": "", "use_scalar": "no learned scale for each layer"})
     inner.finish()
     return kinds[algorithm]
+
+
+def _factors(inner: Account, own: dict[str, Any], targets: list[Any]) -> None:
+    """One factor for all layers: that of the first kind that has its own, which goes before the general one there."""
+    factors = {kind: own[kind]["factor"] for kind in targets if "factor" in (own.get(kind) or {})}
+    if not factors:
+        return
+    first = next(iter(factors.values()))
+    if len(set(factors.values())) > 1:
+        inner.note(f"factors by kind of layer, {factors}, are one here: {first}")
+    inner.options["factor"] = first
 
 
 def _objective(made: Account) -> None:

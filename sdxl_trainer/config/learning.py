@@ -27,6 +27,9 @@ class Adapter(Section):
     dropout: float = option(0.0, "share of the adapter's inputs set to zero (lora, dora)", ge=0, lt=1)
     rslora: bool = option(False, "scale by alpha / sqrt(rank) (lora, dora; Kalajdzievski 2023)")
     init: Literal["kaiming", "gaussian"] = option("kaiming", "how A begins (lora, dora); B begins at zero")
+    factor: Positive | None = option(
+        None, "side of the first of the two factors (lokr); default: near the square root of the layer's"
+    )
     block_size: Positive | None = option(None, "width of the rotated blocks (oft: default 32; boft: default 4)")
     start: PathText | None = option(None, "adapter file, or folder of a run, to begin with")
 

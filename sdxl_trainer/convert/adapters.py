@@ -132,8 +132,9 @@ def about(adapter: Adapter, name: str, title: str, kept: Mapping[str, str], date
 def shape_entries(adapter: Adapter) -> dict[str, str]:
     """Rank, alpha and kind of network, as kohya's tools and A1111 name them."""
     kinds = sorted({module.kind for module in adapter.modules.values()})
-    ranks = [module.rank for module in adapter.modules.values() if module.rank]
-    alphas = [module.alpha if module.alpha is not None else float(module.rank) for module in adapter.modules.values()]
+    # LyCORIS names the rank that was asked for, also where both of LoKr's factors are whole.
+    ranks = [m.rank or int(m.written_alpha) for m in adapter.modules.values() if m.rank or m.kind == "lokr"]
+    alphas = [m.written_alpha if m.rank or m.kind == "lokr" else 0.0 for m in adapter.modules.values()]
     rank = max(set(ranks), key=lambda value: (ranks.count(value), value)) if ranks else 0
     alpha = max(set(alphas), key=lambda value: (alphas.count(value), value))
     dora = any("magnitude" in module.tensors for module in adapter.modules.values())

@@ -106,6 +106,8 @@ def _adapter(adapter: Adapter) -> Rows:
         scales = Counter(f"{module.scale:g}" for module in own if module.rank)
         text = f"{len(own)} modules, {' and '.join(kinds)}"
         text += f", rank {_counted(ranks)}, alpha / rank {_counted(scales)}" if ranks else ""
+        whole = sum(module.kind == "lokr" and not module.rank for module in own)
+        text += f", {whole} of two whole factors" if whole else ""
         found.append((part.replace("_", " "), text))
     return found
 

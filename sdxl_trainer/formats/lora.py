@@ -62,6 +62,12 @@ class Module:
         return self.alpha / self.rank if self.alpha is not None and self.rank else 1.0
 
     @property
+    def written_alpha(self) -> float:
+        """The alpha in files. LyCORIS wants one of each LoKr, also of two whole factors, which it does not scale; it
+        writes the rank that was asked for."""
+        return float(self.rank or 1) if self.alpha is None else self.alpha
+
+    @property
     def per_input(self) -> bool:
         """Whether this is a DoRA with a magnitude per input."""
         magnitude = self.tensors.get("magnitude")
@@ -143,9 +149,8 @@ def kohya_tensors(adapter: Adapter) -> dict[str, Tensor]:
         for role, tensor in module.tensors.items():
             shaped = _magnitude_column(module, tensor) if role == "magnitude" else tensor
             tensors[plain + lora_names.KOHYA_ENDS.get(role, f".{role}")] = shaped
-        if module.rank:
-            alpha = float(module.rank) if module.alpha is None else module.alpha
-            tensors[f"{plain}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+        if module.rank or module.kind == "lokr":
+            tensors[f"{plain}.alpha"] = torch.tensor(module.written_alpha, dtype=torch.float32)
     return tensors
 
 
@@ -172,16 +177,19 @@ def adapter_metadata(adapter: Adapter) -> dict[str, str]:
     """The entry from which diffusers builds each part's `LoraConfig`: ranks, alphas, DoRA, and the modules."""
     tree: dict[str, Any] = {}
     for part in adapter.parts():
-        own = {_local(name): m for name, m in adapter.modules.items() if name.startswith(f"{part}.") and m.rank}
+        mine = {_local(name): m for name, m in adapter.modules.items() if name.startswith(f"{part}.")}
+        own = {name: m for name, m in mine.items() if m.rank or m.kind == "lokr"}
         if not own:
             continue
-        alphas = {name: float(module.rank) if module.alpha is None else module.alpha for name, module in own.items()}
-        rank, alpha = _usual(m.rank for m in own.values()), _usual(alphas.values())
+        alphas = {name: m.written_alpha for name, m in own.items()}
+        # Two whole factors have no scale: as many ranks as alpha.
+        ranks = {name: m.rank or _number(alphas[name]) for name, m in own.items()}
+        rank, alpha = _usual(ranks.values()), _usual(alphas.values())
         kind = next(iter(own.values())).kind
         config: dict[str, Any] = {
             "r": rank,
             "lora_alpha" if kind == "lora" else "alpha": _number(alpha),
-            "rank_pattern": {name: m.rank for name, m in own.items() if m.rank != rank},
+            "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
             "alpha_pattern": {name: _number(value) for name, value in alphas.items() if value != alpha},
             "target_modules": sorted(own),
         }
@@ -234,14 +242,17 @@ def _module(name: str, roles: dict[str, Tensor], configured: dict[str, dict[str,
         raise UserError(f"{name} has matrices that do not fit: {shapes}", str(path), AGAIN)
     roles = _with_magnitude(kind, roles)
     config = configured.get(name.partition(".")[0], {})
-    if kind == "lokr" and not Module(kind, roles).rank and config.get("alpha", 1) != config.get("r", 1):
-        # PEFT scales full matrices too; readers of kohya's layout do not look at their alpha.
-        roles = {**roles, "lokr_w1": roles["lokr_w1"] * (config["alpha"] / config["r"])}
     module = Module(kind, roles)
+    if kind == "lokr" and not module.rank and given is None and "alpha" in config:
+        # PEFT scales full matrices too; readers of kohya's layout do not look at their alpha.
+        alpha, rank = (_of_layer(name, config, table) for table in ("alpha", "r"))
+        if alpha == rank:
+            return Module(kind, roles, float(alpha))
+        return Module(kind, {**roles, "lokr_w1": roles["lokr_w1"] * (alpha / rank)})
     alpha = _decimal(given) if given is not None else _configured_alpha(name, module, config)
     if alpha is not None and not math.isfinite(alpha):
         raise UserError(f"{name} has the alpha {alpha}", str(path), "use an undamaged adapter")
-    return Module(kind, roles, alpha if module.rank else None)
+    return Module(kind, roles, alpha if module.rank or kind == "lokr" else None)
 
 
 def _fits(roles: Mapping[str, Tensor]) -> bool:
@@ -304,12 +315,17 @@ def _configured_alpha(name: str, module: Module, config: dict[str, Any]) -> floa
     """The alpha for which `alpha / rank` is PEFT's factor; a rank-stabilised LoRA is scaled by alpha / sqrt(rank)."""
     if not module.rank:
         return None
-    patterns = config.get("alpha_pattern") or {}
-    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", _local(name))), None)
-    alpha = patterns[key] if key else config.get("lora_alpha", config.get("alpha"))
+    alpha = _of_layer(name, config, "lora_alpha" if "lora_alpha" in config else "alpha")
     if alpha is None:
         return None
     return float(alpha) * math.sqrt(module.rank) if config.get("use_rslora") else float(alpha)
+
+
+def _of_layer(name: str, config: dict[str, Any], option: str) -> Any:
+    """What a configuration of PEFT says of a module: its r, alpha or lora_alpha."""
+    patterns = config.get("rank_pattern" if option == "r" else "alpha_pattern") or {}
+    key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", _local(name))), None)
+    return patterns[key] if key else config.get(option)
 
 
 def _decimal(alpha: Tensor) -> float:

@@ -199,7 +199,7 @@ def test_lycoris_kinds_become_loras(tmp_path: Path, convert: Callable[..., int])
         )
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr"])
+@pytest.mark.parametrize("kind", ["loha", "lokr", "lokr, whole in parts"])
 def test_folders_of_peft(base: Path, tmp_path: Path, convert: Callable[..., int], kind: str) -> None:
     """An adapter that peft saved is the same in kohya's layout: the merged model computes what peft does."""
     import peft
@@ -207,6 +207,8 @@ def test_folders_of_peft(base: Path, tmp_path: Path, convert: Callable[..., int]
     pipeline = load(base, base)
     torch.manual_seed(0)
     options = {"r": 3, "alpha": 2, "target_modules": ["to_q", "conv1"], "init_weights": False}
+    if kind.endswith("parts"):  # peft scales whole factors too, by the alpha and rank of their layers
+        options |= {"rank_pattern": {"conv1": 50}, "alpha_pattern": {"conv1": 30.0}, "decompose_factor": 4}
     made = peft.LoHaConfig(**options) if kind == "loha" else peft.LoKrConfig(**options)
     plain = outputs(pipeline)
     model = peft.get_peft_model(pipeline.unet, made)
@@ -217,4 +219,4 @@ def test_folders_of_peft(base: Path, tmp_path: Path, convert: Callable[..., int]
     ours = outputs(load(tmp_path / "merged", base))
     torch.testing.assert_close(ours["noise"], theirs["noise"], rtol=1e-3, atol=1e-3)
     assert (ours["noise"] - plain["noise"]).abs().max() > 1e-3
-    assert json.loads(header.described(tmp_path / "a.safetensors", "")[1]["ss_network_args"])["algo"] == kind
+    assert json.loads(header.described(tmp_path / "a.safetensors", "")[1]["ss_network_args"])["algo"] == kind[:4]

@@ -142,6 +142,25 @@ def test_diffusers_kohya_diffusers_bitwise(tmp_path: Path) -> None:
     assert first.read_bytes() == third.read_bytes()
 
 
+def test_lokr_with_whole_factors_comes_back_bitwise(tmp_path: Path) -> None:
+    """kohya, diffusers, kohya: beside products of two matrices, whose alpha is half their rank, whole ones, which have
+    no scale; and each has an alpha in kohya's file, without which LyCORIS does not read it."""
+    whole = {"lokr_w1": draw(4, 3), "lokr_w2": draw(6, 6)}
+    modules = {
+        LINEAR: MODULES["LoKr"][1],
+        LINEAR.replace("to_q", "to_k"): Module("lokr", whole, 100_000.0),  # as LyCORIS has it: the rank asked for
+        LINEAR.replace("to_q", "to_v"): Module("lokr", whole),
+        CONV: MODULES["LoKr of a convolution"][1],
+    }
+    first, second, third = (tmp_path / f"{n}.safetensors" for n in "123")
+    lora.write(Adapter(modules), first, "kohya", {})
+    lora.write(lora.read(first), second, "diffusers", {})
+    lora.write(lora.read(second), third, "kohya", {})
+    same(Adapter(modules), lora.read(second))
+    assert first.read_bytes() == third.read_bytes()
+    assert sum(name.endswith(".alpha") for name in load_file(first)) == len(modules)
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "difference"])
 def test_comfyui_makes_the_same_of_it(name: str) -> None:
     """The change of the weight is the one that ComfyUI computes from the kohya file; alpha is honoured."""

@@ -160,6 +160,7 @@ def test_sample_draws_with_adapters_by_weight(
 KINDS = {
     "loha": {"rank": 2, "alpha": 3.0, "targets": "all"},
     "lokr": {"rank": 2, "alpha": 1.0, "targets": "all", "parts": ["unet", "text_encoder"]},
+    "lokr, whole": {"rank": 10_000, "factor": 2, "targets": "all", "conv_rank": 2, "parts": ["unet", "text_encoder"]},
     "oft": {"block_size": 8, "targets": "attention", "parts": ["unet", "text_encoder"]},
     "boft": {"block_size": 4, "targets": r"unet\..*attn[12]\.to_(v|out\.0)"},
 }
@@ -176,7 +177,7 @@ def test_peft_draws_with_the_other_kinds_what_the_live_model_draws(
 
     from sdxl_trainer import sample
 
-    adapter = {"kind": kind, **KINDS[kind]}
+    adapter = {"kind": kind.partition(",")[0], **KINDS[kind]}
     output = train(config(adapter=adapter, train=TRAIN, validation={**VALIDATION, "at_start": True}))
     drawn, start = (pixels(output / "samples" / f"step-{step:06}" / "0-0.png") for step in (3, 0))
     settings = {"negative": None, "steps": 3, "guidance": 4.0, "height": 64, "width": 64}
@@ -209,20 +210,69 @@ def test_peft_draws_with_the_other_kinds_what_the_live_model_draws(
         {"rank": 4, "alpha": 2.0, "parts": ["unet", "text_encoder", "text_encoder_2"]},
         {"kind": "dora", "rank": 4, "parts": ["text_encoder_2"]},
         {"kind": "loha", "rank": 2, "alpha": 1.0},
+        {"kind": "lokr", "rank": 2, "alpha": 1.0, "factor": 4, "targets": "all"},
+        {"kind": "lokr", "rank": 10_000, "factor": 4, "parts": ["unet", "text_encoder_2"]},
     ],
-    ids=["lora", "dora", "loha"],
+    ids=["lora", "dora", "loha", "lokr", "lokr, whole"],
 )
 def test_an_adapter_begins_where_an_older_one_ended(
     config: Callable[..., Any], tmp_path: Path, adapter: dict[str, Any]
 ) -> None:
-    first = train(config(adapter=adapter, train=TRAIN, output_dir=str(tmp_path / "first")))
-    next_one = {**adapter, "start": str(first)}
-    second = train(config(adapter=next_one, train={"steps": 1, "learning_rate": 1e-12}))
-    for path in [*first.glob("*.safetensors"), *first.glob("*_adapter/*.safetensors")]:
-        old, new = load_file(path), load_file(second / path.relative_to(first))
-        assert old.keys() == new.keys()
-        assert all(torch.allclose(new[name], old[name], atol=1e-9) for name in old)
-        assert any(tensor.abs().max() > 1e-3 for name, tensor in new.items() if "lora_B" in name or "w1" in name)
+    export = {"formats": ["kohya"], "name": "theirs"}
+    first = train(config(adapter=adapter, train=TRAIN, output_dir=str(tmp_path / "first"), export=export))
+    for start in (first, first / "theirs.safetensors"):
+        next_one = {**adapter, "start": str(start)}
+        output = str(tmp_path / f"after {start.name}")
+        second = train(config(adapter=next_one, train={"steps": 1, "learning_rate": 1e-12}, output_dir=output))
+        for path in [*first.glob("pytorch_lora*"), *first.glob("*_adapter/*.safetensors")]:
+            old, new = load_file(path), load_file(second / path.relative_to(first))
+            assert old.keys() == new.keys()
+            assert all(torch.allclose(new[name], old[name], atol=1e-9) for name in old)
+            moved = [t for name, t in new.items() if any(m in name for m in ("lora_B", "hada_w1", "lokr_w2"))]
+            assert any(tensor.abs().max() > 1e-3 for tensor in moved)
+
+
+def test_an_older_lokr_with_another_factor_or_scale_is_refused(config: Callable[..., Any], tmp_path: Path) -> None:
+    from sdxl_trainer.errors import UserError
+
+    lokr = {"kind": "lokr", "rank": 2, "alpha": 1.0, "factor": 4}
+    first = train(config(adapter=lokr, train={"steps": 1}, output_dir=str(tmp_path / "first")))
+    start = {**lokr, "start": str(first)}
+    with pytest.raises(UserError, match=r"in the file, and .* by the config") as refused:
+        train(config(adapter={**start, "factor": 2}))
+    assert "factor" in refused.value.fix
+    with pytest.raises(UserError, match=r"alpha 1; the config has alpha / rank, 2"):
+        train(config(adapter={**start, "alpha": 2.0}))
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_no_layer_is_ever_left_out(config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """peft compares a draw with the share of layers to leave out, which is 0, and so may the draw be."""
+    from sdxl_trainer import adapters, setup
+    from sdxl_trainer.run import CONTINUE
+
+    job = setup.prepare_job(config(adapter={"kind": kind, "rank": 2}), CONTINUE)
+    assert job is not None
+    job.metrics.close()
+    job.validation.close()
+    layer = adapters.layers(job.run.sdxl.unet)[0]
+    for name, parameter in layer.named_parameters():
+        if "base_layer" not in name:
+            torch.nn.init.normal_(parameter)
+    x = torch.randn(2, layer.in_features)
+    expected = layer.eval()(x)
+    monkeypatch.setattr(torch, "rand", lambda *sizes, **_: torch.zeros(*sizes))
+    assert torch.equal(layer.train()(x), expected)
+    assert not torch.equal(layer.base_layer(x), expected)
+
+
+def test_options_of_lokr_without_effect_are_refused(config: Callable[..., Any]) -> None:
+    from sdxl_trainer.errors import UserError
+
+    with pytest.raises(UserError, match="alpha has no effect: with rank 10000 the second factor of every layer"):
+        train(config(adapter={"kind": "lokr", "rank": 10_000, "alpha": 1.0}))
+    with pytest.raises(UserError, match=r"adapter.factor = 4 has no effect: it is of kind 'lokr'"):
+        config(adapter={"kind": "loha", "factor": 4})
 
 
 def test_kohya_files_are_begun_with_by_their_alpha(config: Callable[..., Any], tmp_path: Path) -> None:
