@@ -21,6 +21,8 @@ from sdxl_trainer.errors import UserError
 # A loss is a spike from this many robust standard deviations above the median of the losses before it.
 SPIKE, WINDOW, ENOUGH = 8.0, 200, 20
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+# What the libraries by which processes talk say when another one is gone (gloo, NCCL).
+_GONE = re.compile(r"closed by peer|reset by peer|broken pipe|remote process (exited|has)", re.IGNORECASE)
 _EXIT = 75  # EX_TEMPFAIL: launchers that restart may
 
 
@@ -36,6 +38,20 @@ def memory_explained(config: Config) -> Iterator[None]:
         wanted = f" (it wanted {said[1] or said[2]} more)" if said else ""
         fix = "; ".join(remedies(config)[:3])
         raise UserError(f"the memory is not enough{wanted}", "train", f"{fix}; the same command continues") from error
+
+
+@contextmanager
+def others_explained() -> Iterator[None]:
+    """Say in words that another process of the run is gone, and end so that a launcher may start all anew."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (torch.distributed.is_initialized() and _GONE.search(str(error))):
+            raise
+        where = f"process {torch.distributed.get_rank()} of {torch.distributed.get_world_size()}"
+        fix = "see what it said last; the same command continues from the last checkpoint"
+        print(UserError("another process of this run has ended", where, fix), file=sys.stderr)
+        raise SystemExit(_EXIT) from None
 
 
 def remedies(config: Config) -> list[str]:

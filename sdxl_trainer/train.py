@@ -79,7 +79,12 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
     Raises UserError for what the user can fix and Interrupted after a signal, when everything is saved.
     """
     output = Path(config.output_dir).expanduser()
-    with stopping() as stop, lock.held(output, distributed.leads()), guards.memory_explained(config):
+    with (
+        stopping() as stop,
+        lock.held(output, distributed.leads()),
+        guards.memory_explained(config),
+        guards.others_explained(),
+    ):
         if distributed.leads():
             wishes.forget(output)  # those of an earlier run, which ended before it saw them
         job = setup.prepare_job(config, start)

@@ -133,6 +133,23 @@ def test_a_process_that_stands_still_is_named(
     assert left(output) == alone
 
 
+@pytest.mark.parametrize("killed", [0, 1])
+def test_that_another_process_ended_is_said_in_words(
+    config: Callable[..., Any], tmp_path: Path, alone: dict[str, Any], killed: int
+) -> None:
+    output, other = tmp_path / "run", 1 - killed
+    path = written(config(**OPTIONS, output_dir=str(output)))
+    running = start(path, 2)
+    until(steps(output, 6), running[0])
+    os.kill(running[killed].pid, signal.SIGKILL)
+    assert finished(running)[other] == 75
+    last = said(path, other)
+    assert "Traceback" not in last
+    assert "error: another process of this run has ended" in last
+    assert launch(path, 2) == [0, 0]
+    assert left(output) == alone
+
+
 def test_one_measures_the_validation_loss_as_two_do(config: Callable[..., Any], tmp_path: Path) -> None:
     """Bitwise: each picture is measured by itself, with weights that do not move."""
     validation = {"loss_every": 1, "loss_timesteps": 3, "trained_pictures": 2}
