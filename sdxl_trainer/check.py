@@ -21,6 +21,7 @@ from sdxl_trainer import (
     resume,
     setup,
     text,
+    tokens,
 )
 from sdxl_trainer import memory as memories
 from sdxl_trainer.base import Base
@@ -107,7 +108,8 @@ def captions(config: Config, base: Base, stock: Stock) -> findings.Captions:
     numbers = np.arange(count) if count <= LOOKED_AT else np.arange(LOOKED_AT) * count // LOOKED_AT
     choices = [stock.choices[int(number)] for number in numbers]
     prompts = list(dict.fromkeys(prompt for choice in choices for prompt in choice.prompts()))
-    tokenizers, chunks = prepare.read(config, base, prompts)
+    tokenizers = tokens.tokenizers(base, config.token)
+    chunks = tokens.chunks(tokenizers, config.token, config.text, prompts)
     cut = text.cuts(tokenizers, prompts, chunks)
     pictures = stock.pictures.take(numbers)
     return findings.captions(config, pictures, choices, dict(zip(prompts, chunks, strict=True)), cut)

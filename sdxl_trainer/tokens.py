@@ -6,7 +6,9 @@ A word of several vectors is as many tokens, `<x>`, `<x>_1`, `<x>_2`, ..., as di
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,18 @@ from torch import Tensor, nn
 from sdxl_trainer import keyed, text
 from sdxl_trainer.base import Base
 from sdxl_trainer.chunking import Prompt
-from sdxl_trainer.config import Token
+from sdxl_trainer.config import TextOptions, Token
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.formats import folder as pipelines
 from sdxl_trainer.formats import header
 from sdxl_trainer.model import SDXL
+from sdxl_trainer.text import Tokens
 
 FILE = "learned_embeds.safetensors"
 FOLDER = "embeddings"  # one file for each word, as ComfyUI and A1111 take them
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+# Prompts whose token ids are kept, where encoders work in the step.
+REMEMBERED = 4096
 WORDS = "words"  # in the header: [word, vectors] in the order of the rows
 _UNSAFE = re.compile(r'[<>:"/\\|?*\s]+')
 
@@ -75,6 +80,25 @@ def tokenizers(base: Base, words: Sequence[Token]) -> tuple[Any, Any]:
     return both
 
 
+def chunks(
+    tokenizers: tuple[Any, Any], words: Sequence[Token], options: TextOptions, prompts: Sequence[Prompt]
+) -> list[Tokens]:
+    """The chunks of each prompt, by tokenizers that know the new words in it."""
+    return text.tokenize(tokenizers, [expanded(words, prompt) for prompt in prompts], options)
+
+
+def reader(base: Base, words: Sequence[Token], options: TextOptions) -> Callable[[Prompt], Tokens]:
+    """What gives a prompt's chunks, for one thread at a time; those of the last prompts are kept."""
+    both, lock = tokenizers(base, words), threading.Lock()
+
+    @lru_cache(maxsize=REMEMBERED)
+    def read(prompt: Prompt) -> Tokens:
+        with lock:
+            return chunks(both, words, options, [prompt])[0]
+
+    return read
+
+
 def extend(tokenizer: Any, words: Sequence[tuple[str, int]], where: str) -> int:
     """Add words to a tokenizer; gives the id of the first new token. Words that it has already are refused."""
     first, known = len(tokenizer), tokenizer.get_vocab()
@@ -87,12 +111,16 @@ def extend(tokenizer: Any, words: Sequence[tuple[str, int]], where: str) -> int:
     return first
 
 
-def refuse_unread(words: Sequence[Token], captions: Sequence[str]) -> None:
+def refuse_unread(words: Sequence[Token], captions: Iterable[str]) -> None:
     """Refuse a word that no caption holds: it would learn nothing."""
-    for index, word in enumerate(words):
-        if not any(word.name in caption for caption in captions):
-            fix = f"write {word.name} into the captions, for example caption = 'a photo of {word.name}' under [[data]]"
-            raise UserError(f"no caption holds the new word '{word.name}'", f"token.{index}.name", fix)
+    unread = dict(enumerate(words))
+    for caption in captions:
+        unread = {index: word for index, word in unread.items() if word.name not in caption}
+        if not unread:
+            return
+    for index, word in unread.items():
+        fix = f"write {word.name} into the captions, for example caption = 'a photo of {word.name}' under [[data]]"
+        raise UserError(f"no caption holds the new word '{word.name}'", f"token.{index}.name", fix)
 
 
 def inject(sdxl: SDXL, words: Sequence[Token], base: Base, seed: int) -> None:

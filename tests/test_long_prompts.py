@@ -188,7 +188,7 @@ def test_no_sample_depends_on_the_others_of_its_batch(base: Path, encoders: text
     prompts = [Prompt("red " * words) for words in (3, 80, 200, 330)]
     read = dict(zip(prompts, text.tokenize(encoders.tokenizers, prompts, options), strict=True))
     assert [len(tokens.ids) for tokens in read.values()] == [1, 2, 3, 6]
-    words = Words(Keys("", "", "", "", options), cache.Store(tmp_path), read, 32, options)
+    words = Words(Keys("", "", "", "", options), cache.Store(tmp_path), read.__getitem__, 32, options)
     noisy = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps, time_ids = torch.full((4,), 500), torch.full((4, 6), 64)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +16,7 @@ from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Cache, TextOptions
 from sdxl_trainer.data import cache, images, table
+from sdxl_trainer.data.captions import Choice
 from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.memo import Memo
 from sdxl_trainer.data.pictures import Picture, Pictures
@@ -31,6 +32,8 @@ TEXT_VERSION = 2
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# Captions that are too long of which more is told than their number.
+SHOWN = 3
 # Called with how many rows are done, how many there are to do, and what they are.
 Progress = Callable[[int, int, str], None]
 
@@ -68,6 +71,14 @@ class Keys:
         emphasis = options.emphasis if prompt.emphasis else "off"
         reading = [options.long_captions, chunks, options.clip_skip, emphasis]
         return cache.key("text", TEXT_VERSION, prompt.text, prompt.second, reading, self.text, self.text_precision)
+
+    def states(self, prompt: Prompt) -> str:
+        """The name of its sequence's row."""
+        return f"{self.text_row(prompt)}.states"
+
+    def pooled(self, prompt: Prompt) -> str:
+        """The name of its pooled output's row."""
+        return f"{self.text_row(prompt)}.pooled"
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,46 @@ def wanted(
     return len(rows), Work(pictures, np.concatenate(numbers)[first[missing]])
 
 
+class Prompts(Sequence[Prompt]):
+    """Different prompts by number, made when they are asked for: a few bytes each in memory. `places` int32 [n, 2] say
+    in which choice each stands and where in it, or at -1 where among `more`; `keys` int64 [n, 2] are those of its
+    first row in the cache."""
+
+    def __init__(self, more: Sequence[Prompt], choices: Sequence[Choice], places: np.ndarray, keys: np.ndarray) -> None:
+        self.more, self.choices, self.places, self.keys = more, choices, places, keys
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Prompts(self.more, self.choices, self.places[index], self.keys[index])
+        choice, number = self.places[index].tolist()
+        return self.more[number] if choice < 0 else self.choices[choice].prompts()[number]
+
+    def lacking(self, store: cache.Store) -> "Prompts":
+        """Those that the store has no rows of."""
+        lacks = store.lacking(self.keys)
+        return Prompts(self.more, self.choices, self.places[lacks], self.keys[lacks])
+
+
+def prompts(keys: Keys, more: Sequence[Prompt], choices: Sequence[Choice], numbers: np.ndarray) -> Prompts:
+    """The different prompts among `more` and in the choices of these numbers, each where it comes first."""
+    places, found = [np.zeros((0, 2), "<i4")], [np.zeros((0, 2), "<i8")]
+
+    def note(spoken: Iterable[tuple[int, Sequence[Prompt]]]) -> None:
+        each = [(choice, number, prompt) for choice, said in spoken for number, prompt in enumerate(said)]
+        places.append(np.array([(choice, number) for choice, number, _ in each], "<i4").reshape(-1, 2))
+        found.append(table.keys(keys.states(prompt) for *_, prompt in each))
+
+    note([(-1, more)])
+    for start in range(0, len(numbers), table.BATCH):
+        note((number, choices[number].prompts()) for number in numbers[start : start + table.BATCH].tolist())
+    rows = np.concatenate(found)
+    first = table.distinct(rows)
+    return Prompts(more, choices, np.concatenate(places)[first], rows[first])
+
+
 def fill_latents(
     base: Base,
     options: Cache,
@@ -170,10 +221,6 @@ def fill_latents(
     raise_all(problems)
 
 
-def missing_texts(store: cache.Store, keys: Keys, prompts: Sequence[Prompt]) -> list[Prompt]:
-    return [p for p in dict.fromkeys(prompts) if f"{keys.text_row(p)}.states" not in store]
-
-
 def fill_texts(
     base: Base,
     options: Cache,
@@ -182,24 +229,25 @@ def fill_texts(
     prompts: Sequence[Prompt],
     device: torch.device,
     progress: Progress,
-) -> list["Cut"]:
-    """Encode prompts into the store, in the text encoders' type; gives those that are too long."""
+) -> tuple[int, list["Cut"]]:
+    """Encode prompts into the store, in the text encoders' type; gives how many are too long, and the first of them."""
     from sdxl_trainer import text
 
     encoders = text.load(base, DTYPES[keys.text_precision], device)
-    writer, cut, size = cache.Writer(store), list["Cut"](), options.text_batch_size
+    writer, count, first, size = cache.Writer(store), 0, list["Cut"](), options.text_batch_size
     for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
+        batch = list(prompts[start : start + size])
         tokens = text.tokenize(encoders.tokenizers, batch, keys.reading)
-        cut += text.cuts(encoders.tokenizers, batch, tokens)
+        cut = text.cuts(encoders.tokenizers, batch, tokens)
+        count, first = count + len(cut), [*first, *cut][:SHOWN]
         for prompt, encoded in zip(batch, text.encode_tokens(encoders, tokens, keys.reading, size), strict=True):
             states, pooled = (tensor.cpu() for tensor in encoded)
             cache.finite([(f"the caption '{prompt.text[:40]}'", states), ("its pooled output", pooled)])
-            writer.add(f"{keys.text_row(prompt)}.states", states)
-            writer.add(f"{keys.text_row(prompt)}.pooled", pooled)
+            writer.add(keys.states(prompt), states)
+            writer.add(keys.pooled(prompt), pooled)
         progress(start + len(batch), len(prompts), "captions")
     writer.flush()
-    return cut
+    return count, first
 
 
 class _Decoder(torch.utils.data.Dataset[Any]):

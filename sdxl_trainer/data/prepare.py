@@ -23,7 +23,7 @@ from sdxl_trainer.data.memo import Memo, open_memo
 from sdxl_trainer.data.pictures import Picture, Pictures, held_out, load
 from sdxl_trainer.data.problems import Notes, raise_all
 from sdxl_trainer.data.records import Record
-from sdxl_trainer.data.table import distinct
+from sdxl_trainer.data.table import BATCH, distinct
 from sdxl_trainer.data.words import Words
 from sdxl_trainer.errors import UserError, shortened
 
@@ -51,10 +51,10 @@ class Stock:
     trained_part: tuple[Picture, ...] = ()  # of the trained pictures those whose loss is wanted too
 
     @cached_property
-    def prompts(self) -> list[Prompt]:
-        """All distinct prompts: of the trained pictures, for validation, and the empty one."""
+    def prompts(self) -> encode.Prompts:
+        """All distinct prompts: for validation, the empty one, and of the trained pictures."""
         said = np.concatenate([self.pictures.rows["source"][:, None], self.pictures.column("said")], axis=1)
-        return list(dict.fromkeys([*self.more, *(p for i in distinct(said) for p in self.choices[int(i)].prompts())]))
+        return encode.prompts(self.keys, self.more, self.choices, distinct(said))
 
     def texts_needed(self) -> int:
         """How many captions are to be in the cache."""
@@ -106,10 +106,10 @@ class Stock:
     def missing_masks(self) -> list:
         return [] if self.settled is not None else masks.missing(self.latents, self.cached)
 
-    def missing_texts(self) -> list[Prompt]:
+    def missing_texts(self) -> encode.Prompts:
         if self.settled is not None or not self.text_cached:
-            return []
-        return encode.missing_texts(self.texts, self.keys, self.prompts)
+            return encode.prompts(self.keys, (), (), np.zeros(0, "<i8"))
+        return self.prompts.lacking(self.texts)
 
 
 class Numbered(Sequence[tuple[int, Record]]):
@@ -187,7 +187,7 @@ def take_stock(config: Config, base: Base, text_precision: str, notes: Notes | N
         part,
     )
     if config.token:
-        tokens.refuse_unread(config.token, [words for prompt in stock.prompts for words in prompt.texts])
+        tokens.refuse_unread(config.token, (words for prompt in stock.prompts for words in prompt.texts))
     return stock
 
 
@@ -293,16 +293,15 @@ def fill(
 ) -> None:
     """Encode what is missing; several processes share the work and meet in `wait`."""
     # All lists come first: rows that other processes have already written must not shift the shares.
-    prompts: Sequence[Prompt] = stock.missing_texts()[rank::processes]
+    prompts = stock.missing_texts()[rank::processes]
     mine, latents = stock.missing_masks()[rank::processes], stock.missing_latents()[rank::processes]
     hidden = stock.missing_holes()[rank::processes]
     raise_all(masks.fill(stock.latents, mine, progress))
     if prompts:
         cut = encode.fill_texts(base, config.cache, stock.texts, stock.keys, prompts, device, progress)
-        _say_cut(cut, config.text, say)
+        _say_cut(*cut, config.text, say)
     if not stock.text_cached:
-        tokenizers, chunks = read(config, base, stock.prompts)
-        _say_cut(text.cuts(tokenizers, stock.prompts, chunks), config.text, say)
+        _say_cut(*_too_long(config, base, stock.prompts), config.text, say)
     with encode.explained():
         if latents:
             encode.fill_latents(base, config.cache, stock.latents, stock.keys, latents, device, progress)
@@ -317,17 +316,22 @@ def fill(
         stock.settle()
 
 
-def _say_cut(cut: Sequence[text.Cut], options: TextOptions, say: Callable[[str], None]) -> None:
-    if cut:
-        some = shortened((f"'{c.prompt.text[:40]}' loses {c.tokens}" for c in cut), 3)
-        say(f"{len(cut)} captions have more than {text.longest(options)} tokens, the rest is cut off: {some}")
-
-
-def read(config: Config, base: Base, prompts: Sequence[Prompt]) -> tuple[tuple[Any, Any], list[text.Tokens]]:
-    """The tokenizers, which know new words, and the chunks of prompts."""
+def _too_long(config: Config, base: Base, prompts: Sequence[Prompt]) -> tuple[int, list[text.Cut]]:
+    """How many prompts are cut off, and the first of them."""
+    count, first = 0, list[text.Cut]()
     tokenizers = tokens.tokenizers(base, config.token)
-    expanded = [tokens.expanded(config.token, prompt) for prompt in prompts]
-    return tokenizers, text.tokenize(tokenizers, expanded, config.text)
+    for start in range(0, len(prompts), BATCH):
+        batch = list(prompts[start : start + BATCH])
+        cut = text.cuts(tokenizers, batch, tokens.chunks(tokenizers, config.token, config.text, batch))
+        count, first = count + len(cut), [*first, *cut][: encode.SHOWN]
+    return count, first
+
+
+def _say_cut(count: int, first: Sequence[text.Cut], options: TextOptions, say: Callable[[str], None]) -> None:
+    if count:
+        some = ", ".join(f"'{c.prompt.text[:40]}' loses {c.tokens}" for c in first)
+        more = f" and {count - len(first)} more" if count > len(first) else ""
+        say(f"{count} captions have more than {text.longest(options)} tokens, the rest is cut off: {some}{more}")
 
 
 def samples(
@@ -339,9 +343,6 @@ def samples(
     choices: Sequence[Choice] | None = None,
 ) -> Samples:
     """What batches are made of, for a schedule of that many timesteps; of the trained pictures, or those given."""
-    chunks = (
-        dict(zip(stock.prompts, read(config, base, stock.prompts)[1], strict=True)) if not stock.text_cached else None
-    )
     made = Samples(
         stock.pictures if pictures is None else pictures,
         stock.choices if choices is None else choices,
@@ -350,7 +351,7 @@ def samples(
         Words(
             stock.keys,
             stock.texts,
-            chunks,
+            None if stock.text_cached else tokens.reader(base, config.token, config.text),
             0 if base.refines else base.config("text_encoder")["hidden_size"],
             config.text,
         ),

@@ -5,7 +5,7 @@ one's sequence is repeated up to the least common multiple. Repeating keys and v
 it is, softmax(q [k k]) [v v] = softmax(q k) v, so that no sample depends on its companions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import lcm
 
@@ -25,22 +25,22 @@ Text = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Words:
-    """Where the text of a prompt is: `tokens` has the ids of all prompts where encoders work in the step, else the
-    store has their embeddings. `width` is how many of the embeddings' columns are the first encoder's."""
+    """Where the text of a prompt is: `tokens` gives its ids where encoders work in the step, else the store has its
+    embeddings. `width` is how many of the embeddings' columns are the first encoder's."""
 
     keys: Keys
     store: cache.Store
-    tokens: dict[Prompt, Tokens] | None
+    tokens: Callable[[Prompt], Tokens] | None
     width: int
     options: TextOptions
 
     def of(self, prompt: Prompt) -> Text:
         """What the model takes for a prompt."""
         if self.tokens is not None:
-            found = self.tokens[prompt]
+            found = self.tokens(prompt)
             return {"tokens": found.ids.long(), "weights": factors(found), "kept": torch.ones(2)}
-        row = self.keys.text_row(prompt)
-        return {"prompt_embeds": self.store.get(f"{row}.states"), "pooled": self.store.get(f"{row}.pooled")}
+        states, pooled = self.keys.states(prompt), self.keys.pooled(prompt)
+        return {"prompt_embeds": self.store.get(states), "pooled": self.store.get(pooled)}
 
     def length(self, text: Text) -> int:
         """Positions of a sample's text before it is repeated."""
@@ -80,7 +80,7 @@ class Words:
         batch = {"tokens": tokens, "chunks": torch.stack(rows), "kept": torch.stack([text["kept"] for text in texts])}
         if bool((weights == 1).all()):
             return batch
-        empty = self.tokens[Prompt("")].ids[:1].long()
+        empty = self.tokens(Prompt("")).ids[:1].long()
         return batch | {
             "tokens": torch.cat([empty, tokens]),
             "weights": torch.cat([torch.ones(empty.shape), weights]),

@@ -1,6 +1,7 @@
 """What a picture costs in memory, and what a start does not read again."""
 
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 from handmade import encoded
 from PIL import Image
 
-from sdxl_trainer.config import Config
+from sdxl_trainer.chunking import Prompt
+from sdxl_trainer.config import Config, TextOptions
 from sdxl_trainer.configfile import validated
-from sdxl_trainer.data import memo, pictures, plan, table
+from sdxl_trainer.data import captions, encode, memo, pictures, plan, table
 from sdxl_trainer.data.sources import records
 
 
@@ -61,6 +63,42 @@ def test_a_picture_costs_few_bytes(tmp_path: Path) -> None:
     few, many = 500, 12_500
     (small, _), (large, _) = held(tmp_path / "few", few), held(tmp_path / "many", many)
     assert (large - small) / (many - few) <= 130
+
+
+def listed(count: int) -> int:
+    """Bytes that the list of what is to be encoded of so many captions, each with two variants, takes at most."""
+    keys = encode.Keys("", "", "", "", TextOptions())
+
+    def choice(number: int) -> captions.Choice:
+        said = Prompt(f"a long caption of the picture number {number}, and more about it")
+        return captions.Choice((1.0,), ((said, replace(said, text=said.text[::-1])),))
+
+    class Each(list):  # made anew each time, as those of pictures are
+        def __getitem__(self, number: Any) -> captions.Choice:
+            return choice(number)
+
+    tracemalloc.start()
+    found = encode.prompts(keys, (Prompt(""),), Each(), np.arange(count))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found) == 2 * count + 1
+    assert [found[0], found[2 * count]] == [Prompt(""), choice(count - 1).variants[0][1]]
+    assert list(found[3::2][:2]) == [choice(1).variants[0][0], choice(2).variants[0][0]]
+    return most
+
+
+def test_a_caption_to_be_encoded_costs_few_bytes() -> None:
+    few, many = table.BATCH, 4 * table.BATCH
+    assert (listed(many) - listed(few)) / (2 * (many - few)) <= 110
+
+
+def test_prompts_that_are_alike_are_one() -> None:
+    keys = encode.Keys("", "", "", "", TextOptions())
+    a, b, other = Prompt("a"), Prompt("b"), Prompt("a", "b")
+    choices = [captions.Choice((1.0,), ((a, other), (b,))), captions.Choice((1.0,), ((b, Prompt("c"), a),))]
+    found = encode.prompts(keys, (Prompt(""), b), choices, np.array([0, 1]))
+    assert list(found) == [Prompt(""), b, a, other, Prompt("c")]
+    assert [list(found[n::2]) for n in range(2)] == [[Prompt(""), a, Prompt("c")], [b, other]]
 
 
 def test_a_known_dataset_is_not_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
