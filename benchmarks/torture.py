@@ -35,6 +35,7 @@ from sdxl_trainer.train import train
 
 RESULT = Path(__file__).parent / "results" / "torture.json"
 TEXT = {"learn": [{"match": r"unet\..*"}, {"match": r"text_encoder.*"}]}
+PIVOTAL = [{"match": r".*token_embedding\.new\..*", "until": 0.5}, {"match": r".*"}]
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"ema": {"enabled": True}, "train": {"gradient_checkpointing": True}},
     "full, 8-bit": {"optimizer": {"name": "adamw8bit"}},
@@ -45,9 +46,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.1}, "ema": {"enabled": True}},
     "dora": {"adapter": {"kind": "dora", "rank": 4}},
     "lokr": {"adapter": {"kind": "lokr", "rank": 4}},
+    "loha": {"adapter": {"kind": "loha", "rank": 4}},
     "oft": {"adapter": {"kind": "oft"}},
+    "boft": {"adapter": {"kind": "boft"}},
     "lora on int8": {"adapter": {"kind": "lora", "rank": 4}, "train": {"frozen": "int8"}},
     "new words": {"token": [{"name": "shape", "vectors": 2}]},
+    "pivotal": {"token": [{"name": "shape"}], "adapter": {"rank": 4}, "learn": PIVOTAL},
     "sharded": {**TEXT, "ema": {"enabled": True}, "train": {"shard": True}},
 }
 STEPS, MOST = 12, 5  # kills of one run before it may finish
