@@ -322,7 +322,8 @@ def _refuse_contradictions(config: Config, where: str) -> None:
         what = (
             "train.steps and train.epochs are both given" if both else "neither train.steps nor train.epochs is given"
         )
-        raise UserError(what, where, "give exactly one of them under [train]")
+        fix = "give exactly one of them under [train]"
+        raise UserError(what, where, f"{fix}: remove train.epochs, or train.steps" if both else fix)
     for key, inert, why in INERT:
         section, name = key.split(".")
         given = getattr(config, section)
@@ -366,4 +367,5 @@ def _refuse_objective(config: Config, where: str) -> None:
     batch, micro = config.train.batch_size, config.train.micro_batch
     if micro is not None and micro > batch:
         what = f"train.micro_batch = {micro} is more than train.batch_size = {batch}"
-        raise UserError(what, where, "batch_size counts the images of an optimizer step, micro_batch those of a pass")
+        counts = "batch_size counts the images of an optimizer step, micro_batch those of a pass"
+        raise UserError(what, where, f"{counts}; set train.micro_batch = {batch}")

@@ -255,7 +255,7 @@ def test_the_keyboard_alone_reads_a_curve_and_compares_pictures(browser: Browser
     shown = (
         "[...document.querySelectorAll('.plot')].filter((plot) => plot.checkVisibility()).map((plot) => plot.className)"
     )
-    assert run(shown) == ["plot log"] * 3 + ["plot"] * 4, "all charts of losses have the other axis"
+    assert run(shown) == ["plot logarithmic"] * 3 + ["plot"] * 4, "all charts of losses have the other axis"
     assert run('document.querySelector(".scale").ariaPressed') == "true"
     run('document.getElementById("steps").focus()')
     press("Home")

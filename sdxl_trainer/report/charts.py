@@ -129,7 +129,7 @@ def logarithmic(values: Sequence[float]) -> tuple[Axis, ...]:
 def plots(x: Axis, scales: Sequence[Axis], drawn: Callable[[Axis], str]) -> str:
     """The same lines on each axis of values; the script of the page shows one of them."""
     return "".join(
-        f'<div class="plot{" log" if y.log else ""}">{labels(x, y)}{drawn(y)}<i class="cross"></i></div>'
+        f'<div class="plot{" logarithmic" if y.log else ""}">{labels(x, y)}{drawn(y)}<i class="cross"></i></div>'
         for y in scales
     )
 

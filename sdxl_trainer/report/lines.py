@@ -1,6 +1,7 @@
 """Charts of several lines: what is measured of several kinds, or of several runs, with bands of confidence."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,8 +28,9 @@ def figure(title: str, series: Sequence[Series], from_zero: bool = False, wide: 
         return ""
     steps = sorted({step for line in shown for step, _ in line.points})
     values = [value for line in shown for _, value in line.points]
+    floor = 0.0 if min(values) >= 0 else -math.inf
     values += [
-        v + s * line.width[t]
+        max(v + s * line.width[t], floor)
         for line in shown
         if line.width
         for t, v in line.points

@@ -60,8 +60,8 @@ const wireCurves = (root) => {
 // The axis of values of all curves that have a logarithmic one: a class of the whole page, so that it stays when curves are drawn anew.
 const wireScales = (root) => {
   const page = document.documentElement.classList;
-  const tell = (place) => place.querySelectorAll(".scale").forEach((button) => button.setAttribute("aria-pressed", String(page.contains("log"))));
-  for (const button of root.querySelectorAll(".scale")) button.addEventListener("click", () => (page.toggle("log"), tell(document)));
+  const tell = (place) => place.querySelectorAll(".scale").forEach((button) => button.setAttribute("aria-pressed", String(page.contains("logarithmic"))));
+  for (const button of root.querySelectorAll(".scale")) button.addEventListener("click", () => (page.toggle("logarithmic"), tell(document)));
   tell(root);
 };
 
@@ -69,7 +69,7 @@ const wireScales = (root) => {
 const wirePictures = (root) => {
   const cards = [...root.querySelectorAll(".prompt")].filter((card) => card.querySelector(".stage"));
   const words = (pick) => `step ${Number(pick.dataset.step).toLocaleString("en")}`;
-  const compare = (pick) => {
+  const compare = (pick, scrolled = true) => {
     const card = pick.closest(".prompt");
     const first = pick.closest(".row").querySelector(".pick");
     for (const [name, source] of [["before", first], ["after", pick]]) {
@@ -79,7 +79,7 @@ const wirePictures = (root) => {
     }
     for (const other of card.querySelectorAll(".pick")) other.setAttribute("aria-pressed", String(other === pick));
     const strip = card.querySelector(".strip");
-    if (strip) strip.scrollLeft += pick.getBoundingClientRect().right - strip.getBoundingClientRect().right + 4;
+    if (strip && scrolled) strip.scrollLeft += pick.getBoundingClientRect().right - strip.getBoundingClientRect().right + 4;
   };
   const steps = root.querySelector(".steps input");
   const allSteps = [...new Set([...root.querySelectorAll(".pick")].map((pick) => Number(pick.dataset.step)))].sort((a, b) => a - b);
@@ -97,7 +97,7 @@ const wirePictures = (root) => {
     wipe.addEventListener("pointermove", drag);
     for (const pick of card.querySelectorAll(".pick")) pick.addEventListener("click", () => compare(pick));
     const row = [...card.querySelectorAll(".row")].find((line) => line.querySelector(".pick"));
-    if (row) compare([...row.querySelectorAll(".pick")].at(-1));
+    if (row) compare([...row.querySelectorAll(".pick")].at(-1), false); // the strip begins with its first step
   }
   steps?.addEventListener("input", () => {
     const step = allSteps[steps.value];

@@ -183,13 +183,18 @@ def _pick(shown: Gallery, pictures: dict[Path, Picture], row: Row, step: int) ->
     """A picture of the strip as a button, or a dash where the run drew none."""
     if (row, step) not in shown.cells:
         return '<span class="muted">–</span>'
-    prompt, seed, weights = row
     picture = pictures[shown.cells[row, step].file]
-    alt = safe(f"step {step}, seed {seed or '?'}, {weights} weights: {clipped(prompt, 120)}")
+    alt = safe(spoken(step, row))
     return (
         f'<button type="button" class="pick" data-step="{step}"><img src="{picture.url}" alt="{alt}" '
         f'width="{picture.width}" height="{picture.height}"></button>'
     )
+
+
+def spoken(step: int, row: Row) -> str:
+    """A picture in words: no two of a run have the same, unless only the ends of their long prompts differ."""
+    prompt, seed, weights = row
+    return f"step {step}, seed {seed or '?'}, {weights} weights: {clipped(prompt, 120)}"
 
 
 def _stage(name: str) -> str:

@@ -2,21 +2,19 @@
 long becomes a command in the queue. The tables at the end say which address does what."""
 
 import shlex
-import shutil
-import uuid
-import zipfile
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_trainer import wishes
-from sdxl_trainer.data.sources.tree import CAPTIONS, METADATA, PICTURES
+from sdxl_trainer import publish, wishes
+from sdxl_trainer.data.sources.tree import PICTURES
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.report import compare as comparison
+from sdxl_trainer.report import pictures as drawings
 from sdxl_trainer.report import records
 from sdxl_trainer.studio import album as albums
-from sdxl_trainer.studio import jobs, live, settings, starts, trial, views, wording
+from sdxl_trainer.studio import jobs, live, remedies, settings, starts, trial, views, wording
 from sdxl_trainer.studio.workspace import checked_name, inside
 
 if TYPE_CHECKING:
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 
 Sent = Mapping[str, Any]
 PAGE = 60  # pictures of a folder that are shown at a time
-UNPACKED = 20 << 30  # bytes that an archive may unpack to
 OUTPUT = ".html", ".png", ".safetensors"  # what of a run may be fetched
 
 
@@ -58,13 +55,7 @@ def choose(studio: "Studio", sent: Sent) -> Any:
 def pictures(studio: "Studio", sent: Sent) -> Any:
     """A page of a folder's pictures, those that a text is in or that lack a caption, and the tags of all."""
     album = _album(studio, sent)
-    wanted = str(sent.get("find") or "").casefold()
-    found = [
-        entry
-        for entry in album.entries.values()
-        if (not wanted or wanted in entry.caption.casefold() or wanted in entry.name.casefold())
-        and not (sent.get("missing") and entry.caption)
-    ]
+    found = _found(album, sent.get("find"), sent.get("missing"))
     start = _whole(sent.get("from"), 0)
     shown = [
         {"name": e.name, "caption": e.caption[: albums.LONGEST], "source": e.source, "readonly": albums.readonly(e)}
@@ -72,6 +63,17 @@ def pictures(studio: "Studio", sent: Sent) -> Any:
     ]
     tags = wording.frequent(entry.caption for entry in album.entries.values())
     return {"pictures": shown, "found": len(found), "all": len(album.entries), "tags": tags}
+
+
+def _found(album: albums.Album, text: object, missing: object) -> list[albums.Entry]:
+    """Pictures in whose caption or name a text is, and of these, if wanted, those without a caption."""
+    wanted = str(text or "").casefold()
+    return [
+        entry
+        for entry in album.entries.values()
+        if (not wanted or wanted in entry.caption.casefold() or wanted in entry.name.casefold())
+        and not (missing and entry.caption)
+    ]
 
 
 def verdict(studio: "Studio", sent: Sent) -> Any:
@@ -95,10 +97,12 @@ def caption(studio: "Studio", sent: Sent) -> Any:
 
 
 def change(studio: "Studio", sent: Sent) -> Any:
-    """What a change to all captions would make of them; with "apply" it is saved. Gives what is needed to undo it."""
+    """What a change to all captions, or to those that are found, would make of them; with "apply" it is saved. Gives
+    what is needed to undo it."""
     with studio.lock:
         album = _album(studio, sent)
-        old = {name: entry.caption for name, entry in album.entries.items() if albums.readonly(entry) is None}
+        wanted = _found(album, sent.get("among"), sent.get("missing"))
+        old = {entry.name: entry.caption for entry in wanted if albums.readonly(entry) is None}
         new = wording.changed(old, sent.get("kind"), sent)
         if sent.get("apply"):
             albums.write_captions(album, new, {})
@@ -114,54 +118,6 @@ def focus(studio: "Studio", sent: Sent) -> Any:
 def thumbnail(studio: "Studio", sent: Sent) -> Any:
     side = views.SIDES[sent.get("large") == "1"]
     return views.thumbnail(_album_file(studio, sent), side), "image/webp"
-
-
-def upload_place(studio: "Studio", sent: Sent) -> tuple[Path, Path]:
-    """Where an uploaded file goes, and the temporary file beside it. UserError for names that are not for data."""
-    folder = studio.workspace.folder / "pictures" / checked_name(sent.get("folder"))
-    name = PurePosixPath(str(sent.get("name") or "").replace("\\", "/")).name
-    if not (_for_data(name) or name.lower().endswith(".zip")) or len(name.encode("utf-8", "replace")) > 200:
-        raise UserError(f"'{name[:80]}' is no picture, caption or archive", "upload", "leave it out")
-    folder.mkdir(parents=True, exist_ok=True)
-    return _free(folder / name), folder / f".{uuid.uuid4().hex}.tmp"
-
-
-def upload_done(studio: "Studio", target: Path, partial: Path) -> dict[str, Any]:
-    """Put an uploaded file in its place, or unpack it there; says how many files came and which were left out."""
-    if target.suffix.lower() != ".zip":
-        partial.replace(target)
-        return {"added": 1, "left_out": []}
-    with zipfile.ZipFile(partial) as archive:
-        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-        if sum(entry.file_size for entry in entries) > UNPACKED:
-            raise UserError("the archive unpacks to more than 20 GB", target.name, "copy the folder here instead")
-        parts = {entry.filename: PurePosixPath(entry.filename.replace("\\", "/")).parts for entry in entries}
-        wanted = {
-            name: _free(target.parent.joinpath(*at))
-            for name, at in parts.items()
-            if all(map(_plain, at)) and _for_data("".join(at[-1:]))
-        }
-        for name, place in wanted.items():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(name) as source, place.open("wb") as file:
-                shutil.copyfileobj(source, file)
-    return {"added": len(wanted), "left_out": [name for name in parts if name not in wanted]}
-
-
-def _for_data(name: str) -> bool:
-    suffix = PurePosixPath(name).suffix.lower()
-    return _plain(name) and (suffix in PICTURES or suffix in CAPTIONS or name.lower() in METADATA)
-
-
-def _plain(part: str) -> bool:
-    """Whether a part of a path is the name of something that is looked at: not hidden, not .. nor the root."""
-    return not part.startswith((".", "__", "/")) and "\0" not in part and ":" not in part
-
-
-def _free(path: Path) -> Path:
-    if path.exists():
-        raise UserError(f"there is a file '{path.name}' already", path.parent.name, "choose another folder")
-    return path
 
 
 # Settings
@@ -189,14 +145,23 @@ def preview(studio: "Studio", sent: Sent) -> Any:
 
 
 def write_config(studio: "Studio", sent: Sent) -> Any:
-    """Save a config's text, or give one of its options a value."""
-    name = checked_name(sent.get("name"))
+    """Save a config's text, or give some of its options values: {"changes": {option: value}}."""
+    name, changes = checked_name(sent.get("name")), sent.get("changes")
     with studio.lock:
         if "toml" in sent:
             settings.write(studio.workspace, name, str(sent["toml"]))
+        elif isinstance(changes, dict):
+            settings.set_values(studio.workspace, name, changes)
         else:
-            settings.set_value(studio.workspace, name, str(sent.get("key")), sent.get("value"))
+            raise UserError("no change is given", "settings", "send the text, or values by their options")
     return settings.state(studio.workspace, name)
+
+
+def advised(studio: "Studio", sent: Sent) -> Any:
+    """The changes of a run's config that a message's fix names and that would mend it."""
+    path = settings.source(studio.workspace, checked_name(sent.get("name")))
+    tree = settings.parsed(settings.read(path), "")[0] if path.is_file() else {}
+    return remedies.offered(tree, str(sent.get("what")), str(sent.get("fix")))
 
 
 # Commands
@@ -217,8 +182,12 @@ def checked(studio: "Studio", sent: Sent) -> Any:
 
 
 def train(studio: "Studio", sent: Sent) -> Any:
+    """Queue a training, unless its config or what the last check found would stop it."""
     name = checked_name(sent.get("name"))
     problem = settings.state(studio.workspace, name)["problem"]
+    if problem is None:
+        stops = live.standing(studio.workspace, name, live.told(studio.workspace, studio.jobs)).get("problem")
+        problem = {**stops, "fix": f"{stops['fix']}; then check again"} if stops else None
     if problem:
         raise UserError(**problem)
     return _queued(studio, "train", name, ["train", studio.workspace.shown(settings.source(studio.workspace, name))])
@@ -260,11 +229,42 @@ def export(studio: "Studio", sent: Sent) -> Any:
     return _queued(studio, "export", str(sent.get("run")), arguments)
 
 
+def hub(studio: "Studio", sent: Sent) -> Any:
+    """What `sdxl push` would do with a run's result, and the command. Nobody is asked, nothing is sent."""
+    name, private = _repository(sent)
+    plan = publish.planned(studio.workspace.run(sent.get("run")), name, private)
+    command = shlex.join(["sdxl", *trial.push(studio.workspace, sent.get("run"), name, private)])
+    return {"told": plan.told(), "token": plan.token, "command": command}
+
+
+def push(studio: "Studio", sent: Sent) -> Any:
+    return _queued(
+        studio, "push", str(sent.get("run")), trial.push(studio.workspace, sent.get("run"), *_repository(sent))
+    )
+
+
+def _repository(sent: Sent) -> tuple[str | None, bool]:
+    return str(sent.get("id") or "").strip() or None, sent.get("private") not in {None, False, "", "false"}
+
+
 # Runs
 
 
 def run(studio: "Studio", sent: Sent) -> Any:
     return live.page(studio.workspace, sent.get("name"))
+
+
+def drawn(studio: "Studio", sent: Sent) -> Any:
+    """How a picture of a run was drawn, which is named by what is said of it, and how to do it again."""
+    folder, told = studio.workspace.run(sent.get("run")), sent.get("told")
+    for sample in records.read(folder).samples:
+        if drawings.spoken(sample.step, (sample.prompt, sample.seed, sample.weights)) == told:
+            file = sample.file.relative_to(folder.resolve())
+            notes = live.notes(folder / "samples")
+            note = next(n for n in notes if (folder / "samples" / n["file"]).resolve() == sample.file)
+            again = ["sdxl", "sample", "--like", studio.workspace.shown(folder / file), "--out", "again"]
+            return {"file": file.as_posix(), "settings": note, "command": shlex.join(again)}
+    raise UserError("there is no such picture", folder.name, "look at the run again")
 
 
 def compare(studio: "Studio", sent: Sent) -> Any:
@@ -350,6 +350,7 @@ ACTIONS: dict[tuple[str, str], Action] = {
     ("POST", "/api/preview"): preview,
     ("POST", "/api/start"): start,
     ("POST", "/api/config"): write_config,
+    ("GET", "/api/advised"): advised,
     ("POST", "/api/check"): check,
     ("GET", "/api/checked"): checked,
     ("POST", "/api/train"): train,
@@ -360,7 +361,10 @@ ACTIONS: dict[tuple[str, str], Action] = {
     ("GET", "/api/helpful"): helpful,
     ("POST", "/api/sample"): sample,
     ("POST", "/api/export"): export,
+    ("GET", "/api/hub"): hub,
+    ("POST", "/api/push"): push,
     ("GET", "/api/run"): run,
+    ("GET", "/api/drawn"): drawn,
     ("GET", "/api/compare"): compare,
     ("GET", "/api/tried"): tried,
 }

@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.report import frame
-from sdxl_trainer.studio import actions
+from sdxl_trainer.studio import actions, uploads
 from sdxl_trainer.studio.guard import Guard, TooLarge
 from sdxl_trainer.studio.jobs import Jobs
 from sdxl_trainer.studio.workspace import Workspace
@@ -151,12 +151,12 @@ def _upload(studio: Studio) -> Callable[..., Any]:
 
     async def endpoint(request: Request) -> Response:
         try:
-            target, partial = actions.upload_place(studio, dict(request.query_params))
+            target, partial = uploads.place(studio.workspace, dict(request.query_params))
             try:
                 with partial.open("wb") as file:
                     async for chunk in request.stream():
                         await run_in_threadpool(file.write, chunk)
-                added = await run_in_threadpool(actions.upload_done, studio, target, partial)
+                added = await run_in_threadpool(uploads.done, target, partial)
             finally:
                 partial.unlink(missing_ok=True)
         except UserError as error:

@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer import report
+from sdxl_trainer import report, wishes
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.report import pictures, records, sections, use
 from sdxl_trainer.report.words import number, part
-from sdxl_trainer.studio import jobs
+from sdxl_trainer.studio import jobs, settings
 from sdxl_trainer.studio.jobs import Job
 from sdxl_trainer.studio.workspace import Workspace
 
 # "steps 12/550  2.1/s, 4:12 left ...": what `log.Console` says where there is no terminal.
 PROGRESS = re.compile(r"^(?P<what>[a-z][\w ]{0,40}?) (?P<done>\d+)/(?P<total>\d+)\b(?P<rest>.*)$")
+PAUSED = "paused after step"  # how a run says that it holds
 RECENT = 20  # steps whose speed tells how long the rest will take
 LAST = 16_000  # bytes at the end of metrics.jsonl that are looked at for them
 CHECKPOINT = "checkpoint-"
@@ -29,8 +30,13 @@ CHECKPOINT = "checkpoint-"
 def snapshot(workspace: Workspace, queue: jobs.Jobs) -> dict[str, Any]:
     """Everything that the page watches: jobs, and where each run is. Small and cheap: it is made twice a second."""
     queue.tick()
-    found = [{**jobs.as_json(job), **progress(workspace, queue, job)} for job in queue.all()[:40]]
+    found = told(workspace, queue)
     return {"jobs": found, "runs": [summary(workspace, name, found) for name in workspace.names()[:60]]}
+
+
+def told(workspace: Workspace, queue: jobs.Jobs) -> list[dict[str, Any]]:
+    """The latest jobs with how far each is."""
+    return [{**jobs.as_json(job), **progress(workspace, queue, job)} for job in queue.all()[:40]]
 
 
 def progress(workspace: Workspace, queue: jobs.Jobs, job: Job) -> dict[str, Any]:
@@ -42,6 +48,8 @@ def progress(workspace: Workspace, queue: jobs.Jobs, job: Job) -> dict[str, Any]
         return {"problem": problem(output)} if job.state in {"failed", "lost"} else {}
     lines = [line for line in output.replace("\r", "\n").split("\n") if line.strip()]
     told: dict[str, Any] = {"says": lines[-1][:300] if lines else "starting", "memory": jobs.memory(job)}
+    turns = [line for line in lines if line.startswith((PAUSED, "goes on"))]
+    told["paused"] = bool(turns) and turns[-1].startswith(PAUSED)
     for line in reversed(lines):
         match = PROGRESS.match(line)
         if match:
@@ -67,8 +75,6 @@ PRIVATE = re.compile(r"(path|prompts?|caption\w*|trigger|negative|output_dir|aut
 def helpful(workspace: Workspace, queue: jobs.Jobs, job: Job) -> str:
     """What somebody who is asked for help needs to know: versions, the command, the options, the end of the output;
     without captions, prompts, names and places of folders."""
-    from sdxl_trainer.studio import settings
-
     known = ("sdxl-trainer", "torch", "diffusers", "transformers", "accelerate", "peft")
     versions = [f"{name} {_version(name)}" for name in known]
     path = settings.source(workspace, job.name)
@@ -109,8 +115,23 @@ def summary(workspace: Workspace, name: str, found: Sequence[dict[str, Any]]) ->
     if own and own["state"] == "running" and rows and speeds and made["steps"]:
         images = number(last.get("images")) or 1
         made["left"] = max(0.0, (made["steps"] - (made["step"] or 0)) * images / made["speed"])
+    if own and own["state"] == "running" and wishes.asked_to_pause(folder):
+        made["state"] = "paused" if own.get("paused") else "pausing"
+        made.pop("left", None)
+    made["check"] = standing(workspace, name, found)
     made["stamps"] = [stamp(folder / n) for n in ("metrics.jsonl", "samples/samples.jsonl", "manifest.json")]
     return made
+
+
+def standing(workspace: Workspace, name: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the last check of a run came to: passed, or what stops the run; old if the config has changed since."""
+    last = next((job for job in found if job["kind"] == "check" and job["name"] == name), None)
+    if last is None or last["state"] not in {"done", "failed"}:
+        return {"state": "running" if last and last["state"] in {"queued", "running"} else "none"}
+    if stamp(settings.source(workspace, name)) > 1e9 * last["started"]:
+        return {"state": "old"}
+    told = {"state": "passed"} if last["state"] == "done" else {"state": "stops", "problem": last["problem"]}
+    return told | {"since": last["started"]}
 
 
 def last_rows(path: Path) -> list[dict[str, Any]]:

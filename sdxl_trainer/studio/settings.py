@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tomlkit
+
 from sdxl_trainer import configfile, files, presets
 from sdxl_trainer.config import OPTIMIZERS, Config
 from sdxl_trainer.errors import UserError
@@ -155,21 +157,18 @@ def write(workspace: Workspace, name: str, text: str) -> None:
     files.write_text(path, text)
 
 
-def set_value(workspace: Workspace, name: str, key: str, value: Any) -> None:
-    """Give one option a value, or with None its default again, and write the file."""
-    tree = tomllib.loads(read(source(workspace, name)))
-    if key.split(".")[0] not in Config.model_fields:
-        raise UserError(f"there is no option '{key[:80]}'", "settings", "choose one of the list")
-    strange = [part for part, values in tree.items() if part not in Config.model_fields or not _sections(values)]
-    if strange:
-        raise UserError(f"'{strange[0][:80]}' is no section or option", name, "correct it in the text below first")
-    configfile.put(tree, key, value)
-    write(workspace, name, configfile.written(tree))
-
-
-def _sections(values: Any) -> bool:
-    """Whether lists hold what can be written as sections."""
-    return not isinstance(values, list) or all(isinstance(entry, dict) for entry in values)
+def set_values(workspace: Workspace, name: str, changes: Mapping[str, Any]) -> None:
+    """Give options values, or with None their defaults again. All else in the file stays as it is, comments too."""
+    path = source(workspace, name)
+    try:
+        document = tomlkit.parse(read(path))
+    except tomlkit.exceptions.TOMLKitError as error:
+        raise UserError(f"not valid TOML: {error}", path.name, "correct the line in the text below first") from None
+    for key, value in changes.items():
+        if value is not None and key.split(".")[0] not in Config.model_fields:
+            raise UserError(f"there is no option '{key[:80]}'", "settings", "choose one of the list")
+        configfile.put(document, key, value)
+    write(workspace, name, tomlkit.dumps(document))
 
 
 def _origin(workspace: Workspace, name: str) -> Path:

@@ -70,6 +70,12 @@ def export(workspace: Workspace, name: object, kind: object) -> list[str]:
     raise UserError(f"this run has no result that '{str(kind)[:20]}' is made of", folder.name, "let it end first")
 
 
+def push(workspace: Workspace, name: object, repository: str | None, private: bool) -> list[str]:
+    """`sdxl push ...` for a run's result."""
+    named = [f"--id={repository}"] if repository else []
+    return ["push", workspace.shown(workspace.run(name)), *named, "--private" if private else "--public"]
+
+
 def bundle(workspace: Workspace, name: object) -> Path:
     """A .zip of what is shared of a run: files for other programs, card, report, pictures."""
     folder = workspace.run(name)

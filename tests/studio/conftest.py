@@ -49,7 +49,7 @@ def opened(client: TestClient, photos: Path) -> str:
 def wait() -> Callable[..., dict[str, Any]]:
     """Wait until a job has ended; gives it as the page would see it."""
 
-    def until(client: TestClient, job: dict[str, Any], seconds: float = 120) -> dict[str, Any]:
+    def until(client: TestClient, job: dict[str, Any], seconds: float = 240) -> dict[str, Any]:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             found = client.get("/api/output", params={"job": job["id"]}).json()

@@ -184,13 +184,13 @@ def test_a_config_is_edited_as_a_form_and_as_text(client: TestClient, opened: st
     def change(**sent: Any) -> Any:
         return client.post("/api/config", json={"name": "one", **sent})
 
-    state = change(key="train.batch_size", value=3).json()
+    state = change(changes={"train.batch_size": 3}).json()
     assert tomllib.loads(path.read_text(encoding="utf-8"))["train"]["batch_size"] == 3
     assert [c["key"] for c in state["changes"]] == ["train.batch_size"]
-    assert change(key="train.batch_size", value="many").json()["problem"]["what"].startswith("train.batch_size")
+    assert change(changes={"train.batch_size": "many"}).json()["problem"]["what"].startswith("train.batch_size")
     assert client.post("/api/train", json={"name": "one"}).status_code == 400, "what would be refused is not started"
-    assert change(key="train.batch_size", value=None).json()["problem"] is None
-    assert change(key="nonsense.x", value=1).status_code == 400
+    assert change(changes={"train.batch_size": None}).json()["problem"] is None
+    assert change(changes={"nonsense.x": 1}).status_code == 400
     assert change(toml="[train\n").status_code == 400
     assert "batch_size" not in tomllib.loads(path.read_text(encoding="utf-8"))["train"]
     text = path.read_text(encoding="utf-8").replace("[train]", "[train]\nbatch_size = 2")
@@ -258,7 +258,7 @@ def test_a_whole_job(client: TestClient, opened: str, wait: Callable[..., Any], 
     save(client, opened, {"img3.png": "a red circle"})
     start = {"name": "job", "folder": opened, "preset": "lora-style", "micro": True}
     assert client.post("/api/start", json=start).json()["problem"] is None
-    for key, value in {
+    changes = {
         "train.steps": 4,
         "train.epochs": None,
         "train.batch_size": 2,
@@ -267,9 +267,8 @@ def test_a_whole_job(client: TestClient, opened: str, wait: Callable[..., Any], 
         "validation.prompts": ["a red circle"],
         "validation.images": 1,
         "validation.steps": 2,
-    }.items():
-        state = client.post("/api/config", json={"name": "job", "key": key, "value": value}).json()
-    assert state["problem"] is None
+    }
+    assert client.post("/api/config", json={"name": "job", "changes": changes}).json()["problem"] is None
     check = wait(client, client.post("/api/check", json={"name": "job"}).json())
     assert check["state"] == "done", check["output"]
     assert "img3.png" in client.get("/api/checked", params={"name": "job"}).json()["html"]
@@ -303,7 +302,7 @@ def test_a_whole_job(client: TestClient, opened: str, wait: Callable[..., Any], 
 def test_what_is_shown_to_helpers_says_nothing_private(client: TestClient, opened: str, tmp_path: Path) -> None:
     sent = {"name": "one", "folder": opened, "preset": "lora-style", "micro": True, "trigger": "secretword"}
     assert client.post("/api/start", json=sent).status_code == 200
-    client.post("/api/config", json={"name": "one", "key": "validation.prompts", "value": ["secret prompt"]})
+    client.post("/api/config", json={"name": "one", "changes": {"validation.prompts": ["secret prompt"]}})
     job = client.app.state.studio.jobs.add("train", "one", ["train", str(tmp_path / "home" / "missing.toml")])  # type: ignore[attr-defined]
     ended(client.app.state.studio.jobs, job)  # type: ignore[attr-defined]
     text = client.get("/api/helpful", params={"job": job.id}).json()["text"]

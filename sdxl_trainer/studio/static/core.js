@@ -72,8 +72,22 @@ export const trying = (work) => async (...given) => {
   }
 };
 
-export const problem = ({ what, where, fix }) =>
-  h("div", { class: "problem", role: "group", "aria-label": "Problem" }, h("b", {}, what), h("small", {}, `at: ${where}`), h("span", {}, `To mend it: ${fix}`));
+export const problem = ({ what, where, fix }, name, after) => {
+  const buttons = h("span", { class: "rowed", hidden: true });
+  if (name && fix) offered(buttons, name, what, fix, after);
+  return h("div", { class: "problem", role: "group", "aria-label": "Problem" }, h("b", {}, what), h("small", {}, `at: ${where}`), h("span", {}, `To mend it: ${fix}`), buttons);
+};
+/** Buttons that make the changes of the config which the fix names, as far as they would mend it. */
+const offered = trying(async (place, name, what, fix, after) => {
+  const found = await get("advised", { name, what, fix });
+  const change = ({ words, changes }) => async () => {
+    await post("config", { name, changes });
+    say(`saved in the settings: ${words}`);
+    await after?.();
+  };
+  place.replaceChildren(...found.map((each) => button(each.words, change(each), { class: "mend" })));
+  place.hidden = !found.length;
+});
 
 /** A command that does the same in a terminal. */
 export const command = (text, label = "The same as a command") => {
@@ -125,12 +139,14 @@ export const STATES = {
   new: "not begun",
   queued: "waiting",
   running: "running",
+  pausing: "about to pause",
+  paused: "paused",
   done: "done",
   stopped: "stopped",
   failed: "failed",
   lost: "ended unseen",
 };
-export const chip = (state) => h("span", { class: `chip ${state === "done" ? "good" : "open"}` }, STATES[state] ?? state);
+export const chip = (state) => h("span", { class: `chip ${{ done: "good", failed: "bad", lost: "bad" }[state] ?? "open"}` }, STATES[state] ?? state);
 
 /** What the pages share: what the server told at the start, what runs now, the folder and the run in hand. */
 export const studio = { begun: null, now: { jobs: [], runs: [] } };
@@ -138,7 +154,7 @@ const kept = (name) => ({
   get: () => sessionStorage.getItem(name) ?? "",
   set: (value) => sessionStorage.setItem(name, value),
 });
-Object.defineProperties(studio, { folder: kept("folder"), run: kept("run") });
+Object.defineProperties(studio, { folder: kept("folder"), run: kept("run"), copied: kept("copied") });
 
 const listeners = new Set();
 /** Call `work` whenever something that runs has changed, until the page is left. */

@@ -112,6 +112,7 @@ const tools = () => {
   const find = h("input", { type: "search", autocomplete: "off" });
   const missing = h("input", { type: "checkbox" });
   const again = () => (Object.assign(view, { find: find.value, missing: missing.checked }), load(true));
+  view.found = () => ((find.value = view.find), (some.hidden = !view.find && !view.missing));
   find.addEventListener("change", again);
   missing.addEventListener("change", again);
   const kind = choice(Object.entries(CHANGES), "prefix");
@@ -121,12 +122,13 @@ const tools = () => {
   const fit = () => (second.hidden = kind.value !== "replace");
   kind.addEventListener("change", fit);
   fit();
-  const sent = (apply) => ({ folder: view.folder, kind: kind.value, words: words.value, find: words.value, by: by.value, apply });
+  const sent = (apply) => ({ folder: view.folder, kind: kind.value, words: words.value, find: words.value, by: by.value, among: view.find, missing: view.missing, apply });
   const preview = h("div", { "aria-live": "polite" });
+  const some = h("p", { class: "muted", hidden: true }, "Only those that are found above are changed.");
   const look = async () => {
     const found = await post("change", sent(false));
-    const some = Object.keys(found.new).slice(0, 8);
-    preview.replaceChildren(h("p", {}, `${found.changed} captions would change.`), some.length ? table("Preview", ["picture", "now", "then"], some.map((name) => [name, found.old[name], found.new[name]])) : "");
+    const first = Object.keys(found.new).slice(0, 8);
+    preview.replaceChildren(h("p", {}, `${found.changed} captions would change.`), first.length ? table("Preview", ["picture", "now", "then"], first.map((name) => [name, found.old[name], found.new[name]])) : "");
   };
   const apply = async () => {
     const found = await post("change", sent(true));
@@ -140,7 +142,7 @@ const tools = () => {
     "div",
     {},
     h("div", { class: "rowed" }, labelled("Find", find), h("label", { class: "check" }, missing, "without a caption only"), button("Take back", undo)),
-    h("details", {}, h("summary", {}, "Change all captions"), h("div", { class: "rowed" }, labelled("Change", kind), labelled("words", words), second, button("Preview", look), button("Apply", apply, { class: "main" })), preview),
+    h("details", {}, h("summary", {}, "Change all captions"), h("div", { class: "rowed" }, labelled("Change", kind), labelled("words", words), second, button("Preview", look), button("Apply", apply, { class: "main" })), some, preview),
   );
 };
 
@@ -151,6 +153,7 @@ const load = async (anew) => {
   view.grid.append(...found.pictures.map(card));
   view.from = from + found.pictures.length;
   view.more.hidden = view.from >= found.found;
+  view.found();
   view.count.textContent = `${number(view.from)} of ${number(found.found)} shown${found.found < found.all ? `, ${number(found.all)} in the folder` : ""}`;
   view.tags.replaceChildren(h("summary", {}, "Most frequent tags"), h("p", { class: "frequent" }, found.tags.map(([tag, count]) => button(`${tag.slice(0, 60)} ${count}`, () => ((view.find = tag), load(true)), { class: "link" }))));
   rove(view.grid.querySelector("li"));

@@ -72,7 +72,7 @@ const shownTrial = (trial) => {
   const waits = first.length ? first : [{ prompt: trial.prompt, seed: "" }];
   return h(
     "article",
-    { class: "prompt" },
+    { class: "prompt trial" },
     table("Pictures by model", ["", ...trial.columns.map((column) => column.text)], waits.map((row, index) => [h("span", {}, row.prompt.slice(0, 200), h("small", {}, ` seed ${row.seed}`)), ...trial.columns.map((column) => cell(column, index))])),
     trial.columns.filter((column) => column.problem).map((column) => problem(column.problem)),
     h("details", {}, h("summary", {}, "The same as commands"), trial.columns.map((column) => command(column.job.command))),
