@@ -80,8 +80,8 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if begin.done:
         console.say(f"already done: {begin.steps} steps, in {output}")
         return None
-    if accelerator.num_processes == 1 and config.train.shard:
-        console.say("train.shard: there is one process, which keeps everything")
+    if accelerator.num_processes == 1 and distributed.sharding(config, console.say):
+        console.say("sharded weights (FSDP): there is one process, which keeps everything")
     _refuse_early(config, base, stock, accelerator.device, accelerator.num_processes, precision)
     config = fitted(config, base, stock, begin.checkpoint, precision, console.say)
     if config.hub.push and accelerator.is_main_process:

@@ -11,6 +11,7 @@ import torch
 from sdxl_trainer import distributed, files, inspect_cache, setup, sharding
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
+from sdxl_trainer.train import train
 from tests.train.processes import launch, rank, written
 
 OPTIONS = {
@@ -140,6 +141,16 @@ def test_shards_ask_the_base_as_one_process_does(
         one, two = ([row[name] for row in rows] for rows in found)
         assert two == pytest.approx(one, rel=near, abs=rounding)
     assert min(row["loss"] for row in found[0]) < 1e-2, "a step of such samples alone"
+
+
+@pytest.mark.parametrize("launcher", [False, True])
+def test_shards_of_one_process_are_said_to_be_none(
+    config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capfd: Any, launcher: bool
+) -> None:
+    monkeypatch.setattr(distributed, "_launcher_shards", lambda: launcher)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    train(config(train={"steps": 1, "shard": not launcher}))
+    assert "sharded weights (FSDP): there is one process, which keeps everything" in capfd.readouterr().err
 
 
 def test_memory_is_not_planned_for_shards(config: Callable[..., Any]) -> None:
