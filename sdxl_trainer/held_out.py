@@ -164,8 +164,8 @@ def fixed(samples: Samples, index: int, count: int, length: int) -> Batch:
     extra = batch.extra
     if samples.holes:
         picture, masks = samples.pictures[index], samples.holes.masks_per_image
-        seen = [samples.hole(picture, picture.geometries[0], part % masks, (0, part, key)) for part in range(count)]
-        extra = torch.stack(seen)
+        seen, keys = [(picture, picture.geometries[0])] * count, [(0, part, key) for part in range(count)]
+        extra = samples.beside(seen, [part % masks for part in range(count)], keys)
     return replace(
         batch,
         extra=extra,

@@ -5,7 +5,7 @@ from pathlib import Path
 from sdxl_trainer import base as bases
 from sdxl_trainer import class_pictures, distributed, setup
 from sdxl_trainer.config import Config
-from sdxl_trainer.data import cache, holes, masks, mirrored, prepare
+from sdxl_trainer.data import holes, masks, mirrored, prepare, upkeep
 from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.log import Console
@@ -39,7 +39,7 @@ def run(config: Config, *, verify: bool, gc: bool, push: bool = False) -> None:
     with accelerator.main_process_first():
         stock = prepare.take_stock(config, base, precision)
     if gc:
-        freed = _collect(stock) + cache.remove_drafts(folder)
+        freed = _collect(stock) + upkeep.remove_drafts(folder)
         console.say(f"freed {freed / 1e6:.1f} MB in {folder}")
         return
     new = len(stock.missing_latents()), len(stock.missing_texts())
@@ -57,7 +57,7 @@ def _held(folder: Path, mirror: str) -> str:
 
 
 def _verify(folder: Path, mirror: str | None) -> None:
-    bad = [str(path) for kind in mirrored.KINDS for path in cache.damaged(folder / kind)]
+    bad = [str(path) for kind in mirrored.KINDS for path in upkeep.damaged(folder / kind)]
     count = sum(1 for kind in mirrored.KINDS for _ in (folder / kind).glob("*.safetensors"))
     console, where = Console(), str(folder)
     if mirror is not None:
@@ -77,4 +77,4 @@ def _collect(stock: prepare.Stock) -> int:
     if stock.holes:
         latents |= holes.rows(stock.keys, stock.cached, stock.holes)
     texts = {f"{stock.keys.text_row(p)}.{kind}" for p in stock.prompts for kind in ("states", "pooled")}
-    return sum(cache.collect_garbage(s.folder, n) for s, n in ((stock.latents, latents), (stock.texts, texts)))
+    return sum(upkeep.collect_garbage(s.folder, n) for s, n in ((stock.latents, latents), (stock.texts, texts)))

@@ -1,7 +1,8 @@
-"""The noise of one training sample: a pure function of (seed, epoch, sample). Made on the CPU in fp32, so that every
+"""The noise of training samples, each a pure function of (seed, epoch, sample). Made on the CPU in fp32, so that every
 device and every number of processes trains on the same numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,13 +19,21 @@ def normal(seed: int, purpose: str, epoch: int, sample: int, shape: tuple[int, .
     return keyed.generator(seed, purpose, epoch, sample).standard_normal(shape, dtype=np.float32)
 
 
-def draw(key: Key, latents: Callable[[], Tensor], shape: tuple[int, ...], options: Objective) -> Tensor:
-    """The noise that the model is to find, fp32, in a sample whose latents [C, h, w] `latents` makes if asked."""
-    seed, epoch, sample = key
-    noise = torch.from_numpy(normal(seed, "noise", epoch, sample, shape))
+def normals(purpose: str, keys: Sequence[Key], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers of each sample, fp32 [B, ...]: those of `normal`, drawn where they stay."""
+    drawn = np.empty((len(keys), *shape), dtype=np.float32)
+    for (seed, epoch, sample), row in zip(keys, drawn, strict=True):
+        keyed.generator(seed, purpose, epoch, sample).standard_normal(out=row, dtype=np.float32)
+    return torch.from_numpy(drawn)
+
+
+def draw(keys: Sequence[Key], latents: Callable[[int], Tensor], shape: tuple[int, ...], options: Objective) -> Tensor:
+    """The noise that the model is to find, fp32 [B, C, h, w]; `latents` makes those of a row [C, h, w] if asked."""
+    noise = normals("noise", keys, shape)
     for name, change in NOISES.items():
         if getattr(options, name):
-            noise = change(noise, key, latents, options)
+            for row, key in enumerate(keys):
+                noise[row] = change(noise[row], key, partial(latents, row), options)
     return noise
 
 
@@ -65,13 +74,15 @@ NOISES: dict[str, Callable[[Tensor, Key, Callable[[], Tensor], Objective], Tenso
 }
 
 
-def perturbation(key: Key, shape: tuple[int, ...], options: Objective) -> Tensor | None:
-    """What is added to the noise that the model sees, and not to what it is to find (Ning et al. 2023); fp32."""
+def perturbation(keys: Sequence[Key], shape: tuple[int, ...], options: Objective) -> Tensor | None:
+    """What is added to the noise that the model sees, and not to what it is to find (Ning et al. 2023); fp32
+    [B, C, h, w]."""
     if not options.input_perturbation:
         return None
-    seed, epoch, sample = key
-    strength = options.input_perturbation * _share(key, "perturbation_strength", options.input_perturbation_random)
-    return strength * torch.from_numpy(normal(seed, "perturbation", epoch, sample, shape))
+    drawn = normals("perturbation", keys, shape)
+    for row, key in zip(drawn, keys, strict=True):
+        row *= options.input_perturbation * _share(key, "perturbation_strength", options.input_perturbation_random)
+    return drawn
 
 
 def _share(key: Key, purpose: str, random: bool) -> float:

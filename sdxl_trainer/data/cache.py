@@ -8,32 +8,28 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import threading
-import time
 import uuid
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from sdxl_trainer import files
 from sdxl_trainer.data.table import Table, empty, keys, let_go, opened
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.formats import header
+from sdxl_trainer.threads import mapped
 
 SHARD_BYTES = 64 << 20
 _NAME_DIGITS = 32
 SUMS = "checksums"  # among the notes of a shard
-# Drafts that did not change for so long belong to nobody: a shard is written in seconds.
-DRAFT_SECONDS = 3600
 # Shards that are kept open.
 OPEN = 128
 # Look-ups after which the memory of what was seen of the table is given back: each sees a few pages, and many all.
@@ -44,9 +40,12 @@ TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 AGAIN = "delete it: what it held is encoded anew"
 
 
+_JSON = json.JSONEncoder(separators=(",", ":"))
+
+
 def key(*parts: Any) -> str:
     """A content key: SHA-256 over what decides a row, as JSON."""
-    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_JSON.encode(parts).encode()).hexdigest()
 
 
 # Where a row begins in its shard, of which type and shape it is, and its checksum: -1 in shards of older
@@ -54,6 +53,19 @@ def key(*parts: Any) -> str:
 COLUMNS = {"begin": ("<i8", ()), "shard": ("<i4", ()), "kind": ("<i4", ()), "sum": ("<i8", ())}
 # (name, (type, shape), place in the file, checksum) of a row.
 Described = tuple[str, tuple[str, tuple[int, ...]], int, int]
+
+
+class Place(NamedTuple):
+    """Where a row lies: its store, its number in the table there, its shard, its first byte and checksum; and what it
+    is made of."""
+
+    store: "Store"
+    row: int
+    shard: str
+    begin: int
+    checksum: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 @dataclass
@@ -64,6 +76,7 @@ class Store:
     # How often a row is read that is not what was written, and whether one that was right once stays so.
     TRIES: ClassVar[int] = 1
     LASTING: ClassVar[bool] = True
+    AT_ONCE: ClassVar[int] = 1  # rows read at a time
 
     folder: Path
     beyond: "Store | None" = None
@@ -89,32 +102,53 @@ class Store:
         return lacks
 
     def get(self, row: str) -> Tensor:
-        """A row, compared with its checksum when it is read for the first time; KeyError if there is none of that name.
-        UserError if it is damaged: its shard is set aside then, so that the same command encodes it anew."""
-        at = self.table.place(row)
-        if at < 0:
-            if self.beyond is None:
-                raise KeyError(row)
-            return self.beyond.get(row)
-        kind, shard, begin, expected = (int(self.table.columns[name][at]) for name in ("kind", "shard", "begin", "sum"))
-        self._looks += 1
-        if self._looks % LOOKS == 0:
+        """A row; errors as those of `find` and `read`."""
+        return self.stacked([row])[0]
+
+    def stacked(self, rows: Sequence[str]) -> Tensor:
+        """Rows of one shape, [n, ...]; errors as those of `find` and `read`."""
+        places = self.find(rows)
+        whole = torch.empty(len(rows), *places[0].shape, dtype=places[0].dtype)
+        read(list(zip(places, whole, strict=True)))
+        return whole
+
+    def find(self, rows: Sequence[str]) -> list[Place]:
+        """Where rows lie, here or beyond; KeyError if there is none of a name."""
+        at = self.table.find(keys(rows)).tolist()
+        found = [self._place(n) if n >= 0 else self._beyond(row) for n, row in zip(at, rows, strict=True)]
+        self._looks += len(rows)
+        if self._looks >= LOOKS:
+            self._looks = 0
             let_go(self.table.columns.values())
+        return found
+
+    def _place(self, at: int) -> Place:
+        kind, shard, begin, total = (int(self.table.columns[name][at]) for name in ("kind", "shard", "begin", "sum"))
         dtype, shape = self.kinds[kind]
-        tensor, name = torch.empty(shape, dtype=TYPES[dtype]), self.shards[shard]
-        buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
+        return Place(self, at, self.shards[shard], begin, total, TYPES[dtype], shape)
+
+    def _beyond(self, row: str) -> Place:
+        if self.beyond is None:
+            raise KeyError(row)
+        return self.beyond.find([row])[0]
+
+    def read(self, place: Place, into: Tensor) -> None:
+        """Read a row of this store into a tensor of its type and shape, and compare it with its checksum if it is read
+        for the first time. UserError if it is damaged: its shard is set aside then, so that the same command encodes it
+        anew."""
+        buffer = into.reshape(-1).view(torch.uint8).numpy().data
         if len(self._checked) != len(self.table):
             self._checked = np.zeros(len(self.table), dtype=bool)
         wrong = ""
         for _ in range(self.TRIES):
-            if self.read_into(buffer, name, begin) != len(buffer):
+            if self.read_into(buffer, place.shard, place.begin) != len(buffer):
                 wrong = "a file of the cache is shorter than it was"
-            elif self._checked[at] or expected in (-1, checksum(tensor)):
-                self._checked[at] = self.LASTING
-                return tensor
+            elif self._checked[place.row] or place.checksum in (-1, checksum(into)):
+                self._checked[place.row] = self.LASTING
+                return
             else:
                 wrong = "a row of the cache is damaged: its bytes are not those that were written"
-        raise self.spoiled(name, wrong)
+        raise self.spoiled(place.shard, wrong)
 
     def read_into(self, buffer: memoryview, name: str, begin: int) -> int:
         """Fill a buffer from a place in a shard; gives how many bytes there were."""
@@ -208,6 +242,17 @@ class Store:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
 
+def read(rows: Sequence[tuple[Place, Tensor]]) -> None:
+    """Read rows into tensors, as `Store.read` does. Those that come from afar are waited for together."""
+    at_once = max(place.store.AT_ONCE for place, _ in rows) if rows else 1
+    if at_once == 1:
+        for place, into in rows:
+            place.store.read(place, into)
+    else:
+        for _ in mapped(lambda n: rows[n][0].store.read(*rows[n]), range(len(rows)), at_once, at_once):
+            pass
+
+
 def checksum(row: Tensor) -> int:
     """CRC-32 of a row's type, shape and bytes."""
     flat: Any = row.contiguous().reshape(-1).view(torch.uint8).numpy() if row.numel() else b""
@@ -287,47 +332,6 @@ def write_shard(folder: Path, rows: dict[str, Tensor], notes: dict[str, Any]) ->
 def is_whole(shard: Path) -> bool:
     """Whether its bytes are those that its name says."""
     return shard.stem == files.sha256(shard)[:_NAME_DIGITS]
-
-
-def damaged(folder: Path) -> list[Path]:
-    """Shards whose bytes are not those that were written, and the table if it is not what the shards say."""
-    bad = [path for path in sorted(folder.glob("*.safetensors")) if not is_whole(path)]
-    store = Store(folder)
-    if bad or not store.index.is_file():
-        return bad
-    with tempfile.TemporaryDirectory() as anew:
-        right = Path(anew) / "index"
-        store.refresh().table.save(right)
-        return [] if files.sha256(right) == files.sha256(store.index) else [store.index]
-
-
-def collect_garbage(folder: Path, needed: Collection[str]) -> int:
-    """Delete rows that are not needed; gives the bytes freed. Shards holding both kinds are written anew."""
-    before, store = Store(folder).bytes(), open_store(folder)
-    for path in sorted(folder.glob("*.safetensors")):
-        names = [name for name, *_ in described(path)]
-        live = [name for name in names if name in needed]
-        if len(live) == len(names):
-            continue
-        if live:
-            with safe_open(path, framework="pt") as shard:
-                notes = json.loads(shard.metadata()["notes"])
-                write_shard(folder, {n: store.get(n) for n in live}, {n: notes[n] for n in live if n in notes})
-        path.unlink()
-    return before - Store(folder).bytes()
-
-
-def remove_drafts(folder: Path) -> int:
-    """Delete what writers that were killed left half-written anywhere in a cache; gives the bytes freed. What changed
-    within `DRAFT_SECONDS` may still be written, by a process of any machine."""
-    freed = 0
-    for path in folder.rglob(".*.tmp"):
-        with suppress(FileNotFoundError):  # its writer is done after all
-            status = path.stat()
-            if path.is_file() and time.time() - status.st_mtime > DRAFT_SECONDS:
-                path.unlink()
-                freed += status.st_size
-    return freed
 
 
 def finite(rows: Iterable[tuple[str, Tensor]]) -> None:

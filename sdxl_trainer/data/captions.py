@@ -42,6 +42,11 @@ class Choice:
     odds: tuple[float, ...]
     variants: tuple[tuple[Prompt, ...], ...]
 
+    @property
+    def only(self) -> Prompt | None:
+        """The prompt, where there is no other."""
+        return self.variants[0][0] if len(self.variants) == len(self.variants[0]) == 1 else None
+
     def pick(self, caption: float, variant: float) -> Prompt:
         """The prompt for two numbers drawn from [0, 1)."""
         chosen = self.variants[min(bisect_right(self.odds, caption), len(self.odds) - 1)]

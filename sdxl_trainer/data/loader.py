@@ -1,11 +1,10 @@
 """From cached rows to the batches of a step. Every random choice about a sample is made here, by law 1."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,15 +18,12 @@ from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.pictures import Picture
 from sdxl_trainer.data.words import Text, Words
 from sdxl_trainer.model import LatentScale
-from sdxl_trainer.threads import mapped
 from sdxl_trainer.timesteps import Clock
-
-T = TypeVar("T")
 
 # Steps prepared ahead of the one that trains.
 AHEAD = 2
-# Samples of a batch whose rows are fetched at a time, where they are not on this machine.
-FAR = 32
+# A picture, and how it is shown.
+Seen = tuple[Picture, Geometry]
 
 
 @dataclass(frozen=True)
@@ -35,8 +31,7 @@ class Batch:
     """One micro-batch of B samples with latents of size h x w. All random numbers are already drawn."""
 
     names: tuple[str, ...]
-    mean: Tensor  # [B, 4, h, w] fp16: moments of the VAE's posterior, unscaled
-    std: Tensor  # [B, 4, h, w] fp16
+    moments: Tensor  # [B, 8, h, w] fp16: mean and standard deviation of the VAE's posterior, unscaled
     posterior_noise: Tensor  # [B, 4, h, w] fp32
     noise: Tensor  # [B, 4, h, w] fp32
     timesteps: Tensor  # [B] int64
@@ -47,6 +42,16 @@ class Batch:
     perturbation: Tensor | None = None  # [B, 4, h, w] fp32: noise that the model sees and is not to find
     extra: Tensor | None = None  # [B, 5, h, w] fp32: mask and masked picture, for inpainting models
     prior: Tensor | None = None  # [P] int64: which samples are to stay what the base predicts; None: none
+
+    @property
+    def mean(self) -> Tensor:
+        """[B, 4, h, w]"""
+        return self.moments.chunk(2, dim=1)[0]
+
+    @property
+    def std(self) -> Tensor:
+        """[B, 4, h, w]"""
+        return self.moments.chunk(2, dim=1)[1]
 
     @property
     def seen_noise(self) -> Tensor:
@@ -100,29 +105,28 @@ class Samples:
         """What the sample's text is drawn from."""
         return self.choices[sample % len(self.pictures)]
 
-    def each(self, one: Callable[[int], T], chosen: Sequence[int]) -> list[T]:
-        """What `one` makes of each sample. Rows that come from afar are waited for together."""
-        if self.latents.beyond is None:
-            return [one(sample) for sample in chosen]
-        return [made for _, made in mapped(one, chosen, FAR, FAR)]
+    def mask(self, seen: Sequence[Seen], shape: tuple[int, ...]) -> Tensor:
+        """Factor on the loss of each latent cell, [B, 1, h, w]."""
+        whole = torch.ones(len(seen), 1, *shape)
+        masked = {n: one for n, one in enumerate(seen) if one[0].mask is not None}
+        rows = self.latents.stacked([masks.key(*one) for one in masked.values()]) if masked else ()
+        for number, row in zip(masked, rows, strict=True):
+            whole[number] = masks.factor(masked[number][0].data, row)
+        return whole
 
-    def mask(self, picture: Picture, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
-        """Factor on the loss of each latent cell, [1, h, w]."""
-        if picture.mask is None:
-            return torch.ones(1, *shape)
-        return masks.factor(picture.data, self.latents.get(masks.key(picture, geometry)))
-
-    def time_ids(self, picture: Picture, geometry: Geometry) -> Tensor:
-        """The micro-conditioning of a picture: six integers, or for a refiner four and the score."""
+    def time_ids(self, seen: Sequence[Seen]) -> Tensor:
+        """The micro-conditioning: six integers each, or for a refiner four and the score."""
         if self.refines:
-            return torch.tensor([*geometry.time_ids()[:4], picture.data.aesthetic_score])
-        return torch.tensor(geometry.time_ids())
+            return torch.tensor([[*geometry.time_ids()[:4], p.data.aesthetic_score] for p, geometry in seen])
+        return torch.tensor([geometry.time_ids() for _, geometry in seen])
 
-    def hole(self, picture: Picture, geometry: Geometry, variant: int, draw: tuple[int, int, int]) -> Tensor:
-        """What an inpainting model sees beside the noisy latents, [5, h, w]."""
-        assert self.holes is not None
-        row = self.latents.get(holes.key(self.keys, picture, geometry, variant, self.holes))
-        return holes.beside(row, self.scale, draw)
+    def beside(self, seen: Sequence[Seen], variants: Sequence[int], keys: Sequence[noise.Key]) -> Tensor:
+        """What an inpainting model sees beside the noisy latents, [B, 5, h, w], with masks of those numbers."""
+        options = self.holes
+        assert options is not None
+        names = [holes.key(self.keys, *one, number, options) for one, number in zip(seen, variants, strict=True)]
+        rows = zip(self.latents.stacked(names), keys, strict=True)
+        return torch.stack([holes.beside(row, self.scale, key) for row, key in rows])
 
 
 def batch(
@@ -131,62 +135,77 @@ def batch(
     """The micro-batch of (sample, counts) pairs; a sample that does not count gets weight 0. `drawn`: the timesteps
     of the step's samples, where they depend on each other."""
     drawn = drawn or samples.clock.draw(samples.seed, 0, epoch, [sample for sample, _ in chosen])
-    rows = samples.each(lambda sample: _row(samples, epoch, sample, drawn[sample]), [sample for sample, _ in chosen])
-    columns = {name: torch.stack([row[name] for row, _ in rows]) for name in rows[0][0]}
-    text = samples.words.together([words for _, words in rows])
+    own = [sample for sample, _ in chosen]
+    keys = [(samples.seed, epoch, sample) for sample in own]
+    seen = [_seen(samples, epoch, sample) for sample in own]
+    moments = samples.latents.stacked([samples.keys.latent(*one) for one in seen])
+    mean, std = moments.chunk(2, dim=1)
+    shape = tuple(mean.shape[1:])
+    posterior = noise.normals("posterior", keys, shape)
+
+    def latents(row: int) -> Tensor:
+        return samples.scale.sample(mean[row], std[row], posterior[row])[0]
+
+    texts = [_text(samples, epoch, sample) for sample in own]
+    text = samples.words.together(texts)
     if samples.dropout:
-        draws = [keyed.generator(samples.seed, "adapter", epoch, sample).integers(1 << 63) for sample, _ in chosen]
-        text |= {"keys": torch.tensor(draws), "lengths": torch.tensor([samples.words.length(t) for _, t in rows])}
-    weights = [samples.picture(s).data.weight * samples.clock.weight(drawn[s]) for s, _ in chosen]
-    counts = [weight if counted else 0.0 for weight, (_, counted) in zip(weights, chosen, strict=True)]
-    names = tuple(samples.picture(sample).name for sample, _ in chosen)
-    kept = [row for row, (sample, _) in enumerate(chosen) if samples.picture(sample).data.prior_prediction]
-    prior = torch.tensor(kept) if kept else None
-    return Batch(names=names, weight=torch.tensor(counts), text=text, prior=prior, **columns)
+        draws = [keyed.generator(samples.seed, "adapter", epoch, sample).integers(1 << 63) for sample in own]
+        text |= {"keys": torch.tensor(draws), "lengths": torch.tensor([samples.words.length(t) for t in texts])}
+    weights = [
+        picture.data.weight * samples.clock.weight(drawn[sample]) if counts else 0.0
+        for (picture, _), (sample, counts) in zip(seen, chosen, strict=True)
+    ]
+    kept = [row for row, (picture, _) in enumerate(seen) if picture.data.prior_prediction]
+    return Batch(
+        names=tuple(picture.name for picture, _ in seen),
+        moments=moments,
+        posterior_noise=posterior,
+        noise=noise.draw(keys, latents, shape, samples.objective),
+        timesteps=torch.tensor([drawn[sample] for sample in own]),
+        text=text,
+        time_ids=samples.time_ids(seen),
+        weight=torch.tensor(weights),
+        mask=samples.mask(seen, shape[1:]),
+        perturbation=noise.perturbation(keys, shape, samples.objective),
+        extra=_extra(samples, keys, seen) if samples.holes else None,
+        prior=torch.tensor(kept) if kept else None,
+    )
 
 
-def _row(samples: Samples, epoch: int, sample: int, timestep: int) -> tuple[dict[str, Tensor], Text]:
-    """A sample's tensors and its text."""
-    picture, seed = samples.picture(sample), samples.seed
+def _seen(samples: Samples, epoch: int, sample: int) -> Seen:
+    """A sample's picture, and which of its geometries an epoch shows."""
+    picture = samples.picture(sample)
+    if len(picture.geometries) == 1:
+        return picture, picture.geometries[0]
+    drawn = keyed.generator(samples.seed, "variant", epoch, sample).integers(len(picture.geometries))
+    return picture, picture.geometries[drawn]
 
-    def draw(purpose: str) -> np.random.Generator:
-        return keyed.generator(seed, purpose, epoch, sample)
 
-    geometry = picture.geometries[draw("variant").integers(len(picture.geometries))]
-    moments = samples.latents.get(samples.keys.latent(picture, geometry))
-    shape = (moments.shape[0] // 2, *moments.shape[1:])
-    mean, std = moments[: shape[0]], moments[shape[0] :]
-    posterior = torch.from_numpy(noise.normal(seed, "posterior", epoch, sample, shape))
-    key = (seed, epoch, sample)
-    perturbation = noise.perturbation(key, shape, samples.objective)
-    tensors = {
-        "mean": mean,
-        "std": std,
-        "posterior_noise": posterior,
-        "noise": noise.draw(key, lambda: samples.scale.sample(mean, std, posterior)[0], shape, samples.objective),
-        **({} if perturbation is None else {"perturbation": perturbation}),
-        "timesteps": torch.tensor(timestep),
-        "time_ids": samples.time_ids(picture, geometry),
-        "mask": samples.mask(picture, geometry, shape[1:]),
-    }
-    if samples.holes:
-        variant = int(draw("which_hole").integers(samples.holes.masks_per_image))
-        tensors["extra"] = samples.hole(picture, geometry, variant, key)
-    return tensors, _text(samples, epoch, sample)
+def _extra(samples: Samples, keys: Sequence[noise.Key], seen: Sequence[Seen]) -> Tensor:
+    """What an inpainting model sees beside the noisy latents, [B, 5, h, w]."""
+    assert samples.holes is not None
+    count = samples.holes.masks_per_image
+    variants = [int(keyed.generator(key[0], "which_hole", *key[1:]).integers(count)) for key in keys]
+    return samples.beside(seen, variants, keys)
 
 
 def caption(samples: Samples, epoch: int, sample: int) -> Prompt | None:
     """What a sample's text says in an epoch; None where it is left out, or where all of its tags are."""
-    draws = (keyed.generator(samples.seed, purpose, epoch, sample).random() for purpose in ("caption", "wording"))
-    if keyed.generator(samples.seed, "dropout", epoch, sample).random() < samples.picture(sample).data.caption_dropout:
+
+    def draw(purpose: str) -> float:
+        return keyed.generator(samples.seed, purpose, epoch, sample).random()
+
+    share, choice = samples.picture(sample).data.caption_dropout, samples.choice(sample)
+    if share and draw("dropout") < share:
         return None
-    prompt = samples.choice(sample).pick(*draws)
+    # What has one way to end needs no number.
+    prompt = choice.only or choice.pick(draw("caption"), draw("wording"))
     return prompt if any(prompt.texts) else None
 
 
-def _text(samples: Samples, epoch: int, sample: int) -> Text:
+def _text(samples: Samples, epoch: int, sample: int) -> Prompt | Text:
     prompt, options = caption(samples, epoch, sample), samples.words.options
-    text = samples.dropped if prompt is None else samples.words.of(prompt)
+    text = samples.dropped if prompt is None else prompt
     for encoder, share in enumerate((options.drop_encoder_1, options.drop_encoder_2)):
         if share and keyed.generator(samples.seed, f"drop_encoder_{encoder + 1}", epoch, sample).random() < share:
             text = samples.words.without(text, encoder, samples.dropped)

@@ -40,6 +40,7 @@ class Mirrored(Store):
 
     TRIES: ClassVar[int] = 2  # on its way here, too, a byte may change
     LASTING: ClassVar[bool] = False
+    AT_ONCE: ClassVar[int] = AT_ONCE
 
     address: str = ""
     near: Path = Path()  # a folder here that may hold the same shards

@@ -39,18 +39,22 @@ class Words:
         if self.tokens is not None:
             found = self.tokens(prompt)
             return {"tokens": found.ids.long(), "weights": factors(found), "kept": torch.ones(2)}
-        states, pooled = self.keys.states(prompt), self.keys.pooled(prompt)
-        return {"prompt_embeds": self.store.get(states), "pooled": self.store.get(pooled)}
+        return {name: self.store.get(row) for name, row in self._rows(prompt).items()}
 
-    def length(self, text: Text) -> int:
+    def _rows(self, prompt: Prompt) -> dict[str, str]:
+        return {"prompt_embeds": self.keys.states(prompt), "pooled": self.keys.pooled(prompt)}
+
+    def length(self, text: Prompt | Text) -> int:
         """Positions of a sample's text before it is repeated."""
+        text = self.of(text) if isinstance(text, Prompt) else text
         if self.tokens is None:
             return len(text["prompt_embeds"])
         chunks, room = text["tokens"].shape[0], text["tokens"].shape[-1]
         return chunks * (room - 2) + 2 if self.options.long_captions == "kohya" else chunks * room
 
-    def without(self, text: Text, encoder: int, dropped: Text) -> Text:
+    def without(self, text: Prompt | Text, encoder: int, dropped: Text) -> Text:
         """The text with one encoder's part, 0 or 1, replaced by that of a caption that is left out."""
+        text = self.of(text) if isinstance(text, Prompt) else text
         changed = {name: tensor.clone() for name, tensor in text.items()}
         if self.tokens is not None:
             changed["tokens"][:, encoder] = dropped["tokens"][:1, encoder]
@@ -64,20 +68,20 @@ class Words:
         ]
         return changed | ({"pooled": dropped["pooled"]} if encoder == 1 else {})
 
-    def together(self, texts: Sequence[Text]) -> Text:
+    def together(self, said: Sequence[Prompt | Text]) -> Text:
         """The text of a batch: prompt_embeds [B, L, 2048] and pooled [B, 1280]; or C chunks of `tokens` [C, 2, 77],
         `chunks` [B, N] telling which of them make each sample's sequence, and kept [B, 2]. With `weights` [C, 2, 77]
         the first chunk is the empty one."""
         if self.tokens is None:
-            length = lcm(*(len(text["prompt_embeds"]) for text in texts))
-            embeds = [text["prompt_embeds"].repeat(length // len(text["prompt_embeds"]), 1) for text in texts]
-            return {"prompt_embeds": torch.stack(embeds), "pooled": torch.stack([text["pooled"] for text in texts])}
+            rows = [self._rows(one) if isinstance(one, Prompt) else one for one in said]
+            return {name: self._stacked([row[name] for row in rows]) for name in ("prompt_embeds", "pooled")}
+        texts = [self.of(one) if isinstance(one, Prompt) else one for one in said]
         counts = [len(text["tokens"]) for text in texts]
         tokens, weights = (torch.cat([text[name] for text in texts]) for name in ("tokens", "weights"))
         starts = torch.tensor([0, *counts[:-1]]).cumsum(0)
         length = lcm(*counts)
-        rows = [torch.arange(n).repeat(length // n) + start for n, start in zip(counts, starts, strict=True)]
-        batch = {"tokens": tokens, "chunks": torch.stack(rows), "kept": torch.stack([text["kept"] for text in texts])}
+        parts = [torch.arange(n).repeat(length // n) + start for n, start in zip(counts, starts, strict=True)]
+        batch = {"tokens": tokens, "chunks": torch.stack(parts), "kept": torch.stack([text["kept"] for text in texts])}
         if bool((weights == 1).all()):
             return batch
         empty = self.tokens(Prompt("")).ids[:1].long()
@@ -86,3 +90,17 @@ class Words:
             "weights": torch.cat([torch.ones(empty.shape), weights]),
             "chunks": batch["chunks"] + 1,
         }
+
+    def _stacked(self, rows: Sequence[str | Tensor]) -> Tensor:
+        """Rows of the store, by name, and others like them: [B, L, ...], each put where it stays and repeated there."""
+        places = iter(self.store.find([row for row in rows if isinstance(row, str)]))
+        found = [next(places) if isinstance(row, str) else row for row in rows]
+        whole = torch.empty(len(rows), lcm(*(one.shape[0] for one in found)), *found[0].shape[1:], dtype=found[0].dtype)
+        first = [row[: one.shape[0]] for one, row in zip(found, whole, strict=True)]
+        cache.read([(one, row) for one, row in zip(found, first, strict=True) if isinstance(one, cache.Place)])
+        for one, row, repeated in zip(found, first, whole, strict=True):
+            if isinstance(one, Tensor):
+                row.copy_(one)
+            for other in repeated.split(len(row))[1:]:
+                other.copy_(row)
+        return whole

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_trainer.data import cache
+from sdxl_trainer.data import cache, upkeep
 from sdxl_trainer.errors import UserError
 
 
@@ -45,11 +45,11 @@ def test_a_shard_is_named_after_its_bytes(tmp_path: Path) -> None:
 def test_every_damaged_byte_is_found(tmp_path: Path) -> None:
     filled(tmp_path, ["a", "b"])
     path = next(tmp_path.glob("*.safetensors"))
-    assert cache.damaged(tmp_path) == []
+    assert upkeep.damaged(tmp_path) == []
     whole = path.read_bytes()
     for position in range(0, len(whole), 7):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        assert cache.damaged(tmp_path) == [path]
+        assert upkeep.damaged(tmp_path) == [path]
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 60, -1])
@@ -65,13 +65,13 @@ def test_a_shard_cut_short_is_named(tmp_path: Path, keep: int) -> None:
 def test_garbage_goes_and_the_rest_stays(tmp_path: Path) -> None:
     filled(tmp_path, ["a", "b", "c"])
     filled(tmp_path, ["d"])
-    freed = cache.collect_garbage(tmp_path, {"a", "c"})
+    freed = upkeep.collect_garbage(tmp_path, {"a", "c"})
     store = cache.open_store(tmp_path)
     assert [name for name in "abcd" if name in store] == ["a", "c"]
     assert torch.equal(store.get("c"), torch.full((8, 4, 4), 2.0).half())
     assert freed > 0
-    assert cache.damaged(tmp_path) == []
-    assert cache.collect_garbage(tmp_path, {"a", "c"}) == 0
+    assert upkeep.damaged(tmp_path) == []
+    assert upkeep.collect_garbage(tmp_path, {"a", "c"}) == 0
 
 
 def test_values_that_do_not_fit_are_refused_by_name() -> None:
@@ -102,7 +102,7 @@ def test_the_table_is_what_the_shards_say(tmp_path: Path) -> None:
     filled(folder, ["a3", "b", "c"])
     filled(folder, ["c", "a29", "d"])
     store.refresh().save()
-    assert [cache.damaged(folder), len(store), len(cache.open_store(folder))] == [[], 33, 33]
+    assert [upkeep.damaged(folder), len(store), len(cache.open_store(folder))] == [[], 33, 33]
     extra = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     kept = extra.read_bytes()
     extra.unlink()
@@ -111,7 +111,7 @@ def test_the_table_is_what_the_shards_say(tmp_path: Path) -> None:
     assert [float(again.get(name)[0, 0, 0]) for name in ("a3", "b", "a29", "d")] == [0, 1, 1, 2]
     extra.write_bytes(kept)
     assert len(cache.open_store(folder)) == 33
-    assert cache.damaged(folder) == []
+    assert upkeep.damaged(folder) == []
 
 
 def test_damage_of_the_table_is_found_and_costs_nothing(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_damage_of_the_table_is_found_and_costs_nothing(tmp_path: Path) -> None:
     whole = index.read_bytes()
     for position in range(0, len(whole), 5):
         index.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        assert cache.damaged(folder) == [index], position
+        assert upkeep.damaged(folder) == [index], position
     store = cache.open_store(folder)
     assert float(store.get("b")[0, 0, 0]) == 1
     assert index.read_bytes() == whole
@@ -151,5 +151,5 @@ def test_drafts_of_killed_writers_go_and_those_of_others_stay(tmp_path: Path) ->
         path.write_bytes(b"12345")
     for path in (killed, index, shard):
         os.utime(path, (0, 0))
-    assert cache.remove_drafts(tmp_path) == 10
+    assert upkeep.remove_drafts(tmp_path) == 10
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".1.tmp", "a.safetensors"]

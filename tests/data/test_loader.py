@@ -49,6 +49,22 @@ def test_a_sample_is_the_same_in_any_batch(samples: Callable[..., Samples]) -> N
             assert torch.equal(all_[sample], one[0])
 
 
+def test_prompts_of_different_lengths_share_a_batch_by_repetition(samples: Callable[..., Samples]) -> None:
+    """Read from the cache, left out, or with one encoder's part left out: each is what it is alone, repeated."""
+    long, text = "a red circle " * 40, {"long_captions": "a1111", "max_chunks": 3}
+    made = samples(data=[{}, {"caption_suffix": long, "max_samples": 2}], text=text)
+    prompts = [made.choice(sample).only for sample in (0, 6, 1)]
+    assert None not in prompts
+    whole: Any = [*prompts, made.dropped, made.words.without(prompts[1], 1, made.dropped)]
+    alone = [made.words.of(one) if isinstance(one, Prompt) else one for one in whole]
+    assert [made.words.length(one) // 77 for one in whole] == [1, 2, 1, 1, 2]
+    together = made.words.together(whole)
+    for row, text in enumerate(alone):
+        assert torch.equal(together["pooled"][row], text["pooled"])
+        expected = text["prompt_embeds"].repeat(154 // len(text["prompt_embeds"]), 1)
+        assert torch.equal(together["prompt_embeds"][row], expected)
+
+
 def test_crops_flips_and_noise_are_drawn_anew_every_epoch(samples: Callable[..., Samples]) -> None:
     made = samples(data=[{"crop": "random", "flip": True, "crops_per_image": 4}])
     epochs = [loader.batch(made, epoch, whole(6)) for epoch in range(40)]

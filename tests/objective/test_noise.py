@@ -18,7 +18,7 @@ def zeros() -> torch.Tensor:
 
 def drawn(key: tuple[int, int, int], latents: torch.Tensor | None = None, **options: float) -> torch.Tensor:
     latents = zeros() if latents is None else latents
-    return noise.draw(key, lambda: latents, tuple(latents.shape), Objective(**options))
+    return noise.draw([key], lambda row: latents, tuple(latents.shape), Objective(**options))[0]
 
 
 def test_noise_does_not_depend_on_anything_but_its_key() -> None:
@@ -27,6 +27,22 @@ def test_noise_does_not_depend_on_anything_but_its_key() -> None:
         assert torch.equal(one, drawn((7, 2, 11), **options))
         assert all(not torch.equal(one, drawn(key, **options)) for key in ((8, 2, 11), (7, 3, 11), (7, 2, 12)))
         assert one.dtype == torch.float32
+
+
+def test_the_numbers_of_a_key_are_numpy_s_own() -> None:
+    """Philox with that key and counter, however it is made: cached and finished runs rest on these numbers."""
+    from sdxl_trainer import keyed
+
+    for seed, purpose, epoch, sample in ((0, "noise", 0, 0), (7, "posterior", 3, 2**63 + 5), (-1, "timestep", 9, 1)):
+        key = np.array([seed % 2**64, keyed.PURPOSES[purpose]], dtype=np.uint64)
+        counter = np.array([0, 0, epoch, sample], dtype=np.uint64)
+        expected = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        found = keyed.generator(seed, purpose, epoch, sample)
+        assert found.random(5).tolist() == expected.random(5).tolist()
+        assert found.integers(1 << 63, size=5).tolist() == expected.integers(1 << 63, size=5).tolist()
+        normals = noise.normals(purpose, [(0, 1, 2), (seed, epoch, sample)], (3, 5))
+        again = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        assert normals[1].tolist() == again.standard_normal((3, 5), dtype=np.float32).tolist()
 
 
 def test_noise_of_many_samples_is_standard_normal() -> None:
@@ -99,11 +115,13 @@ def test_a_pyramid_of_one_level_is_the_formula() -> None:
 
 
 def test_a_perturbation_is_other_noise_of_its_strength() -> None:
-    assert noise.perturbation((0, 0, 0), SHAPE, Objective()) is None
+    assert noise.perturbation([(0, 0, 0)], SHAPE, Objective()) is None
     fixed, random = (
         torch.stack(
             [
-                noise.perturbation((0, 0, s), SHAPE, Objective(input_perturbation=0.1, input_perturbation_random=on))
+                noise.perturbation([(0, 0, s)], SHAPE, Objective(input_perturbation=0.1, input_perturbation_random=on))[
+                    0
+                ]
                 for s in range(500)
             ]
         )
