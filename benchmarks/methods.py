@@ -94,8 +94,9 @@ ROWS = {
     "lora-plus": Row("LoRA+ r8, all layers, B four times as fast", 2e-3, together(LORA, rules(lora_B=4.0, rest=1.0))),
     "dora": Row("DoRA r8, all layers", 4e-3, adapter(kind="dora")),
     "loha": Row("LoHa r8, all layers", 1.2e-2, adapter(kind="loha")),
-    "lokr": Row("LoKr r32, all layers", 8e-3, adapter(kind="lokr", rank=32)),
-    "lokr-8": Row("LoKr r8, all layers", 1.6e-2, adapter(kind="lokr")),
+    "lokr": Row("LoKr, factor 4, second matrix whole, all layers", 4e-3, adapter(kind="lokr", factor=4, rank=100_000)),
+    "lokr-4": Row("LoKr r8, factor 4, all layers", 8e-3, adapter(kind="lokr", factor=4)),
+    "lokr-8": Row("LoKr r8, no factor given, all layers", 1.6e-2, adapter(kind="lokr")),
     "oft": Row("OFT, attention, blocks of 16", 4e-3, adapter(kind="oft", targets="attention", block_size=16)),
     "boft": Row("BOFT, attention, blocks of 4", 4e-3, adapter(kind="boft", targets="attention", block_size=4)),
     **{
