@@ -91,7 +91,10 @@ class Memory:
 
     def keep(self, tensor: Tensor) -> Any:
         found = self.live.get(tensor.untyped_storage().data_ptr())
-        return (found(), tensor.size(), tensor.stride(), tensor.storage_offset()) if found else tensor
+        if found:
+            return found(), tensor.size(), tensor.stride(), tensor.storage_offset()
+        # Without its history: an operation that keeps its own output would hold itself until a backward pass clears it.
+        return tensor.detach()
 
     def give(self, kept: Any) -> Tensor:
         if isinstance(kept, Tensor):

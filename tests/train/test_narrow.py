@@ -1,5 +1,6 @@
 """Frozen weights in fewer bits: what is kept, what it costs in accuracy, and that the gradients are those of it."""
 
+import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -116,3 +117,25 @@ def test_bitsandbytes_does_not_advertise(caplog: pytest.LogCaptureFixture) -> No
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no module")
     logger.warning("something else")
     assert [record.message for record in caplog.records] == ["something else"]
+
+
+def test_what_no_backward_pass_reads_is_forgotten(config: Callable[..., Any]) -> None:
+    """The last layer of the first encoder leads nowhere, so nothing clears what autograd kept for it; kept as it is, an
+    operation's own output would hold itself for ever, a few megabytes more in every step."""
+    from sdxl_trainer import setup
+    from sdxl_trainer.data import loader
+    from sdxl_trainer.run import CONTINUE
+    from sdxl_trainer.train import train_step
+
+    options = config(adapter={"rank": 2, "parts": ["unet", "text_encoder"]}, train={"steps": 4, "workers": 0})
+    job = setup.prepare_job(options, CONTINUE)
+    assert job is not None
+    job.metrics.close()
+    job.validation.close()
+    counts = []
+    for _, images, batches in loader.steps(job.samples, job.order, 0, 4, 2, 0, 1, workers=0, pin=False):
+        train_step(job.run, job.state, batches, images)
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        counts.append(sum(tensor.grad_fn is not None for tensor in tensors))
+    assert counts[3] <= counts[0]
