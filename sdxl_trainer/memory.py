@@ -5,7 +5,6 @@ every operation. To that come the weights, the optimizer's state and averages.
 """
 
 import copy
-import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from sdxl_trainer import adapters, kernels, narrow, optim
 from sdxl_trainer.config import Config
+from sdxl_trainer.config.section import bytes_of
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.parameters import Group
@@ -47,7 +47,6 @@ def step(config: Config, shapes: Iterable[tuple[int, int]], precision: str, devi
     return Step((samples, height // 8, width // 8), precision, device, micro_batches=passes)
 
 
-_UNITS = {"GB": 1e9, "MB": 1e6, "GiB": 2.0**30, "MiB": 2.0**20}
 # Settings that change what is computed, in the order in which they slow training or cost precision.
 _FURTHER: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
     ("optimizer.name = adamw8bit", {"optimizer": {"name": "adamw8bit"}}),
@@ -61,12 +60,6 @@ _FURTHER: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
     ),
 )
 _NARROWER = tuple((f"train.frozen = {kind}", {"train": {"frozen": kind}}) for kind in ("fp8", "nf4"))
-
-
-def bytes_of(text: str) -> float:
-    """12GB, 7.5 GiB: the number of bytes."""
-    number, unit = re.fullmatch(r"([\d.]+) ?(\w+)", text).groups()  # type: ignore[union-attr]  # the config saw to it
-    return float(number) * _UNITS[unit]
 
 
 def fit(config: Config, sdxl: SDXL, groups: list[Group], setting: Step, say: Callable[[str], None]) -> Config:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sdxl_trainer.config.section import Fraction, PathText, Positive, Section, Side, Text, option
+from sdxl_trainer.config.section import Amount, Fraction, PathText, Positive, Section, Side, Text, option
 
 
 class Data(Section):
@@ -12,6 +12,10 @@ class Data(Section):
     name: Text = option(None, "configuration of a hub dataset")
     folder: Text = option(None, "sub-folder of a hub dataset (its data_dir)")
     split: str = option("train", "split of a dataset")
+    disk: Amount | None = option(
+        None,
+        "what copies of a hub dataset's or an address's parquet files may take, such as 50GB; default: all are kept",
+    )
     image_column: str = option("image", "column holding the picture")
     caption_column: str = option("text", "column holding a caption or a list of captions")
     caption: Text = option(None, "one caption for all pictures that have none")

@@ -1,5 +1,6 @@
 """What sections are made of: types of values, and how a field is declared."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,24 @@ def _below(path: str) -> str:
     if Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts:
         raise ValueError("a folder below output_dir, without ..")
     return path
+
+
+_UNITS = {"GB": 1e9, "MB": 1e6, "GiB": 2.0**30, "MiB": 2.0**20}
+
+
+def _amount(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)? ?[GM]i?B", text):
+        raise ValueError("a number with its unit, such as 12GB or 7.5GiB")
+    return text
+
+
+Amount = Annotated[str, AfterValidator(_amount)]
+
+
+def bytes_of(amount: str) -> float:
+    """12GB, 7.5 GiB: the number of bytes."""
+    number, unit = re.fullmatch(r"([\d.]+) ?(\w+)", amount).groups()  # type: ignore[union-attr]  # the config saw to it
+    return float(number) * _UNITS[unit]
 
 
 InsidePath = Annotated[PathText, AfterValidator(_below)]

@@ -5,14 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationInfo, field_validator
 
-from sdxl_trainer.config.section import Fraction, PathText, Positive, Section, option
+from sdxl_trainer.config.section import Amount, Fraction, PathText, Positive, Section, option
 from sdxl_trainer.errors import closest
-
-
-def _memory(text: str) -> str:
-    if not re.fullmatch(r"\d+(\.\d+)? ?[GM]i?B", text):
-        raise ValueError("a number with its unit, such as 12GB or 7.5GiB")
-    return text
 
 
 class Train(Section):
@@ -28,7 +22,7 @@ class Train(Section):
         "auto", "type in which the base is kept beside an adapter or new words; auto: the compute type"
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    memory: Annotated[str, AfterValidator(_memory)] | None = option(
+    memory: Amount | None = option(
         None, "what a step may take, such as 12GB: the fastest micro_batch and gradient_checkpointing that fit"
     )
     tf32: bool = option(False, "TensorFloat-32 for fp32 matrix products (NVIDIA Ampere and later)")

@@ -1,10 +1,7 @@
 """A cache at an address: the same rows, bit by bit; what it lacks is encoded here; what fails is said in words."""
 
-import functools
-import http.server
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +10,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from served import serving
 
 from sdxl_trainer import addresses, check, files, inspect_cache
 from sdxl_trainer import base as bases
@@ -45,33 +43,6 @@ class Shaky(MemoryFileSystem):
         super().get_file(rpath, lpath, **kwargs)
 
 
-class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Files and parts of them, and no lists of folders."""
-
-    known = True
-
-    def do_GET(self) -> None:
-        path, asked = Path(self.translate_path(self.path)), self.headers.get("Range")
-        if not path.is_file():
-            self.send_error(403 if path.is_dir() else 404)
-            return
-        content, status = path.read_bytes(), 200
-        if asked and self.known:
-            first, last = asked.removeprefix("bytes=").split("-")
-            content, status = content[int(first) : int(last) + 1], 206
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-class Whole(Ranges):
-    known = False
-
-
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An empty bucket; whatever is tried again is tried at once."""
@@ -82,23 +53,6 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     Shaky.asked.clear()
     yield BUCKET.replace("memory", "shaky")
     Shaky.store.clear()
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Serves tmp_path/served by HTTP."""
-    servers = []
-
-    def serve(handler: type[Ranges] = Ranges) -> str:
-        made = functools.partial(handler, directory=str(tmp_path / "served"))
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), made))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_address[1]}/cache"
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def filled(folder: Path, rows: dict[str, torch.Tensor]) -> Path:
@@ -295,13 +249,15 @@ def test_a_damaged_shard_is_not_pushed(bucket: str, tmp_path: Path) -> None:
     assert caught.value.where == str(path)
 
 
-def test_a_web_server_without_lists_of_its_folders(served: Callable[..., str], tmp_path: Path) -> None:
+def test_a_web_server_without_lists_of_its_folders(tmp_path: Path) -> None:
     push(filled(tmp_path / "one", ROWS), str(tmp_path / "served" / "cache"))
-    store = latents(tmp_path / "two", served())
-    assert all(torch.equal(store.get(name), row) for name, row in ROWS.items())
-    whole = latents(tmp_path / "three", served(Whole))
-    with pytest.raises(UserError, match="sends the whole file where a part of it is asked for"):
-        whole.get("row1")
+    with serving(tmp_path / "served") as address:
+        store = latents(tmp_path / "two", f"{address}/cache")
+        assert all(torch.equal(store.get(name), row) for name, row in ROWS.items())
+    with serving(tmp_path / "served", ranges=False) as address:
+        whole = latents(tmp_path / "three", f"{address}/cache")
+        with pytest.raises(UserError, match="sends the whole file where a part of it is asked for"):
+            whole.get("row1")
 
 
 def run(config: Callable[..., Any], tmp_path: Path, name: str, **more: Any) -> Any:
@@ -319,7 +275,7 @@ def far(made: Any, address: str) -> Any:
 
 
 def test_a_run_from_the_mirror_is_that_from_the_cache(
-    config: Callable[..., Any], bucket: str, served: Callable[..., str], tmp_path: Path, capfd: Any
+    config: Callable[..., Any], bucket: str, tmp_path: Path, capfd: Any
 ) -> None:
     """Also over HTTP; nothing is encoded, no shard is made, and check and --verify know of it."""
     options: dict[str, Any] = {"data": [{"crop": "random", "flip": True}], "train": {"steps": 2}}
@@ -331,13 +287,14 @@ def test_a_run_from_the_mirror_is_that_from_the_cache(
     said = capfd.readouterr().err
     assert "copied 2 files" in said
     assert said.count("encoded 0 latents and 0 captions") == 2
-    for name, address in (("bucket", bucket), ("web", served())):
-        made = far(run(config, tmp_path, name, **options), address)
-        stock = prepare.take_stock(made, bases.resolve(made.model, tmp_path), "fp32")
-        assert [len(stock.missing_latents()), len(stock.missing_texts())] == [0, 0]
-        assert result(train(made)) == expected
-        assert not list((tmp_path / f"cache of {name}").rglob("*.safetensors"))
-    check.run(made)
+    with serving(tmp_path / "served") as server:
+        for name, address in (("bucket", bucket), ("web", f"{server}/cache")):
+            made = far(run(config, tmp_path, name, **options), address)
+            stock = prepare.take_stock(made, bases.resolve(made.model, tmp_path), "fp32")
+            assert [len(stock.missing_latents()), len(stock.missing_texts())] == [0, 0]
+            assert result(train(made)) == expected
+            assert not list((tmp_path / f"cache of {name}").rglob("*.safetensors"))
+        check.run(made)
     assert "mirror    http://" in capfd.readouterr().out
     inspect_cache.run(far(near, bucket), verify=True, gc=False)
     assert "4 cache files" in capfd.readouterr().err

@@ -20,7 +20,12 @@ from sdxl_trainer.data.sources import addresses, dataset, folder, shards, tables
 from sdxl_trainer.data.sources.tree import read_file, scan
 from sdxl_trainer.errors import UserError, shortened
 
-READERS: Readers = {"file": read_file, "row": dataset.read_row, "shard": shards.read}
+READERS: Readers = {
+    "file": read_file,
+    "row": dataset.read_row,
+    "shard": shards.read,
+    "passing": tables.read_passing,
+}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 log = logging.getLogger("sdxl_trainer")
 
@@ -63,7 +68,7 @@ def _packed(
     # With notes all is read, since the counts of what is left out are wanted too.
     if lasting is None or folder is None or notes is not None:
         return packed(each, READERS, folder)
-    found, before = kept(Lasting(lasting.identity, each), READERS, folder, {"row", "shard"})
+    found, before = kept(Lasting(lasting.identity, each), READERS, folder, READERS.keys() - {"file"})
     if before:
         log.info("%s = '%s': %d pictures, as before", where, data.path, len(found))
     return found
@@ -88,7 +93,8 @@ def _records(
         return _addressed(data, split, place, datasets_dir, index_dir, notes)
     path = _folder(data.path, place)
     if path is None:
-        return _remote(data, split, place, datasets_dir, notes)
+        return _remote(data, split, place, datasets_dir, index_dir, notes)
+    _refuse(data, ("disk",), "this is a folder here, of which no copies are made", place)
     if dataset.is_saved(path):
         _refuse_folders_only(data, place)
         _refuse(data, ("name", "folder"), "the dataset was saved with save_to_disk", place)
@@ -118,8 +124,9 @@ def _addressed(
     if split != "train":
         raise UserError(f"no split '{split}' in {what.split()[-1]}", place, "give the address of that split's files")
     if kind == ".tar":
+        _refuse(data, ("disk",), f"{what}, of which no copies are made", place)
         return shards.records(data, files, place, index_dir, notes)
-    return tables.records(data, files, place, datasets_dir, notes)
+    return tables.records(data, files, split, place, datasets_dir, notes)
 
 
 def _folder(text: str, place: str) -> Path | None:
@@ -138,10 +145,17 @@ def _folder(text: str, place: str) -> Path | None:
     return path
 
 
-def _remote(data: Data, split: str, place: str, datasets_dir: str | None, notes: Notes | None) -> Lasting:
+def _remote(
+    data: Data, split: str, place: str, datasets_dir: str | None, index_dir: Path | None, notes: Notes | None
+) -> Lasting:
     if HUB_ID.fullmatch(data.path):
         _refuse_folders_only(data, place)
-        return dataset.loaded(data, split, place, datasets_dir, None, notes)
+        if data.disk is None:
+            return dataset.loaded(data, split, place, datasets_dir, None, notes)
+        kind, files = tables.of_hub(data, split, place, datasets_dir)
+        if kind == ".tar":
+            return shards.records(data, files, place, index_dir, notes)
+        return tables.records(data, files, split, place, datasets_dir, notes)
     raise UserError(
         "there is no such folder, and it is not the id of a dataset on the hub either",
         place,

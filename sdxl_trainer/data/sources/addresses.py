@@ -12,13 +12,14 @@ File = tuple[str, str]
 
 
 def files(address: str, place: str) -> tuple[str, list[File]]:
-    """The kind of the files at an address (a file of `KINDS`, or a folder), and these in natural order of their names.
-    UserError where there are none, or some of both kinds."""
+    """The kind of the files at an address (a file of `KINDS`, a folder, or a pattern with *), and these in the natural
+    order of their names. UserError where there are none, or some of both kinds."""
 
     def look() -> tuple[list[str], list[File]]:
         system, path = addresses.opened(address, place)
-        names = [path] if path.endswith(KINDS) else [p for p in system.find(path) if p.endswith(KINDS)]
-        return names, [_stamped(system, name) for name in sorted(names, key=natural)]
+        there = system.glob(path) if "*" in path else [path] if path.endswith(KINDS) else system.find(path)
+        names = [name for name in there if name.endswith(KINDS)]
+        return names, [stamped(system, name) for name in sorted(names, key=natural)]
 
     names, found = addresses.asked(look, address, place)
     kinds = sorted({kind for kind in KINDS if any(name.endswith(kind) for name in names)})
@@ -31,7 +32,8 @@ def files(address: str, place: str) -> tuple[str, list[File]]:
     return kinds[0], found
 
 
-def _stamped(system: Any, name: str) -> File:
+def stamped(system: Any, name: str) -> File:
+    """The address of a file, with its stamp."""
     info = system.info(name)
     changed = [info.get(key) for key in ("ETag", "etag", "mtime", "LastModified", "created")]
     more = [str(info[key]) for key in ("Last-Modified", "blob_id") if info.get(key) is not None]

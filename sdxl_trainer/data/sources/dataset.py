@@ -35,9 +35,11 @@ PROBLEMS = {
 
 @dataclass(frozen=True)
 class Part:
-    """Rows first..last-1 of one Arrow file; `offset` is the number of its first row within the split."""
+    """Rows first..last-1 of one Arrow file; `offset` is the number of its first row within the split. `table` opens it,
+    and `read` gives the bytes of a picture, by its (column, row, name)."""
 
-    path: str
+    table: Callable[[], Any]
+    read: Callable[..., bytes]
     split: str
     offset: int
     first: int
@@ -94,24 +96,29 @@ def loaded(
         builder = datasets.load_dataset_builder(path, name=data.name, data_dir=data.folder, cache_dir=datasets_dir)
         builder.download_and_prepare()
     except wrong as error:
-        raise _not_loaded(error, place, local) from None
+        raise not_loaded(error, place, local) from None
 
     def splits() -> dict[str, Any]:
         try:
             # All of them, for slices such as train[:90%] are taken below, where the rows' places are known.
             return builder.as_dataset()
         except wrong as error:
-            raise _not_loaded(error, place, local) from None
+            raise not_loaded(error, place, local) from None
 
     return _lasting(data, Path(builder.cache_dir), splits, split, place, local, datasets_dir, notes)
 
 
 def read_row(path: str, column: str, row: int, name: str) -> bytes:
     """The bytes of the picture in one row of an Arrow file. UserError names it if the file is gone or damaged."""
+    return picture(partial(arrow, path), column, row, name)
+
+
+def picture(table: Callable[[], Any], column: str, row: int, name: str) -> bytes:
+    """The bytes of the picture in one row of a table."""
     import pyarrow
 
     try:
-        value = arrow(path).column(column)[row]
+        value = table().column(column)[row]
         return (value["bytes"] if pyarrow.types.is_struct(value.type) else value).as_py()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"the row cannot be read: {error}", name, "make or download the dataset once more") from None
@@ -125,7 +132,7 @@ def arrow(path: str) -> Any:
     return pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()
 
 
-def _not_loaded(error: Exception, place: str, local: Path | None) -> UserError:
+def not_loaded(error: Exception, place: str, local: Path | None) -> UserError:
     """The library's error in our words."""
     said = " ".join(str(error).split())
     if isinstance(error, ConnectionError):
@@ -208,7 +215,7 @@ def rows(
 
 def _part(data: Data, part: Part, roots: Sequence[Path], problems: Found) -> Iterator[Record]:
     """The records of a part; problems are noted, and their rows left out."""
-    table = arrow(part.path).slice(part.first, part.last - part.first)
+    table = part.table().slice(part.first, part.last - part.first)
     captions, more = (_captions(column, table) for column in (data.caption_column, data.caption_column_2))
     points = table.column(data.focus_column).to_pylist() if data.focus == "column" else [None] * table.num_rows
     pictures = _sources(data.image_column, part, table, data.path, roots, problems)
@@ -242,7 +249,7 @@ def _sources(
     without a picture."""
     for row, outer in enumerate(_paths(table.column(column)), start=part.first):
         name = f"{dataset}[{part.split}] row {part.offset + row}"
-        read: Any = partial(read_row, part.path, column, row, name)
+        read: Any = partial(part.read, column, row, name)
         stamp = f"{part.fingerprint}:{column}:{part.offset + row}"
         if outer is None:
             problems[absent].append(name)
@@ -253,10 +260,10 @@ def _sources(
         yield name, read, stamp
 
 
-def cut(path: str, split: str, offset: int, first: int, last: int, fingerprint: str) -> Iterator[Part]:
-    """Rows first..last-1 of an Arrow file in parts."""
-    for start in range(first, last, ROWS):
-        yield Part(path, split, offset, start, min(start + ROWS, last), fingerprint)
+def cut(whole: Part) -> Iterator[Part]:
+    """A part in smaller ones."""
+    for start in range(whole.first, whole.last, ROWS):
+        yield replace(whole, first=start, last=min(start + ROWS, whole.last))
 
 
 def _parts(splits: dict[str, Any], split: str, place: str) -> Iterator[Part]:
@@ -276,7 +283,8 @@ def _parts(splits: dict[str, Any], split: str, place: str) -> Iterator[Part]:
         for file in rows.cache_files:
             count = arrow(file["filename"]).num_rows
             first, last = max(begin - offset, 0), min(end - offset, count)
-            yield from cut(file["filename"], piece.splitname, offset, first, last, rows._fingerprint)
+            opened, read = partial(arrow, file["filename"]), partial(read_row, file["filename"])
+            yield from cut(Part(opened, read, piece.splitname, offset, first, last, rows._fingerprint))
             offset += count
         if offset != len(rows):
             raise RuntimeError(f"{len(rows)} rows, but {offset} in the Arrow files of {piece.splitname}")
