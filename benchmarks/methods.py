@@ -95,7 +95,9 @@ ROWS = {
     "dora": Row("DoRA r8, all layers", 4e-3, adapter(kind="dora")),
     "loha": Row("LoHa r8, all layers", 1.2e-2, adapter(kind="loha")),
     "lokr": Row("LoKr, factor 2, second matrix whole, all layers", 6e-3, adapter(kind="lokr", factor=2, rank=100_000)),
-    "lokr-4": Row("LoKr, factor 4, second matrix whole, all layers", 4e-3, adapter(kind="lokr", factor=4, rank=100_000)),
+    "lokr-4": Row(
+        "LoKr, factor 4, second matrix whole, all layers", 4e-3, adapter(kind="lokr", factor=4, rank=100_000)
+    ),
     "lokr-8": Row("LoKr r8, no factor given, all layers", 1.6e-2, adapter(kind="lokr")),
     "oft": Row("OFT, attention, blocks of 16", 4e-3, adapter(kind="oft", targets="attention", block_size=16)),
     "boft": Row("BOFT, attention, blocks of 4", 4e-3, adapter(kind="boft", targets="attention", block_size=4)),

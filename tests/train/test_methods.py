@@ -1,6 +1,6 @@
 """Every method: what its rules name moves and nothing else does, and an interrupted run ends bitwise like a whole one.
 
-Kinds of adapters, new words, narrow bases and prior prediction have tests of their own beside this one.
+New words, narrow bases, prior prediction and what adapters draw have tests of their own beside this one.
 """
 
 import shutil
@@ -55,6 +55,15 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "learn": [{"match": r".*\.lora_B\..*", "learning_rate": 1e-2}, {"match": ".*"}],
         },
         (r"unet\..*\.lora_[AB]\..*",),
+    ),
+    "LoHa": ({"adapter": {"kind": "loha", "rank": 2, "targets": "all"}}, (r"unet\..*\.hada_w[12]_[ab]\..*",)),
+    "LoKr, whole factors and products": (
+        {"adapter": {"kind": "lokr", "factor": 4, "rank": 6, "targets": "all", "parts": ALL}},
+        (r".*\.lokr_w(1|2|2_[ab])\..*",),
+    ),
+    "OFT": ({"adapter": {"kind": "oft", "block_size": 8}}, (r"unet\..*\.oft_R\..*",)),
+    "BOFT": (
+        {"adapter": {"kind": "boft", "targets": r"unet\.mid_block\..*to_v"}}, (r"unet\.mid_block\..*\.boft_[Rs]\..*",)
     ),
     "pivotal tuning": (
         {
