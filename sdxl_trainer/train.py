@@ -16,6 +16,7 @@ from sdxl_trainer.data.loader import Batch
 from sdxl_trainer.errors import Interrupted, UserError, shortened
 from sdxl_trainer.formats import pretrained
 from sdxl_trainer.run import CONTINUE, Job, Run, Start, State, Stop, Unread, stopping
+from sdxl_trainer.threads import keep_freed_memory
 
 BETWEEN_LOOKS = 0.5  # seconds in which a paused run asks whether it may go on
 
@@ -94,6 +95,7 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
         try:
             job.saver.prune(job.state.step, job.to_keep)  # an interruption may have come before that
             job.pulse.begin()
+            keep_freed_memory()
             _loop(job, stop)
         finally:
             job.pulse.close()
