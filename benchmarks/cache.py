@@ -84,7 +84,8 @@ def fills(pictures: Path, resolution: int, repeats: int) -> dict[str, Any]:
             def progress(done: int, *_: Any) -> None:
                 seen.append((done, time.perf_counter()))
 
-            encode.fill_latents(base, config.cache, stock.latents, stock.keys, work, torch.device("cpu"), progress)
+            items, device = encode.decoded(work, config.cache), torch.device("cpu")
+            encode.fill_latents(base, config.cache, stock.latents, stock.keys, len(work), items, device, progress)
             (first, start), (last, end) = seen[0], (len(work), time.perf_counter())
             found["filled"].append((last - first) / (end - start))
             found["filled_with_start"].append(len(work) / (end - began))

@@ -34,6 +34,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Captions that are too long of which more is told than their number.
 SHOWN = 3
+# Pixels that are decoded ahead of what encodes them, over all processes that decode.
+AHEAD_BYTES = 32 << 20
 # Called with how many rows are done, how many there are to do, and what they are.
 Progress = Callable[[int, int, str], None]
 
@@ -190,11 +192,13 @@ def fill_latents(
     options: Cache,
     store: cache.Store,
     keys: Keys,
-    work: Work,
+    count: int,
+    pictures: Iterator[Decoded | UserError],
     device: torch.device,
     progress: Progress,
 ) -> None:
-    """Encode pictures into the store. Every picture that cannot be decoded is named, after the rest is done."""
+    """Encode `count` pictures into the store, as they come from `decoded`. Every one that cannot be decoded is named,
+    after the rest is done."""
     from diffusers import AutoencoderKL
 
     vae = pretrained.load(AutoencoderKL, base.vae, weights_file(base, "vae"), torch_dtype=DTYPES[options.vae_precision])
@@ -202,7 +206,7 @@ def fill_latents(
     writer, problems, done = cache.Writer(store), list[UserError](), 0
     waiting: dict[tuple[int, int], list[Decoded]] = {}
     try:
-        for item in decoded(work, options):
+        for item in pictures:
             if isinstance(item, UserError):
                 problems.append(item)
                 continue
@@ -212,10 +216,10 @@ def fill_latents(
             if len(batch) == size:
                 _encode_pictures(vae, writer, keys, waiting.pop(item.geometry.target), size, device)
                 done += size
-                progress(done, len(work), "pictures")
+                progress(done, count, "pictures")
         for target, batch in waiting.items():
             _encode_pictures(vae, writer, keys, batch, at_once(options.batch_size, target), device)
-        progress(len(work), len(work), "pictures")
+        progress(count, count, "pictures")
     finally:
         writer.flush()
     raise_all(problems)
@@ -273,13 +277,21 @@ class _Decoder(torch.utils.data.Dataset[Any]):
 
 
 def decoded(work: Work, options: Cache) -> Iterator[Decoded | UserError]:
-    """Pixels of every (picture, geometry), each picture read once."""
+    """Pixels of every (picture, geometry), each picture read once. The processes that decode begin at once, and work
+    ahead of who asks by as many pictures as fit into `AHEAD_BYTES`, two each at least."""
     items = work.by_picture()
     workers = min(8, os.cpu_count() or 1) if options.workers is None else options.workers
+    workers = min(workers, len(items))
+    largest = max(map(len, items), default=1) * max((3 * h * w for h, w in work.pictures.targets), default=1)
+    ahead = min(max(2, AHEAD_BYTES // (workers * largest)), 64) if workers else None
     loader = torch.utils.data.DataLoader(
-        _Decoder(items), batch_size=None, num_workers=min(workers, len(items)), collate_fn=_unchanged
+        _Decoder(items), batch_size=None, num_workers=workers, collate_fn=_unchanged, prefetch_factor=ahead
     )
-    for index, result in loader:
+    return _taken(items, iter(loader))
+
+
+def _taken(items: Sequence[Work], results: Iterator[Any]) -> Iterator[Decoded | UserError]:
+    for index, result in results:
         if isinstance(result, UserError):
             yield result
         else:

@@ -297,14 +297,17 @@ def fill(
     mine, latents = stock.missing_masks()[rank::processes], stock.missing_latents()[rank::processes]
     hidden = stock.missing_holes()[rank::processes]
     raise_all(masks.fill(stock.latents, mine, progress))
-    if prompts:
-        cut = encode.fill_texts(base, config.cache, stock.texts, stock.keys, prompts, device, progress)
-        _say_cut(*cut, config.text, say)
-    if not stock.text_cached:
-        _say_cut(*_too_long(config, base, stock.prompts), config.text, say)
     with encode.explained():
+        # The pictures begin to be decoded while the encoders' libraries are imported and captions encoded.
+        pictures = encode.decoded(latents, config.cache) if latents else iter(())
+        if prompts:
+            cut = encode.fill_texts(base, config.cache, stock.texts, stock.keys, prompts, device, progress)
+            _say_cut(*cut, config.text, say)
+        if not stock.text_cached:
+            _say_cut(*_too_long(config, base, stock.prompts), config.text, say)
         if latents:
-            encode.fill_latents(base, config.cache, stock.latents, stock.keys, latents, device, progress)
+            count = len(latents)
+            encode.fill_latents(base, config.cache, stock.latents, stock.keys, count, pictures, device, progress)
         if hidden and stock.holes:
             holes.fill(base, config.cache, stock.latents, stock.keys, hidden, stock.holes, device, progress)
     wait()

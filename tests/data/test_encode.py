@@ -146,6 +146,38 @@ def test_a_row_does_not_depend_on_what_is_encoded_beside_it(stock: Callable[...,
     assert all(torch.equal(row, again.latents.get(name)) for name, row in zip(rows, before, strict=True))
 
 
+def test_pictures_are_decoded_ahead_within_a_bound(
+    stock: Callable[..., Stock], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anybody asks for them, as many as fit into the bound: two of the six, or all."""
+    import time
+
+    from sdxl_trainer.config import Cache
+    from sdxl_trainer.data import encode, images
+
+    decode, seen = images.decode, tmp_path / "seen"
+
+    def counted(content: bytes, name: str) -> Any:
+        with seen.open("a") as file:
+            file.write(".")
+        return decode(content, name)
+
+    monkeypatch.setattr(images, "decode", counted)
+    work = stock().missing_latents()
+    for room, expected in ((0, 2), (6 * 3 * 64**2, 6)):
+        monkeypatch.setattr(encode, "AHEAD_BYTES", room)
+        seen.write_text("")
+        pictures = encode.decoded(work, Cache(workers=1))
+        end = time.monotonic() + 60
+        while len(seen.read_text()) < expected and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        assert len(seen.read_text()) == expected
+        items = [item for item in pictures if isinstance(item, encode.Decoded)]
+        assert [(item.picture, item.geometry) for item in items] == list(work)
+        assert len(seen.read_text()) == 6
+
+
 def test_all_pictures_that_cannot_be_decoded_are_named_together(stock: Callable[..., Stock], tmp_path: Path) -> None:
     for name in ("0.png", "3.png"):
         path = tmp_path / "copy" / name
