@@ -41,6 +41,7 @@ SETTINGS = (
     "adapter.targets",
     "adapter.rank",
     "adapter.alpha",
+    "adapter.factor",
     "adapter.dropout",
     "objective.prediction",
     "objective.weighting",

@@ -46,7 +46,7 @@ ROWS = [
     Bad("begin with Flux", "for Flux", "SDXL base", make=lambda p: _file(p, *FLUX), options=BEGUN),
     Bad("begin with strange layers", "2 of 2 tensors are for layers that this model has not", "SDXL base",
         make=lambda p: _file(p, *STRANGE), options=BEGUN),
-    Bad("begin with fewer layers", "lacks", "targets and ranks",
+    Bad("begin with fewer layers", "lacks", "targets, ranks",
         make=lambda p: _file(p, (SD1[0][0], (4, 64)), SD1[1]), options={**BEGUN, "adapter.rank": 4}),
     Bad("begin with a pickle", "pickle", "save_pretrained",
         make=lambda p: p.put("a.safetensors", b"\x80\x02}q\x00."), options=BEGUN),
