@@ -8,8 +8,20 @@ from pathlib import Path
 from sdxl_trainer.config import Config, Hub
 from sdxl_trainer.errors import UserError, shortened
 
-# What stays here: states to resume from, caches, logs, unfinished files (and the old names of such folders).
-LEFT_OUT = ("checkpoint-*", "cache/*", "logs/*", "wandb/*", "step_*", "epoch_*", "*.tmp*", ".lock", ".pause")
+# What stays here: states to resume from, caches, logs, unfinished files (and the old names of such folders), and the
+# page of the check, which shows the pictures that were trained on.
+LEFT_OUT = (
+    "checkpoint-*",
+    "cache/*",
+    "logs/*",
+    "wandb/*",
+    "step_*",
+    "epoch_*",
+    "*.tmp*",
+    ".lock",
+    ".pause",
+    "check.html",
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class Plan:
             f"to: {where}",
             f"if it is new: {'private' if self.private else 'public'}, {seen}; one that is there stays as it is",
             f"what: {len(self.files)} files, {total:.1f} MB: {shortened(names, 20)}",
-            "not: checkpoints, caches, logs",
+            "not: checkpoints, caches, logs, check.html, which shows your pictures",
             f"token: {token}",
         ]
 

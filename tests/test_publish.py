@@ -65,6 +65,7 @@ def run_dir(tmp_path: Path) -> Path:
         ".manifest.json.12.tmp",
         "unet/.part.12.tmp",
         "tensorboard-logs/events.out",
+        "check.html",
     ]:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

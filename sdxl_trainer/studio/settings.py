@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tomlkit
+from tomlkit.container import Container
 
 from sdxl_trainer import configfile, files, presets
 from sdxl_trainer.config import OPTIMIZERS, Config
@@ -158,17 +159,39 @@ def write(workspace: Workspace, name: str, text: str) -> None:
 
 
 def set_values(workspace: Workspace, name: str, changes: Mapping[str, Any]) -> None:
-    """Give options values, or with None their defaults again. All else in the file stays as it is, comments too."""
+    """Give options values, or with None their defaults again. All else in the file stays as it is, comments too, except
+    notes that say why a preset chose a value which is changed."""
     path = source(workspace, name)
     try:
         document = tomlkit.parse(read(path))
     except tomlkit.exceptions.TOMLKitError as error:
         raise UserError(f"not valid TOML: {error}", path.name, "correct the line in the text below first") from None
+    origin = _origin(workspace, name)
+    began = tomlkit.parse(read(origin)) if origin.is_file() else tomlkit.document()
     for key, value in changes.items():
         if value is not None and key.split(".")[0] not in Config.model_fields:
             raise UserError(f"there is no option '{key[:80]}'", "settings", "choose one of the list")
+        written, chosen = _trivia(document, key), _trivia(began, key)
+        stale = written is not None and chosen is not None and written.comment == chosen.comment
         configfile.put(document, key, value)
+        if stale and (kept := _trivia(document, key)):
+            kept.comment = kept.comment_ws = ""
     write(workspace, name, tomlkit.dumps(document))
+
+
+def _trivia(document: tomlkit.TOMLDocument, key: str) -> Any:
+    """The comment behind an option and the space before it; none where the option is not written."""
+    node: Any = document
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            node = node[int(part)] if part.isdigit() and int(part) < len(node) else None
+        else:
+            node = node.get(part) if isinstance(node, Mapping) else None
+    container = node if isinstance(node, Container) else getattr(node, "value", None)
+    if not isinstance(container, Container) or last not in container:
+        return None
+    return getattr(container.item(last), "trivia", None)
 
 
 def _origin(workspace: Workspace, name: str) -> Path:

@@ -82,6 +82,7 @@ def bundle(workspace: Workspace, name: object) -> Path:
     if not (folder / "manifest.json").is_file():
         raise UserError("this run has left nothing to share yet", folder.name, "let it end first")
     chosen = [p for p in folder.glob("*") if p.is_file() and p.suffix in {".safetensors", ".md", ".html", ".toml"}]
+    chosen = [p for p in chosen if p.name != "check.html"]  # it shows the pictures that were trained on
     chosen += [p for p in (folder / "samples").rglob("*.png") if p.is_file()]
     target = workspace.state / "bundles" / f"{folder.name}.zip"
     target.parent.mkdir(parents=True, exist_ok=True)

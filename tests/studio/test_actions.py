@@ -1,7 +1,9 @@
 """What the page can do, through the server: captions, crops, settings, jobs; and that hostile text stays text."""
 
+import io
 import json
 import tomllib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,7 +297,10 @@ def test_a_whole_job(client: TestClient, opened: str, wait: Callable[..., Any], 
     exported = wait(client, client.post("/api/export", json={"run": "job", "kind": "kohya"}).json())
     assert exported["state"] == "done", exported["output"]
     assert (tmp_path / "home" / "runs" / "job" / "job.safetensors").is_file()
-    assert client.get("/api/bundle", params={"run": "job"}).headers["content-type"] == "application/zip"
+    shared = client.get("/api/bundle", params={"run": "job"}).content
+    with zipfile.ZipFile(io.BytesIO(shared)) as archive:
+        assert {"job/report.html", "job/README.md", "job/job.safetensors"} <= set(archive.namelist())
+        assert "job/check.html" not in archive.namelist(), "the trained pictures stay here"
     assert client.post("/api/start", json={"name": "again", "copy": "job"}).status_code == 200
 
 

@@ -118,7 +118,14 @@ def test_a_fix_changes_its_own_line_and_keeps_comments(client: TestClient, opene
     config = configfile.load(path)
     assert (config.ema.enabled, config.seed) == (True, 7)
     assert config.validation.prompts == ("a", "b")
-    assert path.read_text(encoding="utf-8").startswith("# mine\n")
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# mine\n")
+    steps = next(line for line in text.splitlines() if line.startswith("steps = "))
+    assert "each seen" in steps
+    for key in ("data.x.y", "data.9.path", "seed.x", ""):
+        assert client.post("/api/config", json={"name": "one", "changes": {key: 1}}).status_code == 400, key
+    client.post("/api/config", json={"name": "one", "changes": {"train.steps": 7}})
+    assert path.read_text(encoding="utf-8") == text.replace(steps, "steps = 7"), "why another value was chosen is gone"
     assert "micro_batch" not in path.read_text(encoding="utf-8")
 
 

@@ -26,10 +26,11 @@ export const training = async (page, go) => {
     if (!picture) return;
     const found = await get("drawn", { run: name, told: picture.alt });
     const settings = Object.entries(found.settings).map(([key, value]) => [key, value === null ? "–" : String(value)]);
+    picture.closest(".prompt").append(told);
     told.replaceChildren(h("details", { open: true }, h("summary", {}, `How it was drawn: ${picture.alt}`), table("Settings of the picture", ["setting", "value"], settings), command(found.command, "Draws it again"), h("p", {}, h("a", { href: url("run-file", { run: name, file: found.file }), target: "_blank", rel: "noopener" }, "The picture itself"), ", which holds its settings for A1111 and ComfyUI.")));
   }));
   const toHub = hub(name);
-  page.append(h("div", { class: "rowed" }, chooser), status, notes, figures, section("Pictures", drawn, told), section("Curves", curves), section("Result", results, use, toHub), section("Where the time went", timings), section("Queue", queue), logged);
+  page.append(h("div", { class: "rowed" }, chooser), status, notes, figures, section("Pictures", drawn), section("Curves", curves), section("Result", results, use, toHub), section("Where the time went", timings), section("Queue", queue), logged);
   let stamps = "", looked = 0, took = 0, waiting = null;
   const seen = {};
 

@@ -73,7 +73,7 @@ const shownTrial = (trial) => {
   return h(
     "article",
     { class: "prompt trial" },
-    table("Pictures by model", ["", ...trial.columns.map((column) => column.text)], waits.map((row, index) => [h("span", {}, row.prompt.slice(0, 200), h("small", {}, ` seed ${row.seed}`)), ...trial.columns.map((column) => cell(column, index))])),
+    table("Pictures by model", ["", ...trial.columns.map((column) => column.text)], waits.map((row, index) => [h("span", {}, h("bdi", {}, row.prompt.slice(0, 200)), h("small", {}, ` seed ${row.seed}`)), ...trial.columns.map((column) => cell(column, index))])),
     trial.columns.filter((column) => column.problem).map((column) => problem(column.problem)),
     h("details", {}, h("summary", {}, "The same as commands"), trial.columns.map((column) => command(column.job.command))),
   );
