@@ -42,6 +42,8 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 OURS = sys.stdlib_module_names - {"asyncio", "http"}
 # Bytes that are read at a time of a file that is read whole.
 BLOCK = 1 << 20
+# Stores without folders: what is asked to make one there makes a bucket, of a name that may be a slip.
+BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "obs", "hf"}
 # What libraries call what changes with a file, beside its size.
 MARKS = ("ETag", "etag", "mtime", "LastModified", "created", "blob_id", "Last-Modified")
 
@@ -139,13 +141,18 @@ def put(path: Path, address: str, where: str) -> None:
 
     def copy() -> int:
         system, target = opened(address, where)
-        system.makedirs(posixpath.dirname(target), exist_ok=True)
+        if not BUCKETS & set([system.protocol] if isinstance(system.protocol, str) else system.protocol):
+            system.makedirs(posixpath.dirname(target), exist_ok=True)
         system.put_file(str(path), target)
         system.invalidate_cache(posixpath.dirname(target))
         return system.size(target)
 
-    with files.explained(Path(address)):
-        size = asked(copy, address, where)
+    try:
+        with files.explained(Path(address)):
+            size = asked(copy, address, where)
+    except Gone:
+        fix = "check the spelling; a bucket is not made here: make it first"
+        raise UserError(f"'{address}' cannot be written: its bucket is not there", where, fix) from None
     if size != path.stat().st_size:
         raise UserError(f"{address} holds {size} bytes of {path.stat().st_size}", where, "upload it again")
 

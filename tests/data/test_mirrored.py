@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -234,6 +235,23 @@ def test_bad_addresses(bucket: str, tmp_path: Path, address: str, what: str, fix
 def test_the_cache_is_not_its_own_mirror(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is the cache itself"):
         latents(tmp_path, str(tmp_path))
+
+
+def test_a_bucket_that_is_missing_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Buckets(MemoryFileSystem):
+        protocol = ("s3", "s3a")
+        store: ClassVar[dict[str, Any]] = {}
+
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            raise AssertionError("a bucket was made")
+
+        def put_file(self, *_: Any, **__: Any) -> None:
+            raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", Buckets)
+    with pytest.raises(UserError, match="cannot be written: its bucket is not there") as caught:
+        push(filled(tmp_path / "one", ROWS), "s3://bukcet/cache")
+    assert "make it first" in caught.value.fix
 
 
 def test_nothing_is_written_to_web_servers(tmp_path: Path) -> None:
