@@ -3,6 +3,11 @@
 Each picture is measured by itself at timesteps of its own, one in each equal part of the schedule, with noise of its
 own, all drawn from its bytes: no number depends on the run's seed, its batches, its processes or other pictures. The
 loss is the plain squared error of what the model predicts, whatever weights and shapes the training loss has.
+
+Means over pictures and timesteps are geometric: what counts is by which factor an error changes. So every timestep and
+every picture counts alike, where plain means follow the few that are hard for all models; and models are ordered alike
+whether the error is told of epsilon, v or the picture, as these differ at a timestep by a factor of the schedule. It is
+the likelihood of a normal error whose spread is not known (Kendall, Gal & Cipolla 2018).
 """
 
 import math
@@ -28,28 +33,34 @@ NAMES = {"held_out": "validation_loss", "trained": "trained_loss"}
 
 @dataclass(frozen=True)
 class Measure:
-    """`losses` [pictures, timesteps] of one set of pictures under one kind of weights."""
+    """`losses` [pictures, timesteps] of one set of pictures under one kind of weights. All means are geometric."""
 
     losses: Tensor
 
     @property
+    def logs(self) -> Tensor:
+        """Of the losses, fp64. A picture of which its mask leaves nothing is the same in every measure."""
+        return self.losses.double().clamp(min=1e-12).log()
+
+    @property
     def pictures(self) -> list[float]:
         """The mean loss of each picture."""
-        return self.losses.double().mean(dim=1).tolist()
+        return self.logs.mean(dim=1).exp().tolist()
 
     @property
     def mean(self) -> float:
-        return math.fsum(self.pictures) / len(self.pictures)
+        return math.exp(math.fsum(self.logs.flatten().tolist()) / self.losses.numel())
 
     @property
     def interval(self) -> float | None:
-        """Half of the 95 % confidence interval of the mean over pictures; None for a single picture."""
-        return intervals.half_width(self.pictures) if len(self.pictures) > 1 else None
+        """Half of the 95 % confidence interval of the mean over pictures, to first order; None for a single picture."""
+        logs = self.logs.mean(dim=1).tolist()
+        return self.mean * intervals.half_width(logs) if len(logs) > 1 else None
 
     @property
     def by_timestep(self) -> list[float]:
         """The mean over pictures in each part of the schedule."""
-        return self.losses.double().mean(dim=0).tolist()
+        return self.logs.mean(dim=0).exp().tolist()
 
 
 def due(job: Job) -> bool:

@@ -40,8 +40,9 @@ def test_the_interval_of_a_change_is_student_s() -> None:
     change = validation.change(before, after)
     assert change is not None
     mean, half = change
-    assert mean == pytest.approx(-0.25)
-    assert half == pytest.approx(3.182 * 0.129099 / 2, rel=1e-3)
+    ratio = (0.9 * 0.9 * 0.925 * 0.95) ** 0.25
+    assert mean == pytest.approx(100 * (ratio - 1))
+    assert half == pytest.approx(100 * ratio * 3.182 * 0.025915 / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The validation loss of a run: its lines, and what it says in words."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,12 +66,15 @@ def figures(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def change(before: Measure, after: Measure) -> tuple[float, float] | None:
-    """The mean change of the pictures' losses and half of its 95 % confidence interval; None if they are not the
-    same pictures. Pictures differ from each other far more than a picture from itself: paired, little shows."""
-    if len(before.pictures) != len(after.pictures) or len(before.pictures) < 2:
+    """The (geometric) mean change of the pictures' losses in percent and half of its 95 % confidence interval; None if
+    they are not the same pictures. Pictures differ from each other far more than a picture from itself: paired, little
+    shows."""
+    pairs = list(zip(before.pictures, after.pictures, strict=False))
+    if len(before.pictures) != len(after.pictures) or len(pairs) < 2 or min(map(min, pairs)) <= 0:
         return None
-    changes = [b - a for a, b in zip(before.pictures, after.pictures, strict=True)]
-    return statistics.fmean(changes), half_width(changes)
+    changes = [math.log(b) - math.log(a) for a, b in pairs]
+    factor = math.exp(min(700.0, statistics.fmean(changes)))
+    return 100 * (factor - 1), 100 * factor * half_width(changes)
 
 
 def words(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -87,7 +91,7 @@ def words(rows: Sequence[dict[str, Any]]) -> list[str]:
         if rise and rise[0] > rise[1]:
             since = count(lowest.step)
             said.append(
-                f"Since step {since} it has risen by {short(rise[0])} ± {short(rise[1])}: the model learns its "
+                f"Since step {since} it has risen by {rise[0]:.1f} ± {rise[1]:.1f} %: the model learns its "
                 f"pictures by heart, and the checkpoint nearest to step {since} is likely the better one."
             )
     return said
@@ -102,7 +106,7 @@ def _moved(before: Measure, after: Measure) -> str:
     if moved is None:
         return f"On held-out pictures the loss went from {start} to {end}."
     size, half = moved
-    told = f"{'+' if size > 0 else '−'}{short(abs(size))} ± {short(half)}, picture by picture"
+    told = f"{'+' if size > 0 else '−'}{abs(size):.1f} ± {half:.1f} %, picture by picture"
     if abs(size) <= half:
         return f"On held-out pictures the loss has not clearly changed: from {start} to {end} ({told})."
     return f"On held-out pictures the loss {'fell' if size < 0 else 'rose'} from {start} to {end} ({told})."

@@ -1,6 +1,7 @@
 """The validation loss: of pictures that are never trained, moved by nothing but the weights."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,8 @@ def test_batches_and_the_processes_do_not_matter(config: Callable[..., Any], tmp
     assert found[0] == found[1]
     assert [(row["step"], row["set"]) for row in found[0]] == [(s, n) for s in (0, 1) for n in ("held_out", "trained")]
     for row in found[0]:
-        assert row["loss"] == pytest.approx(sum(row["pictures"]) / len(row["pictures"]), rel=1e-5)
-        assert row["loss"] == pytest.approx(sum(row["by_timestep"]) / 4, rel=1e-6)
+        assert row["loss"] == pytest.approx(math.prod(row["pictures"]) ** (1 / len(row["pictures"])), rel=1e-5)
+        assert row["loss"] == pytest.approx(math.prod(row["by_timestep"]) ** (1 / 4), rel=1e-6)
         assert row["timesteps"] == [125, 375, 625, 875]
 
 
@@ -117,7 +118,7 @@ def test_the_loss_is_that_of_the_formula(config: Callable[..., Any], tmp_path: P
         conditions = {"text_embeds": batch.text["pooled"], "time_ids": batch.time_ids}
         with torch.no_grad():
             said = unet(noisy, batch.timesteps, batch.text["prompt_embeds"], added_cond_kwargs=conditions).sample
-        means.append(float((said - batch.noise).square().mean()))
+        means.append(float((said - batch.noise).square().mean((1, 2, 3)).log().mean().exp()))
     told = [loss for row in rows(output)[-2:] for loss in row["pictures"]]
     assert sorted(told) == pytest.approx(sorted(means), rel=1e-4)
     assert len(told) >= 4
@@ -142,10 +143,11 @@ def test_the_interval_is_student_s() -> None:
     from sdxl_trainer.intervals import quantile
 
     assert [round(quantile(n), 3) for n in (1, 4, 5, 9, 30, 1000)] == [12.706, 2.776, 2.571, 2.262, 2.042, 1.962]
-    measure = Measure(torch.tensor([[1.0, 3.0], [2.0, 6.0], [0.0, 0.0]]))
-    assert measure.mean == 2.0
-    assert measure.by_timestep == [1.0, 3.0]
-    assert measure.interval == pytest.approx(4.303 * 2 / 3**0.5)
+    measure = Measure(torch.tensor([[1.0, 4.0], [4.0, 16.0], [2.0, 8.0]]))
+    assert measure.pictures == pytest.approx([2.0, 8.0, 4.0])
+    assert measure.mean == pytest.approx(4.0)
+    assert measure.by_timestep == pytest.approx([2.0, 8.0])
+    assert measure.interval == pytest.approx(4.0 * 4.303 * math.log(2) / 3**0.5, rel=1e-4)
     assert Measure(torch.ones(1, 4)).interval is None
 
 
