@@ -80,7 +80,12 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
     ),
     *(
         (f"validation.{name}", lambda c: c.validation.loss_every is None, "validation.loss_every is not given")
-        for name in ("loss_timesteps", "trained_pictures", "keep_best", "stop_after")
+        for name in ("loss_timesteps", "trained_pictures", "caption_gain", "keep_best", "stop_after")
+    ),
+    (
+        "validation.caption_gain",
+        lambda c: not any(d.held_out for d in c.data),
+        "no data set has held_out pictures",
     ),
     *(
         (f"validation.{name}", lambda c: not c.validation.prompts, "validation.prompts is empty")

@@ -5,8 +5,8 @@ own, all drawn from its bytes: no number depends on the run's seed, its batches,
 loss is the plain squared error of what the model predicts, whatever weights and shapes the training loss has.
 
 Means over pictures and timesteps are geometric: what counts is by which factor an error changes. So every timestep and
-every picture counts alike, where plain means follow the few that are hard for all models; and models are ordered alike
-whether the error is told of epsilon, v or the picture, as these differ at a timestep by a factor of the schedule. It is
+every picture counts alike, where plain means follow the few that are hard for all models; and the order of models is
+the same whether errors are of epsilon, v or the picture, which differ at a timestep by a factor of the schedule. It is
 the likelihood of a normal error whose spread is not known (Kendall, Gal & Cipolla 2018).
 """
 
@@ -28,7 +28,7 @@ from sdxl_trainer.log import read_metrics
 from sdxl_trainer.run import Job
 
 # How the loss of each set of pictures is called in metrics.jsonl.
-NAMES = {"held_out": "validation_loss", "trained": "trained_loss"}
+NAMES = {"held_out": "validation_loss", "uncaptioned": "uncaptioned_loss", "trained": "trained_loss"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def measured(job: Job) -> dict[str, Any]:
             for name, measure in found.items():
                 told |= _told(NAMES[name], measure, parts) if judged else {f"{NAMES[name]}_raw": measure.mean}
                 rows.append(_row(job.state.step, name, weights, measure, parts))
+    if "uncaptioned" in job.measured:
+        told["caption_gain"] = gain(told["validation_loss"], told["uncaptioned_loss"])
     job.validation.write(rows)
     first = NAMES[next(iter(job.measured))]
     job.state.measures.append((job.state.step, told[first]))
@@ -108,6 +110,12 @@ def centres(job: Job) -> list[int]:
     """The middle of each equal part of the schedule, in timesteps."""
     count, length = job.run.config.validation.loss_timesteps, len(job.run.objective.schedule)
     return [int((part + 0.5) / count * length) for part in range(count)]
+
+
+def gain(captioned: float, uncaptioned: float) -> float:
+    """By what share the loss with captions is below that without: of each picture and timestep, in geometric mean. What
+    the two say together: Kong et al. 2024, who take their difference."""
+    return 1 - captioned / uncaptioned
 
 
 def _told(name: str, measure: Measure, parts: list[int]) -> dict[str, Any]:
@@ -135,6 +143,8 @@ def _say(job: Job, told: dict[str, Any]) -> None:
         if name in told:
             wide = told[f"{name}_interval"]
             said.append(f"{told[name]:.5f}{f' ± {wide:.5f}' if wide is not None else ''} on {words}")
+    if "caption_gain" in told:
+        said.insert(1, f"{told['caption_gain']:.1%} below that without captions")
     job.console.say(f"step {job.state.step}: loss {', '.join(said)}")
 
 

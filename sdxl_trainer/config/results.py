@@ -25,6 +25,9 @@ class Validation(Section):
     )
     loss_timesteps: Positive = option(4, "equal parts of the schedule in each of which a picture is measured once")
     trained_pictures: int = option(16, "how many trained pictures are measured too", ge=0)
+    caption_gain: bool = option(
+        False, "by how much captions lower the loss of the held-out pictures: they are measured without them too"
+    )
     keep_best: bool = option(
         False, "the result is the model when its validation loss was lowest; its checkpoint is always kept"
     )

@@ -372,13 +372,19 @@ def samples(
 
 def measured_samples(config: Config, base: Base, stock: Stock, timesteps: int) -> dict[str, Samples]:
     """The pictures whose loss is measured, `held_out` before `trained`: each in its first geometry, its first caption
-    never changed or left out."""
-    plain = {"caption_dropout": 0.0, "weight": 1.0}
+    never changed, and left out only where that is what is measured."""
     whole = config.text.model_copy(update={"drop_encoder_1": 0.0, "drop_encoder_2": 0.0})
+    held_out = stock.held_out if stock.measured else ()
+    untold = held_out if config.validation.caption_gain else ()
     found = {}
-    for name, chosen in (("held_out", stock.held_out if stock.measured else ()), ("trained", stock.trained_part)):
+    for name, chosen, dropout in (
+        ("held_out", held_out, 0.0),
+        ("uncaptioned", untold, 1.0),
+        ("trained", stock.trained_part, 0.0),
+    ):
         if chosen:
             choices = captions.plain(config.data, _records(config, chosen))
+            plain = {"caption_dropout": dropout, "weight": 1.0}
             pictures = [replace(p, data=p.data.model_copy(update=plain)) for p in chosen]
             made = samples(config, base, stock, timesteps, pictures, choices)
             found[name] = replace(made, words=replace(made.words, options=whole))

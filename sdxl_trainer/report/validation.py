@@ -16,6 +16,8 @@ KINDS = {
     ("held_out", "raw"): "held-out pictures",
     ("trained", "ema"): "trained pictures, averaged weights",
     ("trained", "raw"): "trained pictures",
+    ("uncaptioned", "ema"): "held-out pictures without captions, averaged weights",
+    ("uncaptioned", "raw"): "held-out pictures without captions",
 }
 
 
@@ -49,20 +51,32 @@ def _numbers(values: Any) -> list[float]:
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> str:
-    """Two charts: the loss of each set and kind of weights, and that of the first by part of the schedule."""
+    """Charts: the loss of each set and kind of weights, that of the first by part of the schedule, and by how much
+    captions lower it, where that was measured."""
     known = measures(rows)
     if not known:
         return ""
     lines = list[Series]()
     for kind, own in known.items():
+        if kind[0] == "uncaptioned":
+            continue
         width = {m.step: m.interval for m in own if m.interval is not None} if len(lines) == 0 else None
         lines.append(Series(KINDS[kind], [(m.step, m.loss) for m in own], width))
     first = next(iter(known.values()))
     parts = first[-1].timesteps
     whole = [m for m in first if m.timesteps == parts and len(m.by_timestep) == len(parts)]
     by_part = [Series(f"t ≈ {part}", [(m.step, m.by_timestep[i]) for m in whole]) for i, part in enumerate(parts)]
+    gains = [Series(KINDS["held_out", kind], points) for kind in ("ema", "raw") if (points := gained(known, kind))]
     charts = [("Validation loss", lines, False), ("Validation loss by timestep", by_part, True)]
-    return "".join(figure(title, s, from_zero=parts, wide=not parts, log=True) for title, s, parts in charts)
+    losses = "".join(figure(title, s, from_zero=parts, wide=not parts, log=True) for title, s, parts in charts)
+    return losses + figure("Loss that captions save, %", gains)
+
+
+def gained(known: dict[tuple[str, str], list[Measure]], weights: str) -> list[tuple[int, float]]:
+    """(step, by how many percent captions lower the loss of held-out pictures)."""
+    without = {m.step: m.loss for m in known.get(("uncaptioned", weights), [])}
+    told = known.get(("held_out", weights), [])
+    return [(m.step, 100 * (1 - m.loss / without[m.step])) for m in told if without.get(m.step)]
 
 
 def change(before: Measure, after: Measure) -> tuple[float, float] | None:
@@ -94,6 +108,9 @@ def words(rows: Sequence[dict[str, Any]]) -> list[str]:
                 f"Since step {since} it has risen by {rise[0]:.1f} ± {rise[1]:.1f} %: the model learns its "
                 f"pictures by heart, and the checkpoint nearest to step {since} is likely the better one."
             )
+    if gains := gained(known, kind[1]):
+        (first, before), (_, now) = gains[0], gains[-1]
+        said.append(f"Captions lower it by {now:.1f} %, where it was {before:.1f} % at step {count(first)}.")
     return said
 
 

@@ -124,6 +124,29 @@ def test_the_loss_is_that_of_the_formula(config: Callable[..., Any], tmp_path: P
     assert len(told) >= 4
 
 
+def test_the_gain_by_captions_is_what_leaving_them_out_costs(
+    config: Callable[..., Any], tmp_path: Path, folder: Path
+) -> None:
+    """Without them the loss is that of a folder whose captions are empty, and of a model that does not mind."""
+
+    def run(name: str, captions: bool = True, **text: Any) -> Path:
+        data = {"path": str(folder), **SETS} | ({} if captions else {"caption": "", "caption_only": True})
+        options = {"learning_rate": 1e-30, "steps": 1, "checkpoint_every": 0}
+        validation = {"loss_every": 1, "trained_pictures": 2, "caption_gain": True}
+        return train(config(data=[data], train=options, validation=validation, output_dir=str(tmp_path / name), **text))
+
+    told = run("told")
+    last = read_metrics(told / "metrics.jsonl")[-1]
+    assert last["validation_loss"] != last["uncaptioned_loss"]
+    assert last["caption_gain"] == 1 - last["validation_loss"] / last["uncaptioned_loss"]
+    sets = [row["set"] for row in rows(told)]
+    assert sets == ["held_out", "uncaptioned", "trained"] * 2
+    empty = read_metrics(run("empty", captions=False, text={"dropped_caption": "empty"}) / "metrics.jsonl")[-1]
+    assert empty["caption_gain"] == 0
+    without = read_metrics(run("without", text={"dropped_caption": "empty"}) / "metrics.jsonl")[-1]
+    assert without["uncaptioned_loss"] == empty["validation_loss"]
+
+
 def test_averaged_and_last_weights_are_both_measured(config: Callable[..., Any], tmp_path: Path, folder: Path) -> None:
     validation = {"loss_every": 2, "trained_pictures": 3}
     output = train(config(data=[{"path": str(folder), **SETS}], ema={"enabled": True}, validation=validation))
@@ -136,7 +159,7 @@ def test_averaged_and_last_weights_are_both_measured(config: Callable[..., Any],
     assert all(len(row["pictures"]) == 3 for row in rows(output) if row["set"] == "trained")
 
 
-def test_the_interval_is_student_s() -> None:
+def test_means_are_geometric_and_the_interval_is_student_s() -> None:
     import torch
 
     from sdxl_trainer.held_out import Measure
@@ -149,6 +172,10 @@ def test_the_interval_is_student_s() -> None:
     assert measure.by_timestep == pytest.approx([2.0, 8.0])
     assert measure.interval == pytest.approx(4.0 * 4.303 * math.log(2) / 3**0.5, rel=1e-4)
     assert Measure(torch.ones(1, 4)).interval is None
+    of_another_prediction = Measure(measure.losses * torch.tensor([5.0, 0.2]) * 3)
+    assert of_another_prediction.mean == pytest.approx(3 * measure.mean)
+    masked = [Measure(torch.tensor([[0.0, 0.0], [loss, loss]])).mean for loss in (1.0, 4.0)]
+    assert masked[1] == pytest.approx(2 * masked[0]), "a picture that is masked whole changes no order"
 
 
 @pytest.fixture
