@@ -34,6 +34,21 @@ def test_the_verdict_compares_picture_by_picture() -> None:
     assert validation.words(falling[:1]) == []
 
 
+def test_the_page_says_what_captions_save() -> None:
+    rows = validation_rows(400, ema=False)
+    shares = {0: 2.0, 400: 4.0}
+    without = [
+        {**row, "set": "uncaptioned", "loss": row["loss"] * shares[row["step"]]}
+        for row in rows
+        if row["set"] == "held_out" and row["step"] in shares
+    ]
+    told = validation.words([*rows, *without])
+    assert told[-1] == "Captions lower this loss by 75.0 %; at step 0 they did by 50.0 %."
+    known = validation.measures([*rows, *without])
+    assert validation.gained(known, "raw") == [(0, 50.0), (400, 75.0)]
+    assert "without captions" not in validation.figures([*rows, *without]), "a line of its own, in percent"
+
+
 def test_the_interval_of_a_change_is_student_s() -> None:
     before = validation.Measure(0, 0.0, None, [], [], [1.0, 2.0, 4.0, 8.0])
     after = validation.Measure(1, 0.0, None, [], [], [0.9, 1.8, 3.7, 7.6])

@@ -110,7 +110,7 @@ def words(rows: Sequence[dict[str, Any]]) -> list[str]:
             )
     if gains := gained(known, kind[1]):
         (first, before), (_, now) = gains[0], gains[-1]
-        said.append(f"Captions lower it by {now:.1f} %, where it was {before:.1f} % at step {count(first)}.")
+        said.append(f"Captions lower this loss by {now:.1f} %; at step {count(first)} they did by {before:.1f} %.")
     return said
 
 
