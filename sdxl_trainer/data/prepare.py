@@ -376,12 +376,9 @@ def measured_samples(config: Config, base: Base, stock: Stock, timesteps: int) -
     whole = config.text.model_copy(update={"drop_encoder_1": 0.0, "drop_encoder_2": 0.0})
     held_out = stock.held_out if stock.measured else ()
     untold = held_out if config.validation.caption_gain else ()
+    sets = (("held_out", held_out, 0.0), ("uncaptioned", untold, 1.0), ("trained", stock.trained_part, 0.0))
     found = {}
-    for name, chosen, dropout in (
-        ("held_out", held_out, 0.0),
-        ("uncaptioned", untold, 1.0),
-        ("trained", stock.trained_part, 0.0),
-    ):
+    for name, chosen, dropout in sets:
         if chosen:
             choices = captions.plain(config.data, _records(config, chosen))
             plain = {"caption_dropout": dropout, "weight": 1.0}
