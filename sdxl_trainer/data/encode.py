@@ -254,6 +254,17 @@ def fill_texts(
     return count, first
 
 
+def refuse_unshared(keys: Keys, texts: cache.Store, prompts: Prompts, latents: cache.Store, work: Work) -> None:
+    """UserError if rows of these that other processes have encoded are not here: they have another cache folder."""
+    here = [keys.latent(*work[at]) in latents for at in (0, -1)[: len(work)]]
+    if len(prompts.lacking(texts)) or not all(here):
+        fix = (
+            "set cache.path to a folder that all machines share; or fill a mirror first: sdxl cache CONFIG.toml --push"
+        )
+        where = f"cache.path = '{latents.folder.parent}'"
+        raise UserError("what other processes encoded is not in this one's cache folder", where, fix)
+
+
 class _Decoder(torch.utils.data.Dataset[Any]):
     """Decodes in worker processes, each picture once: item -> pixels of all its geometries, or the error."""
 

@@ -293,8 +293,9 @@ def fill(
 ) -> None:
     """Encode what is missing; several processes share the work and meet in `wait`."""
     # All lists come first: rows that other processes have already written must not shift the shares.
-    prompts = stock.missing_texts()[rank::processes]
-    mine, latents = stock.missing_masks()[rank::processes], stock.missing_latents()[rank::processes]
+    texts, work = stock.missing_texts(), stock.missing_latents()
+    prompts, latents = texts[rank::processes], work[rank::processes]
+    mine = stock.missing_masks()[rank::processes]
     hidden = stock.missing_holes()[rank::processes]
     raise_all(masks.fill(stock.latents, mine, progress))
     with encode.explained():
@@ -315,6 +316,7 @@ def fill(
         store.refresh()
         if rank == 0:
             store.save()
+    encode.refuse_unshared(stock.keys, stock.texts, texts, stock.latents, work)
     if rank == 0:
         stock.settle()
 

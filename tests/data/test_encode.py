@@ -126,6 +126,19 @@ def test_moments_are_those_of_the_vae(stock: Callable[..., Stock], base: Path) -
             torch.testing.assert_close(row[4:].float(), posterior.std[0], rtol=1e-3, atol=1e-3)
 
 
+def test_processes_that_do_not_share_a_folder_are_told(
+    stock: Callable[..., Stock], config: Any, tmp_path: Path
+) -> None:
+    """The first of two, whose other one has put its rows elsewhere."""
+    taken = stock()
+    made = config(cache={"path": str(tmp_path / "cache")})
+    found = bases.resolve(made.model, tmp_path)
+    with pytest.raises(UserError, match="what other processes encoded is not in this one's cache folder") as caught:
+        prepare.fill(made, found, taken, torch.device("cpu"), lambda *_: None, print, 0, 2)
+    assert "that all machines share" in caught.value.fix
+    assert len(stock().missing_latents()) == 3, "its own are there"
+
+
 def test_a_row_does_not_depend_on_what_is_encoded_beside_it(stock: Callable[..., Stock], tmp_path: Path) -> None:
     """Batches of a part of a cache are others than those of all of it: an interrupted filling goes on bitwise."""
     options: dict[str, Any] = {"data": [{"resolution": 96}]}
