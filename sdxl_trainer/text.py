@@ -15,6 +15,8 @@ from sdxl_trainer.config import TextOptions
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import pretrained
 
+# Prompts that are too long of which more is told than their number.
+SHOWN = 3
 PARTS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 

@@ -19,6 +19,7 @@ from sdxl_trainer import keyed, text
 from sdxl_trainer.base import Base
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import TextOptions, Token
+from sdxl_trainer.data.table import BATCH
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.formats import folder as pipelines
 from sdxl_trainer.formats import header
@@ -97,6 +98,18 @@ def reader(base: Base, words: Sequence[Token], options: TextOptions) -> Callable
             return chunks(both, words, options, [prompt])[0]
 
     return read
+
+
+def too_long(
+    base: Base, words: Sequence[Token], options: TextOptions, prompts: Sequence[Prompt]
+) -> tuple[int, list[text.Cut]]:
+    """How many prompts are cut off, and the first of them."""
+    count, first, both = 0, list[text.Cut](), tokenizers(base, words)
+    for start in range(0, len(prompts), BATCH):
+        batch = list(prompts[start : start + BATCH])
+        cut = text.cuts(both, batch, chunks(both, words, options, batch))
+        count, first = count + len(cut), [*first, *cut][: text.SHOWN]
+    return count, first
 
 
 def extend(tokenizer: Any, words: Sequence[tuple[str, int]], where: str) -> int:

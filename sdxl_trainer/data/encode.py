@@ -32,8 +32,6 @@ TEXT_VERSION = 2
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Captions that are too long of which more is told than their number.
-SHOWN = 3
 # Pixels that are decoded ahead of what encodes them, over all processes that decode.
 AHEAD_BYTES = 32 << 20
 # Called with how many rows are done, how many there are to do, and what they are.
@@ -243,7 +241,7 @@ def fill_texts(
         batch = list(prompts[start : start + size])
         tokens = text.tokenize(encoders.tokenizers, batch, keys.reading)
         cut = text.cuts(encoders.tokenizers, batch, tokens)
-        count, first = count + len(cut), [*first, *cut][:SHOWN]
+        count, first = count + len(cut), [*first, *cut][: text.SHOWN]
         for prompt, encoded in zip(batch, text.encode_tokens(encoders, tokens, keys.reading, size), strict=True):
             states, pooled = (tensor.cpu() for tensor in encoded)
             cache.finite([(f"the caption '{prompt.text[:40]}'", states), ("its pooled output", pooled)])

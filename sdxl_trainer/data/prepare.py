@@ -23,7 +23,7 @@ from sdxl_trainer.data.memo import Memo, open_memo
 from sdxl_trainer.data.pictures import Picture, Pictures, held_out, load
 from sdxl_trainer.data.problems import Notes, raise_all
 from sdxl_trainer.data.records import Record
-from sdxl_trainer.data.table import BATCH, distinct
+from sdxl_trainer.data.table import distinct
 from sdxl_trainer.data.words import Words
 from sdxl_trainer.errors import UserError, shortened
 
@@ -305,7 +305,7 @@ def fill(
             cut = encode.fill_texts(base, config.cache, stock.texts, stock.keys, prompts, device, progress)
             _say_cut(*cut, config.text, say)
         if not stock.text_cached:
-            _say_cut(*_too_long(config, base, stock.prompts), config.text, say)
+            _say_cut(*tokens.too_long(base, config.token, config.text, stock.prompts), config.text, say)
         if latents:
             count = len(latents)
             encode.fill_latents(base, config.cache, stock.latents, stock.keys, count, pictures, device, progress)
@@ -319,17 +319,6 @@ def fill(
     encode.refuse_unshared(stock.keys, stock.texts, texts, stock.latents, work)
     if rank == 0:
         stock.settle()
-
-
-def _too_long(config: Config, base: Base, prompts: Sequence[Prompt]) -> tuple[int, list[text.Cut]]:
-    """How many prompts are cut off, and the first of them."""
-    count, first = 0, list[text.Cut]()
-    tokenizers = tokens.tokenizers(base, config.token)
-    for start in range(0, len(prompts), BATCH):
-        batch = list(prompts[start : start + BATCH])
-        cut = text.cuts(tokenizers, batch, tokens.chunks(tokenizers, config.token, config.text, batch))
-        count, first = count + len(cut), [*first, *cut][: encode.SHOWN]
-    return count, first
 
 
 def _say_cut(count: int, first: Sequence[text.Cut], options: TextOptions, say: Callable[[str], None]) -> None:
