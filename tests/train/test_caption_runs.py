@@ -145,7 +145,8 @@ def test_variants_and_dropped_encoders_are_drawn_as_often_as_asked(
     assert drawn[Prompt("a blue circle, square")] / 1200 == pytest.approx(0.375, abs=0.05)
     gone = Counter()
     for epoch in range(400):
-        words = loader._text(made, epoch, 1)
+        found = loader._text(made, epoch, 1)
+        words = made.words.of(found) if isinstance(found, Prompt) else found
         kept = loader.caption(made, epoch, 1) is not None
         first, second = (
             bool((part == 0).all()) for part in words["prompt_embeds"].tensor_split([made.words.width], dim=1)
