@@ -289,7 +289,9 @@ def reader(setting: Setting) -> Callable[[bool], float]:
     from sdxl_trainer.configfile import validated
     from sdxl_trainer.data import loader
     from sdxl_trainer.run import CONTINUE
+    from sdxl_trainer.threads import keep_freed_memory
 
+    keep_freed_memory()
     tree = {
         "output_dir": str(setting.place / "ours-pipeline"),
         "model": {"path": str(setting.base)},
