@@ -1,6 +1,6 @@
 """How much memory a training step takes: counted, on tensors without values.
 
-The UNet's forward and backward pass run on fake tensors, of which only sizes exist, and what is alive is counted at
+The model's forward and backward pass run on fake tensors, of which only sizes exist, and what is alive is counted at
 every operation. To that come the weights, the optimizer's state and averages.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sdxl_trainer import adapters, kernels, narrow, optim
+from sdxl_trainer import adapters, kernels, model, narrow, optim
 from sdxl_trainer.config import Config
 from sdxl_trainer.config.section import bytes_of
 from sdxl_trainer.errors import UserError
@@ -136,7 +136,7 @@ class Live(TorchDispatchMode):
 
 def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dict[str, float]:
     """Bytes by what they are for, while training; together they are the peak. The model may be on the meta device, and
-    what learns in it is marked; text encoders that learn are counted without their activations."""
+    what learns in it is marked."""
     learns = sum(group.size for group in groups)
     beside = bool(config.adapter or config.token)
     weight = 4 if beside else DTYPES[config.train.weights].itemsize
@@ -145,7 +145,7 @@ def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dic
     gradients = learns * weight
     # bf16 weights that compute in fp32: the pass counts gradients of 4 bytes, and keeps them in 2.
     wider = learns * (4 - weight) if setting.precision == "fp32" else 0
-    pass_ = working(config, sdxl.unet, setting) - wider
+    pass_ = working(config, sdxl, setting) - wider
     stepping = gradients + optim.workspace_bytes(
         config.optimizer, [p.shape for g in groups for p in g.parameters], weight
     )
@@ -161,35 +161,44 @@ def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dic
     }
 
 
-def working(config: Config, unet: nn.Module, setting: Step) -> int:
+def working(config: Config, sdxl: SDXL, setting: Step) -> int:
     """Bytes that the passes of a step take at most beside the weights, gradients included."""
     compute = DTYPES[setting.precision]
     beside = bool(config.adapter or config.token)
     mixed = setting.precision != "fp32" and config.train.weights == "fp32"
     inputs = torch.float32 if mixed else compute
-    with _fake(unet, torch.float32 if mixed and not beside else compute, config, setting.device) as fake:
-        settings: Any = fake.config
-        samples, tokens = setting.shape[0], setting.tokens
-        pooled = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
-        noisy = torch.empty(samples, settings["in_channels"], *setting.shape[1:], dtype=inputs)
-        states = torch.empty(samples, tokens, settings["cross_attention_dim"], dtype=inputs)
-        added = {"text_embeds": torch.empty(samples, pooled, dtype=inputs)}
-        added["time_ids"] = torch.zeros(samples, 6, dtype=torch.int64)
+    with _fake(sdxl, torch.float32 if mixed and not beside else compute, config, setting.device) as fake:
+        samples, text = setting.shape[0], _text(fake, setting, inputs)
+        noisy = torch.empty(samples, fake.unet.config["in_channels"], *setting.shape[1:], dtype=inputs)
+        time_ids = torch.zeros(samples, 6, dtype=torch.int64)
         with Live([*fake.parameters(), *fake.buffers()]) as live:
             for _ in range(min(setting.micro_batches, 2)):  # from the second on gradients lie there already
                 with torch.autocast("cpu", compute) if mixed else nullcontext():
-                    found = fake(noisy, torch.zeros(samples), states, added_cond_kwargs=added, return_dict=False)[0]
+                    found = fake(noisy, torch.zeros(samples), time_ids, **text)
                 found.float().square().mean().backward()
                 del found
     return live.peak
 
 
+def _text(fake: SDXL, setting: Step, inputs: torch.dtype) -> dict[str, Tensor]:
+    """What a step's text is without values: token ids where encoders learn, else their embeddings."""
+    samples, tokens = setting.shape[0], setting.tokens
+    if fake.text_encoder_2 is not None:
+        rows = torch.zeros(samples, 1, dtype=torch.int64)
+        ids = torch.zeros(samples, 2, tokens, dtype=torch.int64)
+        return {"tokens": ids, "chunks": rows, "kept": torch.ones(samples, 2)}
+    settings = fake.unet.config
+    pooled = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
+    states = torch.empty(samples, tokens, settings["cross_attention_dim"], dtype=inputs)
+    return {"prompt_embeds": states, "pooled": torch.empty(samples, pooled, dtype=inputs)}
+
+
 @contextmanager
-def _fake(unet: nn.Module, dtype: torch.dtype, config: Config, device: str) -> Iterator[Any]:
-    """A copy of the UNet with fake weights, which stands for one on `device`; what is injected stays in fp32."""
+def _fake(sdxl: SDXL, dtype: torch.dtype, config: Config, device: str) -> Iterator[Any]:
+    """A copy of the model with fake weights, which stands for one on `device`; what is injected stays in fp32."""
     from torch._subclasses import FakeTensorMode
 
-    made: Any = copy.deepcopy(unet).to("meta")
+    made: Any = copy.deepcopy(sdxl).to("meta")
     beside = bool(config.adapter or config.token)
     before, kernels.stands_for = kernels.stands_for, device
     try:
@@ -202,7 +211,7 @@ def _fake(unet: nn.Module, dtype: torch.dtype, config: Config, device: str) -> I
                 for name, b in module.named_buffers(recurse=False):
                     module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
             if config.train.gradient_checkpointing:
-                made.enable_gradient_checkpointing()
+                model.checkpoint_activations(made)
             made.train()
             for layer in adapters.layers(made) if config.adapter else ():
                 layer.eval()  # what they drop is drawn, and here nothing has a value; a mask is small

@@ -162,13 +162,19 @@ def load(
     encoders work in the step without learning."""
     unet = _load_unet(options, base, folder, dtype, seed)
     encoders = text.load_encoders(base, folder, dtype) if text_learns else None
+    made = SDXL(unet, encoders, reading, frozen.encoders if frozen else None)
     if checkpointing:
-        unet.enable_gradient_checkpointing()
-        for _, encoder in text.present(encoders or (None, None)):
-            # The old name warns in newer versions of transformers.
-            new = getattr(encoder, "activation_checkpointing_enable", None)
-            (new or encoder.gradient_checkpointing_enable)()
-    return SDXL(unet, encoders, reading, frozen.encoders if frozen else None)
+        checkpoint_activations(made)
+    return made
+
+
+def checkpoint_activations(sdxl: SDXL) -> None:
+    """Let the backward pass compute activations again in place of keeping them."""
+    sdxl.unet.enable_gradient_checkpointing()
+    for _, encoder in text.present((sdxl.text_encoder, sdxl.text_encoder_2)):
+        # The old name warns in newer versions of transformers.
+        new = getattr(encoder, "activation_checkpointing_enable", None)
+        (new or encoder.gradient_checkpointing_enable)()
 
 
 def _load_unet(options: Model, base: Base, folder: Path | None, dtype: torch.dtype, seed: int) -> Any:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from sdxl_trainer import base as bases
-from sdxl_trainer import memory, model, parameters, setup
-from sdxl_trainer.config import Model
+from sdxl_trainer import memory, model, parameters, setup, text
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.train import train
@@ -33,17 +32,21 @@ def test_live_counts_storages_and_not_views() -> None:
 
 def skeleton(config: Any) -> tuple[model.SDXL, list[parameters.Group]]:
     base = bases.resolve(config.model, Path(config.output_dir))
-    sdxl = model.skeleton(base, False)
+    sdxl = model.skeleton(base, parameters.text_learns(config, text.parameter_names(base)))
     setup.inject(sdxl, config, base, None)
     groups = parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
     return sdxl, groups
 
 
+TEXT = [{"match": r"unet\..*"}, {"match": r"text_encoder.*"}]
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "checkpointing": {"train": {"gradient_checkpointing": True}},
     "bf16": {"train": {"weights": "bf16"}, "optimizer": {"name": "adamw_bf16"}},
     "adapter": {"adapter": {"rank": 4}},
+    "text encoders": {"learn": TEXT},
+    "text encoders, checkpointing": {"learn": TEXT, "train": {"gradient_checkpointing": True}},
+    "new words": {"token": [{"name": "<x>", "vectors": 2}]},
 }
 
 
@@ -55,24 +58,26 @@ def test_a_pass_of_fake_tensors_takes_what_a_real_one_takes(
     sdxl, _ = skeleton(chosen)
     dtype = memory.DTYPES[chosen.train.weights]
     setting = memory.Step((2, 8, 6), chosen.train.weights, "cpu")
-    found = memory.working(chosen, sdxl.unet, setting)
-    real: Any = model.load(
-        Model(path=chosen.model.path), bases.resolve(chosen.model, tmp_path), None, dtype, False, False
-    )
-    setup.inject(real, chosen, bases.resolve(chosen.model, tmp_path), None)
+    found = memory.working(chosen, sdxl, setting)
+    base = bases.resolve(chosen.model, tmp_path)
+    checkpointing, learns = chosen.train.gradient_checkpointing, sdxl.text_encoder is not None
+    real = model.load(chosen.model, base, None, dtype, checkpointing, learns)
+    setup.inject(real.train(), chosen, base, None)
     learning = {n for n, p in sdxl.named_parameters() if p.requires_grad}
     for key, parameter in real.named_parameters():
         parameter.requires_grad_(key in learning)
-    if chosen.train.gradient_checkpointing:
-        real.unet.enable_gradient_checkpointing()
-    inputs = torch.zeros(2, 4, 8, 6, dtype=dtype), torch.zeros(2), torch.zeros(2, 77, 64, dtype=dtype)
-    added = {"text_embeds": torch.zeros(2, 40, dtype=dtype), "time_ids": torch.zeros(2, 6, dtype=torch.int64)}
-    given = sum(t.numel() * t.element_size() for t in (*inputs, *added.values()))
-    with memory.Live([*real.parameters(), *inputs, *added.values()]) as live:
-        prediction = real.unet(*inputs, added_cond_kwargs=added)[0]
-        prediction.float().square().mean().backward()
+    noisy, timesteps = torch.zeros(2, 4, 8, 6, dtype=dtype), torch.zeros(2)
+    given: dict[str, Any] = {"time_ids": torch.zeros(2, 6, dtype=torch.int64)}
+    if learns:
+        ids, rows = torch.zeros(2, 2, 77, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)
+        given |= {"tokens": ids, "chunks": rows, "kept": torch.ones(2, 2)}
+    else:
+        given |= {"prompt_embeds": torch.zeros(2, 77, 64, dtype=dtype), "pooled": torch.zeros(2, 40, dtype=dtype)}
+    with memory.Live([*real.parameters(), *real.buffers(), noisy, timesteps, *given.values()]) as live:
+        real(noisy, timesteps, **given).float().square().mean().backward()
     # What the fake pass is given counts as its own.
-    assert found == pytest.approx(live.peak + given, rel=0.01)
+    here = sum(t.numel() * t.element_size() for t in (noisy, timesteps, *given.values()))
+    assert found == pytest.approx(live.peak + here, rel=0.01)
 
 
 def test_parts_follow_from_sizes(config: Callable[..., Any]) -> None:
