@@ -137,11 +137,23 @@ class Pictures(Sequence[Picture]):
 
     def measured(self, measure: Callable[[Geometry], float]) -> np.ndarray:
         """A number of each picture that its first geometry's sizes decide: float64 [n]."""
-        sizes = self.column("size").astype("<i8")
-        alike = np.stack([self.rows["source"], self.rows["resolution"], sizes[:, 0], sizes[:, 1]], axis=1)
-        kinds, first, inverse = np.unique(alike, axis=0, return_index=True, return_inverse=True)
-        values = [measure(self[int(number)].geometries[0]) for number in first]
-        return np.array(values, dtype=np.float64)[inverse.reshape(-1)] if len(kinds) else np.zeros(0)
+        known: dict[tuple[int, ...], float] = {}
+        found = np.empty(len(self))
+        for start, part in self._parts():
+            sizes, rows = part.column("size"), part.rows
+            alike = np.stack([rows["source"], rows["resolution"], sizes[:, 0], sizes[:, 1]], axis=1)
+            kinds, first, inverse = np.unique(alike, axis=0, return_index=True, return_inverse=True)
+            names = [tuple(kind) for kind in kinds.tolist()]
+            for name, number in zip(names, first.tolist(), strict=True):
+                if name not in known:
+                    known[name] = measure(part[number].geometries[0])
+            found[start : start + len(part)] = np.array([known[name] for name in names])[inverse.reshape(-1)]
+        return found
+
+    def _parts(self) -> Iterator[tuple[int, "Pictures"]]:
+        """The pictures in runs of a few thousand, and where each begins: what is computed of them stays small."""
+        for start in range(0, len(self), BATCH):
+            yield start, self.take(np.arange(start, min(start + BATCH, len(self))))
 
     def distinct_captions(self) -> int:
         """How many different captions the pictures have, if no two have a part of theirs in common."""
@@ -158,7 +170,10 @@ class Pictures(Sequence[Picture]):
 
     def different(self) -> np.ndarray:
         """Numbers of pictures without two of the same bytes, ascending."""
-        return distinct(self.column("content").view("<i8"))
+        halves = np.empty((len(self), 16), "u1")  # of the hashes: 128 bits tell them apart too
+        for start, part in self._parts():
+            halves[start : start + len(part)] = part.column("content")[:, :16]
+        return distinct(halves.view("<i8"))
 
     def of(self, source: int) -> np.ndarray:
         """Numbers of the pictures of one data set."""
@@ -167,8 +182,7 @@ class Pictures(Sequence[Picture]):
     def digest(self) -> str:
         """SHA-256 over all that pictures and their records say, in their order."""
         found = hashlib.sha256()
-        for start in range(0, len(self), BATCH):
-            part = self.take(np.arange(start, min(start + BATCH, len(self))))
+        for _, part in self._parts():
             for name in ("content", "said", "repeats"):
                 found.update(np.ascontiguousarray(part.column(name)).data)
             for name in ("source", "target", "resolution", "plain"):
