@@ -32,8 +32,6 @@ _NAME_DIGITS = 32
 SUMS = "checksums"  # among the notes of a shard
 # Shards that are kept open.
 OPEN = 128
-# Look-ups after which the memory of what was seen of the table is given back: each sees a few pages, and many all.
-LOOKS = 16
 # safetensors' names of what rows are made of.
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # What helps where a shard is no whole file.
@@ -86,7 +84,6 @@ class Store:
     _opened: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _checked: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
-    _looks: int = 0
 
     def __contains__(self, row: str) -> bool:
         return self.table.place(row) >= 0 or (self.beyond is not None and row in self.beyond)
@@ -116,10 +113,7 @@ class Store:
         """Where rows lie, here or beyond; KeyError if there is none of a name."""
         at = self.table.find(keys(rows)).tolist()
         found = [self._place(n) if n >= 0 else self._beyond(row) for n, row in zip(at, rows, strict=True)]
-        self._looks += len(rows)
-        if self._looks >= LOOKS:
-            self._looks = 0
-            let_go(self.table.columns.values())
+        let_go(self.table.columns.values())  # a look sees a few pages and the system brings their neighbours
         return found
 
     def _place(self, at: int) -> Place:
