@@ -82,6 +82,7 @@ def described(setting: dict[str, Any]) -> Config:
         "data": [{"path": "pictures"}],
         "train": {
             "steps": 1,
+            "learning_rate": 1.0 if setting.get("optimizer") == "prodigy" else 1e-6,
             "weights": setting.get("weights", "fp32"),
             "gradient_checkpointing": setting.get("checkpointing", False),
         },
