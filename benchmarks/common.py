@@ -89,6 +89,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def status_bytes(name: str) -> int:
+    """What the system says of this program's memory, in bytes: VmHWM, the most so far, VmRSS, RssAnon, ... The most by
+    `ru_maxrss` would be that of whoever started it, if that had more."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -9,13 +9,14 @@ that the datasets library encodes, `end` with the peak of resident memory. MODE 
 
 import json
 import os
-import re
 import runpy
 import sys
 import time
 from functools import wraps
 from pathlib import Path
 from typing import Any
+
+import common
 
 RECORDED_STEPS = 20
 
@@ -45,15 +46,8 @@ def main() -> None:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as stop:
         status = stop.code
-    note("end", peak_bytes=peak_bytes(), status=status or 0)
+    note("end", peak_bytes=common.status_bytes("VmHWM"), status=status or 0)
     sys.exit(status)
-
-
-def peak_bytes() -> int:
-    """The most that this program has had in memory. `ru_maxrss` would be that of its parent, if that had more."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def declare_torchvision() -> None:

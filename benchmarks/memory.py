@@ -121,14 +121,9 @@ def measured(unet: dict[str, Any], setting: dict[str, Any]) -> float:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak
-    before = _status("VmRSS")
+    before = common.status_bytes("VmRSS")
     _train(unet, setting)
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(name))) * 1024
+    return common.status_bytes("VmHWM") - before
 
 
 def _train(unet: dict[str, Any], setting: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ row runs in a process of its own, in one thread; a row that is finished is not r
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import common
 
 from sdxl_trainer import demo, files
 
@@ -204,7 +205,7 @@ def trained(tree: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     return output, {
         "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(time.process_time() - used, 1),
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_rss_mb": common.status_bytes("VmHWM") >> 20,
         "parameters": learning["learning"],
         "file": bool(beside),
         "file_bytes": sum(path.stat().st_size for path in beside or whole),

@@ -13,8 +13,6 @@ python benchmarks/scale_page.py
 import argparse
 import io
 import json
-import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -120,9 +118,7 @@ def prepare(place: Path, count: int) -> dict[str, float]:
 
 def resident() -> dict[str, int]:
     """Bytes of this process that are in memory."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = {name: re.search(rf"{name}:\s+(\d+) kB", status) for name in ("RssAnon", "RssFile")}
-    return {name: 1024 * int(number[1]) for name, number in found.items() if number}
+    return {name: common.status_bytes(name) for name in ("RssAnon", "RssFile")}
 
 
 class Peaks(threading.Thread):
@@ -160,7 +156,6 @@ def run(place: Path) -> dict[str, float]:
     train.train_step = timed  # type: ignore[assignment]
     output = train.train(validated(settings(place), "scale"))
     saved = sum(path.stat().st_size for path in (output / f"checkpoint-{STEPS}").rglob("*") if path.is_file())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     laps = [b - a for a, b in pairwise(spent[9:])]
     return {
         "first_step": times[0] - began,
@@ -168,7 +163,7 @@ def run(place: Path) -> dict[str, float]:
         "imports": imported - began,
         "step_cpu": statistics.median(laps),
         "step_cpu_spread": float(np.subtract(*np.percentile(laps, [75, 25]))),
-        "peak_rss": peak * 1024,
+        "peak_rss": common.status_bytes("VmHWM"),
         "peak_anonymous": peaks.most["RssAnon"],
         "peak_file": peaks.most["RssFile"],
         "checkpoint": saved,
