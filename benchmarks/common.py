@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import sdxl_trainer  # noqa: F401 - it decides how threads wait, before PyTorch is loaded
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "sdxl-trainer")
 

@@ -16,8 +16,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import common
-
 RECORDED_STEPS = 20
 
 
@@ -46,6 +44,8 @@ def main() -> None:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as stop:
         status = stop.code
+    import common  # not before: it would decide how the reference's threads wait
+
     note("end", peak_bytes=common.status_bytes("VmHWM"), status=status or 0)
     sys.exit(status)
 

@@ -7,8 +7,11 @@ __version__ = "0.1.0"
 
 # transformers would advise on image processors that need torchvision, which nothing here uses.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# Threads that wait for one another must not spin: where something else wants a core, each barrier would cost a time
-# slice, and steps take a hundred times as long (docs/log.md). Read when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Threads that wait for one another spin some microseconds, then sleep: without any spinning a small model's steps take
+# nearly twice as long; with GNU OpenMP's 300,000 turns, where something else wants a core, each barrier costs a time
+# slice (docs/log.md). Other OpenMPs know the policy alone. Read when torch is first imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # On CPUs bitsandbytes tells of a faster kernel that it could have from a hub; nothing here asks for one.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
