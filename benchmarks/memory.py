@@ -1,4 +1,4 @@
-"""The memory that is predicted for a training step against what it takes: 33 settings.
+"""The memory that is predicted for a training step against what it takes: 36 settings.
 
     python benchmarks/memory.py [--size mid] [--only NAME]
 
@@ -20,6 +20,7 @@ from torch import nn
 from sdxl_trainer import adapters, blueprint, configfile, memory, model, optim, parameters
 from sdxl_trainer import unet as unets
 from sdxl_trainer.config import Config
+from sdxl_trainer.optim import backward
 
 # The C library's own: blocks from this size on are mapped, and unmapped when they are freed.
 ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -47,6 +48,8 @@ def settings() -> dict[str, dict[str, Any]]:
     made["adapter, checkpointing"] = {"rank": 16, "checkpointing": True}
     made["adapter, batch 8"] = {"rank": 16, "samples": 8}
     made["averages"] = {"ema": True}
+    made |= {f"fused backward, {name}": {"fused": True, "optimizer": name} for name in ("adamw", "adafactor")}
+    made["fused backward, adafactor, checkpointing"] = {"fused": True, "optimizer": "adafactor", "checkpointing": True}
     return {name: {**plain, **setting} for name, setting in made.items()}
 
 
@@ -85,6 +88,7 @@ def described(setting: dict[str, Any]) -> Config:
             "learning_rate": 1.0 if setting.get("optimizer") == "prodigy" else 1e-6,
             "weights": setting.get("weights", "fp32"),
             "gradient_checkpointing": setting.get("checkpointing", False),
+            "fused_backward": setting.get("fused", False),
         },
         "optimizer": {"name": setting.get("optimizer", "adamw")},
         "ema": {"enabled": setting.get("ema", False)},
@@ -145,12 +149,23 @@ def _train(unet: dict[str, Any], setting: dict[str, Any]) -> None:
     noisy = torch.randn(samples, 4, latent, latent, dtype=inputs)
     states = torch.randn(samples, 77, unet["cross_attention_dim"], dtype=inputs)
     added = {"text_embeds": torch.randn(samples, pooled, dtype=inputs), "time_ids": torch.full((samples, 6), 256)}
+    learning = [p for group in groups for p in group.parameters]
+
+    def passes() -> Any:
+        with torch.autocast("cpu", kind, enabled=kind != dtype, cache_enabled=False):
+            found = made(noisy, torch.zeros(samples), states, added)[0]
+        loss = found.float().square().mean()
+        del found
+        loss.backward()
+        return loss.detach()
+
     for _ in range(2):
+        if config.train.fused_backward:
+            _, norm = backward.norm(learning, passes)
+            backward.step(optimizer, learning, norm, 1.0, passes)
+            continue
         for _ in range(setting.get("micro_batches", 1)):
-            with torch.autocast("cpu", kind, enabled=kind != dtype):
-                found = made(noisy, torch.zeros(samples), states, added)[0]
-            found.float().square().mean().backward()
-            del found
+            passes()
         optimizer.step()
         optimizer.zero_grad()
     averages.clear()

@@ -344,6 +344,7 @@ def _refuse_contradictions(config: Config, where: str) -> None:
     _refuse_objective(config, where)
     refusals.objective(config, where)
     refusals.optimizer(config, where)
+    refusals.fused_backward(config, where)
     refusals.export(config, where)
 
 

@@ -89,6 +89,13 @@ def precision(wanted: str, say: Callable[[str], None]) -> str:
     return wanted
 
 
+def refuse_several(config: Config, processes: int) -> None:
+    """Refuse what needs a process of its own."""
+    if processes > 1 and config.train.fused_backward:
+        what = f"train.fused_backward on {processes} processes, which average their gradients"
+        raise UserError(what, "train.fused_backward", "set train.shard = true in its place: each keeps a part of them")
+
+
 def _cpu_has_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -250,7 +257,12 @@ def make(config: Config, computing: str) -> "Accelerator":
     """accelerate's handle on devices and processes. Micro-batches are our own, so it accumulates nothing."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+    from accelerate.utils import (
+        AutocastKwargs,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+        ProjectConfiguration,
+    )
 
     refuse_engines()
     _launcher_shards()
@@ -270,7 +282,8 @@ def make(config: Config, computing: str) -> "Accelerator":
         # Without a word accelerate takes several processes without an accelerator for as many runs.
         cpu=device_type() == "cpu",
         mixed_precision=autocast,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        # A pass casts each weight once: to keep what was cast until its end would only take memory.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE), AutocastKwargs(cache_enabled=False)],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / config.log.dir)),
     )

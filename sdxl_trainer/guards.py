@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sdxl_trainer.config import Config
+from sdxl_trainer.config import STEP_APART, Config
 from sdxl_trainer.errors import UserError
 
 # A loss is a spike from this many robust standard deviations above the median of the losses before it.
@@ -62,6 +62,9 @@ def remedies(config: Config) -> list[str]:
         found.append(f"train.micro_batch = {half} (same result, somewhat slower)")
     if not train.gradient_checkpointing:
         found.append("train.gradient_checkpointing = true (same result, a forward pass more in each step)")
+    whole = config.adapter is None and not config.token and (train.micro_batch or train.batch_size) == train.batch_size
+    if whole and not train.fused_backward and config.optimizer.name in STEP_APART:
+        found.append("train.fused_backward = true (on one GPU, same result, two passes for each step)")
     if config.adapter is None and config.optimizer.name in {"adamw", "schedulefree", "prodigy", "came", "lion"}:
         found.append('optimizer.name = "adafactor" (no first moments: another course of the training)')
     if (config.adapter or config.token) and train.frozen in {"auto", "fp32", "bf16", "fp16"}:

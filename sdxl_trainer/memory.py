@@ -17,15 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sdxl_trainer import adapters, kernels, model, narrow, optim
-from sdxl_trainer.config import Config
+from sdxl_trainer.config import STEP_APART, Config
 from sdxl_trainer.config.section import bytes_of
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.model import SDXL
+from sdxl_trainer.optim import backward
 from sdxl_trainer.parameters import Group
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What CUDA and its libraries take for themselves.
-_CONTEXT = 0.6e9
+# What CUDA with its libraries takes for itself, and oneDNN for the kernels that it compiles.
+_LIBRARIES = {"cuda": 0.6e9, "cpu": 40e6}
 
 
 @dataclass(frozen=True)
@@ -62,35 +63,59 @@ _FURTHER: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
 _NARROWER = tuple((f"train.frozen = {kind}", {"train": {"frozen": kind}}) for kind in ("fp8", "nf4"))
 
 
-def fit(config: Config, sdxl: SDXL, groups: list[Group], setting: Step, say: Callable[[str], None]) -> Config:
-    """The config with the fastest micro-batch and checkpointing whose step fits into `train.memory`: neither changes
-    what is learned. UserError tells what the smallest takes, and what other settings would."""
+def fit(
+    config: Config, sdxl: SDXL, groups: list[Group], setting: Step, say: Callable[[str], None], alone: bool = True
+) -> Config:
+    """The config with the fastest micro-batch, checkpointing and, where one process is `alone`, fused backward pass
+    whose step fits into `train.memory`: none changes what is learned. UserError tells what the smallest takes, and
+    what other settings would."""
     if config.train.memory is None:
         return config
-    room = bytes_of(config.train.memory)
-    least = 0.0
-    for checkpointing in sorted({config.train.gradient_checkpointing, True}):
-        changed = _with(config, train={"gradient_checkpointing": checkpointing})
+    room, least, smallest_way = bytes_of(config.train.memory), float("inf"), ""
+    for way in _ways(config, setting, alone):
+        changed = _with(config, train=way)
+        fused = changed.train.fused_backward
         samples, takes = setting.shape[0], _together(changed, sdxl, groups, setting, setting.shape[0])
-        least = takes
-        if takes > room and samples > 1:
+        smallest = takes
+        if takes > room and samples > 1 and not fused:
             # Beside what one sample takes every further one takes as much again.
-            least, two = (_together(changed, sdxl, groups, setting, n) for n in (1, 2))
-            samples = min(samples - 1, int((room - least) // (two - least)) + 1)
-            takes = least + (samples - 1) * (two - least)
+            smallest, two = (_together(changed, sdxl, groups, setting, n) for n in (1, 2))
+            samples = min(samples - 1, int((room - smallest) // (two - smallest)) + 1)
+            takes = smallest + (samples - 1) * (two - smallest)
+        words, price = _told(changed)
         if samples >= 1 and takes <= room:
-            again = "; activations are computed again, a quarter more work" if checkpointing else ""
-            told = f"{samples} per pass{', gradient checkpointing' if checkpointing else ''}"
-            say(f"memory {config.train.memory}: {told}, {takes / 1e9:.2f} GB{again}")
+            say(f"memory {config.train.memory}: {samples} per pass{words}, {takes / 1e9:.2f} GB{price}")
             return _with(changed, train={"micro_batch": samples})
+        if smallest < least:
+            least, smallest_way = smallest, f"{samples if fused else 1} per pass{words}"
     further = _NARROWER if config.adapter or config.token else _FURTHER
-    smallest = _with(config, train={"gradient_checkpointing": True})
-    costs = [
-        f"{name}: {_together(_with(smallest, **change), sdxl, groups, setting, 1) / 1e9:.2f} GB"
-        for name, change in further
-    ]
-    what = f"the smallest step takes {least / 1e9:.2f} GB: one picture per pass, gradient checkpointing"
+    costs = list[str]()
+    for name, change in further:
+        other = _with(config, **change)
+        other = _with(other, train=_ways(other, setting, alone)[-1])
+        samples = setting.shape[0] if other.train.fused_backward else 1
+        costs.append(f"{name}: {_together(other, sdxl, groups, setting, samples) / 1e9:.2f} GB")
+    what = f"the smallest step takes {least / 1e9:.2f} GB: {smallest_way}"
     raise UserError(what, f"train.memory = {config.train.memory}", f"these change what is computed: {'; '.join(costs)}")
+
+
+def _ways(config: Config, setting: Step, alone: bool) -> list[dict[str, bool]]:
+    """Settings that change nothing but time and memory, the fastest first."""
+    ways = [{"gradient_checkpointing": on} for on in sorted({config.train.gradient_checkpointing, True})]
+    whole = setting.micro_batches == 1 and all(rule.until == 1 for rule in config.learn)
+    if alone and whole and config.optimizer.name in STEP_APART and not (config.adapter or config.token):
+        ways.append({"gradient_checkpointing": True, "fused_backward": True})
+    return ways
+
+
+def _told(config: Config) -> tuple[str, str]:
+    """What a setting that saves memory is called, and what it costs."""
+    words, costs = "", list[str]()
+    if config.train.gradient_checkpointing:
+        words, costs = ", gradient checkpointing", ["activations are computed again, a quarter more work"]
+    if config.train.fused_backward:
+        words, costs = f"{words}, fused backward", [*costs, "two passes for each step"]
+    return words, "".join(f"; {cost}" for cost in costs)
 
 
 def _with(config: Config, **sections: dict[str, Any]) -> Config:
@@ -142,16 +167,15 @@ def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dic
     weight = 4 if beside else DTYPES[config.train.weights].itemsize
     kept = narrow.BYTES[setting.precision if config.train.frozen == "auto" else config.train.frozen]
     whole = sum(p.numel() for p in sdxl.parameters())
-    gradients = learns * weight
+    freed = config.train.fused_backward
+    gradients = 0 if freed else learns * weight
     # bf16 weights that compute in fp32: the pass counts gradients of 4 bytes, and keeps them in 2.
-    wider = learns * (4 - weight) if setting.precision == "fp32" else 0
-    pass_ = working(config, sdxl, setting) - wider
-    stepping = gradients + optim.workspace_bytes(
-        config.optimizer, [p.shape for g in groups for p in g.parameters], weight
-    )
+    wider = learns * (4 - weight) if setting.precision == "fp32" and not freed else 0
+    workspace = optim.workspace_bytes(config.optimizer, [p.shape for g in groups for p in g.parameters], weight)
+    pass_, stepping = working(config, sdxl, setting, workspace) - wider, gradients + workspace
     prior = any(data.prior_prediction for data in config.data) and not beside
     return {
-        "context and libraries": _CONTEXT if setting.device == "cuda" else 0,
+        "context and libraries": _LIBRARIES.get(setting.device, 0),
         "weights": learns * weight + (whole - learns) * (kept if beside else weight),
         "frozen base (prior_prediction)": whole * kept * prior,
         "optimizer": learns * optim.state_bytes(config.optimizer, weight),
@@ -161,8 +185,9 @@ def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dic
     }
 
 
-def working(config: Config, sdxl: SDXL, setting: Step) -> int:
-    """Bytes that the passes of a step take at most beside the weights, gradients included."""
+def working(config: Config, sdxl: SDXL, setting: Step, workspace: float = 0) -> int:
+    """Bytes that the passes of a step take at most beside the weights, gradients included; and the optimizer's
+    workspace, where the backward pass takes its steps."""
     compute = DTYPES[setting.precision]
     beside = bool(config.adapter or config.token)
     mixed = setting.precision != "fp32" and config.train.weights == "fp32"
@@ -173,11 +198,26 @@ def working(config: Config, sdxl: SDXL, setting: Step) -> int:
         time_ids = torch.zeros(samples, 6, dtype=torch.int64)
         with Live([*fake.parameters(), *fake.buffers()]) as live:
             for _ in range(min(setting.micro_batches, 2)):  # from the second on gradients lie there already
-                with torch.autocast("cpu", compute) if mixed else nullcontext():
+                with torch.autocast("cpu", compute, cache_enabled=False) if mixed else nullcontext():
                     found = fake(noisy, torch.zeros(samples), time_ids, **text)
-                found.float().square().mean().backward()
+                loss = found.float().square().mean()
                 del found
+                if config.train.fused_backward:
+                    learning = [p for p in fake.parameters() if p.requires_grad]
+                    backward.step(_Stepping(workspace), learning, loss, None, loss.backward)
+                else:
+                    loss.backward()
     return live.peak
+
+
+class _Stepping:
+    """An optimizer that holds so many bytes for a moment, and does nothing."""
+
+    def __init__(self, workspace: float) -> None:
+        self.workspace = int(workspace)
+
+    def step(self) -> None:
+        torch.empty(self.workspace, dtype=torch.uint8)
 
 
 def _text(fake: SDXL, setting: Step, inputs: torch.dtype) -> dict[str, Tensor]:

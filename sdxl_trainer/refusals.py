@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer.config import OPTIMIZERS, Config
+from sdxl_trainer.config import OPTIMIZERS, STEP_APART, Config
 from sdxl_trainer.errors import UserError
 
 
@@ -133,6 +133,25 @@ _REFUSALS: dict[str, Callable[[Config, str], Any]] = {
     "prodigy": _prodigy,
     "adamw_bf16": _adamw_bf16,
 }
+
+
+def fused_backward(config: Config, where: str) -> None:
+    """What needs the gradients of a step together."""
+    train = config.train
+    if not train.fused_backward:
+        return
+    if config.adapter or config.token:
+        what = "train.fused_backward with an adapter or new words, whose gradients take next to no memory"
+        raise UserError(what, where, "remove train.fused_backward")
+    if config.optimizer.name not in STEP_APART:
+        what = f"{config.optimizer.name} steps on all tensors at once, train.fused_backward on some after the others"
+        raise UserError(what, where, f"use {', '.join(STEP_APART)}; or remove train.fused_backward")
+    if train.micro_batch is not None and train.micro_batch < train.batch_size:
+        what = f"train.fused_backward with {train.micro_batch} of {train.batch_size} images per pass: gradients add up"
+        fix = "remove train.micro_batch (train.gradient_checkpointing saves activations), or train.fused_backward"
+        raise UserError(what, where, fix)
+    if any(rule.until < 1 for rule in config.learn):
+        raise UserError("train.fused_backward with learn.until", where, "remove one of them")
 
 
 def export(config: Config, where: str) -> None:

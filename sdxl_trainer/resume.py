@@ -29,6 +29,7 @@ FREE = (
     "train.micro_batch",
     "train.checkpoint",
     "train.gradient_checkpointing",
+    "train.fused_backward",
     "train.memory",
     "train.shard",
     "train.hang_timeout",

@@ -83,7 +83,8 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if accelerator.num_processes == 1 and distributed.sharding(config, console.say):
         console.say("sharded weights (FSDP): there is one process, which keeps everything")
     _refuse_early(config, base, stock, accelerator.device, accelerator.num_processes, precision)
-    config = fitted(config, base, stock, begin.checkpoint, precision, console.say)
+    alone = accelerator.num_processes == 1
+    config = fitted(config, base, stock, begin.checkpoint, precision, console.say, alone)
     if config.hub.push and accelerator.is_main_process:
         hub.repository(output, config.hub)
     with watch.phase("encoding"):
@@ -98,14 +99,20 @@ def prepare_job(config: Config, start: Start) -> Job | None:
 
 
 def fitted(
-    config: Config, base: Base, stock: Stock, at: Checkpoint | None, precision: str, say: Callable[[str], None]
+    config: Config,
+    base: Base,
+    stock: Stock,
+    at: Checkpoint | None,
+    precision: str,
+    say: Callable[[str], None],
+    alone: bool = True,
 ) -> Config:
-    """The config with the micro-batch and checkpointing that fit into `train.memory`, if it says how much there is."""
+    """The config with what fits into `train.memory`, if it says how much there is. `alone`: in one process."""
     if config.train.memory is None:
         return config
     groups, sdxl = learning(config, base, stock, at)
     step = memory.step(config, shapes(stock), precision, distributed.device_type())
-    return memory.fit(config, sdxl, groups, step, say)
+    return memory.fit(config, sdxl, groups, step, say, alone)
 
 
 def shapes(stock: Stock) -> set[tuple[int, int]]:
@@ -164,6 +171,7 @@ def _refuse_early(
     """What could only fail after the encoding, which may take hours, is looked at before it."""
     noise_schedule(config, base)
     optim.refuse(config.optimizer, config.train, device)
+    distributed.refuse_several(config, processes)
     if processes > 1 and distributed.sharding(config, lambda line: None):
         refuse_sharded(config, precision)
     if stock.missing_latents() or stock.missing_texts():

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -15,6 +16,7 @@ from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch
 from sdxl_trainer.errors import Interrupted, UserError, shortened
 from sdxl_trainer.formats import pretrained
+from sdxl_trainer.optim import backward
 from sdxl_trainer.run import CONTINUE, Job, Run, Start, State, Stop, Unread, stopping
 from sdxl_trainer.threads import keep_freed_memory
 
@@ -26,6 +28,33 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
 
     Gives this process's part of the mean loss, the gradient norm, and the learning rate; no sync with the device.
     """
+    limit, passes = run.config.train.max_grad_norm or None, partial(_passes, run, state, batches, images)
+    learning = [p for g in run.groups for p in g.parameters]
+    rate = optim.set_learning_rates(run.optimizer, optim.factor(run.config.schedule, state.step, run.steps))
+    if run.config.train.fused_backward:
+        scaler = run.accelerator.scaler
+        share = 1.0 / scaler.get_scale() if scaler else None
+        total, norm = backward.norm(learning, passes, share)
+        if _may_step(run, state, total, norm) and (scaler is None or bool(torch.isfinite(norm))):
+            backward.step(run.optimizer.optimizer, learning, norm, limit, passes, share)
+        if scaler:
+            backward.adjust(scaler, norm)
+    else:
+        total = passes()
+        parameters.settle(run.groups, state.step / run.steps)
+        run.accelerator.unscale_gradients()
+        norm = optim.clip(run.optimizer.optimizer, learning, limit)
+        if _may_step(run, state, total, norm):
+            run.optimizer.step()
+    run.optimizer.zero_grad()
+    if state.ema is not None:
+        state.ema.update()
+    state.step += 1
+    return total, norm, rate
+
+
+def _passes(run: Run, state: State, batches: list[Batch], images: int) -> Tensor:
+    """Forward and backward through the model with each micro-batch: gradients, and this process's part of the loss."""
     accelerator, total = run.accelerator, torch.zeros((), device=run.accelerator.device)
     state.each.clear()
     for number, batch in enumerate(batches):
@@ -43,20 +72,7 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
             # Processes average their gradients; the loss is already divided by the images of all of them.
             accelerator.backward(loss * accelerator.num_processes)
         total += loss.detach()
-
-    factor = optim.factor(run.config.schedule, state.step, run.steps)
-    rate = optim.set_learning_rates(run.optimizer, factor)
-    parameters.settle(run.groups, state.step / run.steps)
-    accelerator.unscale_gradients()
-    learning = [p for g in run.groups for p in g.parameters]
-    norm = optim.clip(run.optimizer.optimizer, learning, run.config.train.max_grad_norm or None)
-    if _may_step(run, state, total, norm):
-        run.optimizer.step()
-    run.optimizer.zero_grad()
-    if state.ema is not None:
-        state.ema.update()
-    state.step += 1
-    return total, norm, rate
+    return total
 
 
 def _may_step(run: Run, state: State, loss: Tensor, norm: Tensor) -> bool:

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from sdxl_trainer import base as bases
-from sdxl_trainer import memory, model, parameters, setup, text
+from sdxl_trainer import blueprint, memory, model, optim, parameters, setup, text
+from sdxl_trainer import unet as unets
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
+from sdxl_trainer.optim import backward
 from sdxl_trainer.train import train
 
 
@@ -34,14 +36,19 @@ def skeleton(config: Any) -> tuple[model.SDXL, list[parameters.Group]]:
     base = bases.resolve(config.model, Path(config.output_dir))
     sdxl = model.skeleton(base, parameters.text_learns(config, text.parameter_names(base)))
     setup.inject(sdxl, config, base, None)
-    groups = parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
-    return sdxl, groups
+    return sdxl, groups_of(config, sdxl)
+
+
+def groups_of(config: Any, sdxl: model.SDXL) -> list[parameters.Group]:
+    return parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
 
 
 TEXT = [{"match": r"unet\..*"}, {"match": r"text_encoder.*"}]
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "checkpointing": {"train": {"gradient_checkpointing": True}},
+    "fused backward": {"train": {"fused_backward": True}},
+    "fused backward, checkpointing": {"train": {"fused_backward": True, "gradient_checkpointing": True}},
     "bf16": {"train": {"weights": "bf16"}, "optimizer": {"name": "adamw_bf16"}},
     "adapter": {"adapter": {"rank": 4}},
     "text encoders": {"learn": TEXT},
@@ -74,10 +81,16 @@ def test_a_pass_of_fake_tensors_takes_what_a_real_one_takes(
     else:
         given |= {"prompt_embeds": torch.zeros(2, 77, 64, dtype=dtype), "pooled": torch.zeros(2, 40, dtype=dtype)}
     with memory.Live([*real.parameters(), *real.buffers(), noisy, timesteps, *given.values()]) as live:
-        real(noisy, timesteps, **given).float().square().mean().backward()
-    # What the fake pass is given counts as its own.
+        loss = real(noisy, timesteps, **given).float().square().mean()
+        if chosen.train.fused_backward:
+            optimizer = optim.make(groups_of(chosen, real), chosen.optimizer)
+            optimizer.step = lambda: None  # type: ignore[method-assign]
+            backward.step(optimizer, [p for p in real.parameters() if p.requires_grad], loss, None, loss.backward)
+        else:
+            loss.backward()
+    # What the fake pass is given may count as its own.
     here = sum(t.numel() * t.element_size() for t in (noisy, timesteps, *given.values()))
-    assert found == pytest.approx(live.peak + here, rel=0.01)
+    assert 0.99 * live.peak <= found <= 1.01 * (live.peak + here)
 
 
 def test_parts_follow_from_sizes(config: Callable[..., Any]) -> None:
@@ -121,6 +134,36 @@ def test_gradients_lie_beside_the_next_micro_batch(config: Callable[..., Any]) -
     assert 0 < two - one <= 4 * sum(p.numel() for p in sdxl.parameters()) * 1.1
 
 
+def test_gradients_that_are_freed_are_not_counted(config: Callable[..., Any]) -> None:
+    setting = memory.Step((2, 8, 8), "fp32", "cpu")
+    kept, freed = (config(train={"fused_backward": on, "gradient_checkpointing": True}) for on in (False, True))
+    sdxl, groups = skeleton(kept)
+    size = 4 * sum(p.numel() for p in sdxl.parameters())
+    saved = sum(memory.parts(kept, sdxl, groups, setting).values()) - sum(
+        memory.parts(freed, sdxl, groups, setting).values()
+    )
+    assert 0.8 * size < saved <= size
+
+
+# GB: what `nvidia-smi` calls 16 and 8 GB, less what the driver keeps.
+@pytest.mark.parametrize(("precision", "weights", "room"), [("fp16", "fp32", 15.6), ("bf16", "bf16", 7.5)])
+def test_a_full_fine_tuning_at_1024_is_planned_to_fit(
+    config: Callable[..., Any], precision: str, weights: str, room: float
+) -> None:
+    """On a T4, which knows neither bf16 nor flash attention, and on 8 GB: full-size SDXL, all of the UNet."""
+    train: dict[str, Any] = {"batch_size": 1, "weights": weights, "memory": f"{room}GB"}
+    chosen = config(train=train, optimizer={"name": "adafactor"})
+    with torch.device("meta"):
+        sdxl = model.SDXL(unets.UNet(blueprint.configs(blueprint.SIZES["sdxl"])["unet"]))
+    groups, told = groups_of(chosen, sdxl), list[str]()
+    setting = memory.Step((1, 128, 128), precision, "cuda")
+    found = memory.fit(chosen, sdxl, groups, setting, told.append)
+    assert (found.train.gradient_checkpointing, found.train.fused_backward) == (True, True)
+    assert "two passes for each step" in told[0]
+    with pytest.raises(UserError, match="the smallest step takes"):  # several processes cannot
+        memory.fit(chosen, sdxl, groups, setting, told.append, alone=False)
+
+
 def fitted(config: Any, samples: int) -> tuple[Any, list[str]]:
     told: list[str] = []
     sdxl, groups = skeleton(config)
@@ -130,7 +173,7 @@ def fitted(config: Any, samples: int) -> tuple[Any, list[str]]:
 def test_the_fastest_setting_that_fits_is_chosen(config: Callable[..., Any]) -> None:
     """Whole batches where there is room, then fewer pictures per pass, then gradient checkpointing; nothing else."""
     found = []
-    for room in ("2GB", "45MB", "30MB"):
+    for room in ("2GB", "85MB", "70MB"):
         chosen, told = fitted(config(train={"batch_size": 8, "memory": room}), 8)
         found.append((chosen.train.micro_batch, chosen.train.gradient_checkpointing))
         assert len(told) == 1
@@ -152,7 +195,7 @@ def test_what_cannot_fit_is_told_with_what_would(config: Callable[..., Any]) -> 
 
 def test_a_run_within_memory_takes_the_steps_of_one_without(config: Callable[..., Any], tmp_path: Path) -> None:
     losses = []
-    for number, room in enumerate((None, "30MB")):
+    for number, room in enumerate((None, "70MB")):
         output = train(
             config(output_dir=str(tmp_path / str(number)), train={"steps": 2, "batch_size": 4, "memory": room})
         )

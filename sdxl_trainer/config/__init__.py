@@ -11,10 +11,11 @@ from sdxl_trainer.config.model import Cache, Inpainting, Model, TextOptions, UNe
 from sdxl_trainer.config.objective import Objective, Timesteps
 from sdxl_trainer.config.results import Export, Hub, Log, Validation
 from sdxl_trainer.config.section import PathText, Section, Text, option
-from sdxl_trainer.config.training import OPTIMIZERS, Ema, LearningRate, Optimizer, Train
+from sdxl_trainer.config.training import OPTIMIZERS, STEP_APART, Ema, LearningRate, Optimizer, Train
 
 __all__ = [
     "OPTIMIZERS",
+    "STEP_APART",
     "Adapter",
     "Cache",
     "Config",

@@ -23,7 +23,10 @@ class Train(Section):
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     memory: Amount | None = option(
-        None, "what a step may take, such as 12GB: the fastest micro_batch and gradient_checkpointing that fit"
+        None, "what a step may take, such as 12GB: the fastest of what changes only time and memory"
+    )
+    fused_backward: bool = option(
+        False, "free each gradient once its tensor is updated, in a second pass: the same result in less memory"
     )
     tf32: bool = option(False, "TensorFloat-32 for fp32 matrix products (NVIDIA Ampere and later)")
     shard: bool = option(
@@ -58,6 +61,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "schedulefree": _ADAM,
     "sgd": {},
 }
+
+# Those that may step on some tensors and later on the others: they count the steps of each.
+STEP_APART = ("adafactor", "adamw", "adamw8bit", "sgd")
 
 
 def _optimizer(name: str) -> str:

@@ -16,11 +16,18 @@ def clip(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], l
     """
     learning = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+    shorten(optimizer, learning, limit, norm)
+    return sharding.whole(norm)
+
+
+def shorten(
+    optimizer: torch.optim.Optimizer, learning: Sequence[nn.Parameter], limit: float | None, norm: Tensor
+) -> None:
+    """Scale gradients by what brings the norm of all of them to `limit`, where it is longer."""
     if limit is not None and _scales(optimizer) and not sharding.is_sharded(norm):
         optimizer.grad_scale = ((norm.float() + 1e-6) / limit).clamp_(min=1.0)  # type: ignore[attr-defined]
     elif limit is not None:
         nn.utils.clip_grads_with_norm_(learning, limit, norm)
-    return sharding.whole(norm)
 
 
 def _scales(optimizer: torch.optim.Optimizer) -> bool:

@@ -74,6 +74,30 @@ ROWS = [
     Bad("steps and epochs", "both given", "exactly one", options={"train.epochs": 2}),
     Bad("neither steps nor epochs", "neither", "exactly one", make=lambda p: p.tree["train"].pop("steps")),
     Bad("micro_batch above batch_size", "micro_batch = 3 is more than", "batch_size", options={"train.micro_batch": 3}),
+    Bad(
+        "fused backward, several passes",
+        "fused_backward with 1 of 2 images per pass",
+        "remove train.micro_batch",
+        options={"train.fused_backward": True, "train.micro_batch": 1, "train.batch_size": 2},
+    ),
+    Bad(
+        "fused backward beside an adapter",
+        "fused_backward with an adapter",
+        "remove train.fused_backward",
+        options={"train.fused_backward": True, "adapter.rank": 4},
+    ),
+    Bad(
+        "fused backward with muon",
+        "muon steps on all tensors at once",
+        "adafactor, adamw",
+        options={"train.fused_backward": True, "optimizer.name": "muon"},
+    ),
+    Bad(
+        "fused backward, rules that end",
+        "fused_backward with learn.until",
+        "remove one",
+        options={"train.fused_backward": True, "learn": [{"match": "unet.*mid.*", "until": 0.5}, {"match": ".*"}]},
+    ),
     Bad("micro_batch of zero", "train.micro_batch = 0", "greater than 0", options={"train.micro_batch": 0}),
     Bad("resolution not of eights", "data.0.resolution = 100", "96 or 104", options={"data.0.resolution": 100}),
     Bad(

@@ -92,7 +92,7 @@ def test_what_helps_against_too_little_memory_is_offered() -> None:
     assert remedies.offered(made, "the memory is not enough", f"{fix}; the same command continues") == [
         {"words": "Set train.micro_batch = 2", "changes": {"train.micro_batch": 2}},
         {"words": "Set train.gradient_checkpointing = true", "changes": {"train.gradient_checkpointing": True}},
-        {"words": 'Set optimizer.name = "adafactor"', "changes": {"optimizer.name": "adafactor"}},
+        {"words": "Set train.fused_backward = true", "changes": {"train.fused_backward": True}},
     ]
     assert remedies.offered(made, "x", "train.shard = true on several GPUs; buy a card; rm -rf / = true") == []
 

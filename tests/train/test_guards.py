@@ -111,7 +111,7 @@ def test_too_little_memory_names_three_settings_and_what_they_cost(
     assert [text.partition(" = ")[0] for text in settings] == [
         "train.micro_batch",
         "train.gradient_checkpointing",
-        "optimizer.name",
+        "train.fused_backward",
     ]
     assert all(text.endswith(")") for text in settings)
 

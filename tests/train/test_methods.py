@@ -21,6 +21,10 @@ ALL = ["unet", "text_encoder", "text_encoder_2"]
 # Options, and expressions of which a parameter's name matches one if and only if it moves.
 METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "full": ({}, (r"unet\..*",)),
+    "full, gradients freed": (
+        {"train": {"fused_backward": True}, "optimizer": {"name": "adafactor"}},
+        (r"unet\..*",),
+    ),
     "full, one text encoder": (
         {"learn": [{"match": r"unet\..*"}, {"match": r"text_encoder_2\..*", "learning_rate": 1e-4}]},
         (r"unet\..*", r"text_encoder_2\..*"),
@@ -86,7 +90,8 @@ def test_only_what_is_named_moves_and_resume_is_bitwise(config: Callable[..., An
     import re
 
     sections, expected = METHODS[name]
-    options = config(**sections, train={"steps": 4, "checkpoint_every": 3, "learning_rate": 1e-3})
+    lengths = {"steps": 4, "checkpoint_every": 3, "learning_rate": 1e-3}
+    options = config(**{**sections, "train": {**lengths, **sections.get("train", {})}})
     job = setup.prepare_job(options, CONTINUE)
     assert job is not None
     before = {n: tensor.detach().clone() for n, tensor in job.run.sdxl.state_dict(keep_vars=True).items()}

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from sdxl_trainer import checkpoint, finish
+from sdxl_trainer import base as bases
+from sdxl_trainer import checkpoint, finish, setup
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.run import Start
@@ -175,6 +177,34 @@ def test_checkpointing_in_the_backward_pass_changes_nothing(config: Callable[...
     ]
     one, two = ([row["loss"] for row in read_metrics(output / "metrics.jsonl")] for output in outputs)
     assert one == pytest.approx(two, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"learn": [{"match": ".*"}], "ema": {"enabled": True}}], ids=["unet", "text, ema"]
+)
+def test_gradients_freed_in_the_backward_pass_change_no_bit(
+    config: Callable[..., Any], tmp_path: Path, more: dict[str, Any]
+) -> None:
+    """Clipping that has an effect at each step, and adamw, whose kernel clips: weights, losses and norms."""
+    options = {"steps": 3, "max_grad_norm": 0.1, "learning_rate": 1e-3, "gradient_checkpointing": True}
+    found = []
+    for on in (False, True):
+        chosen = config(train={**options, "fused_backward": on}, output_dir=str(tmp_path / str(on)), **more)
+        rows = read_metrics((output := train(chosen)) / "metrics.jsonl")
+        weights = {path.relative_to(output): load_file(path) for path in output.rglob("*.safetensors")}
+        found.append(([(row["loss"], row["grad_norm"]) for row in rows], weights))
+    (one, kept), (two, freed) = found
+    assert one == two
+    assert min(norm for _, norm in one) > 0.1
+    assert kept.keys() == freed.keys()
+    assert all(torch.equal(kept[path][name], freed[path][name]) for path in kept for name in kept[path])
+
+
+def test_freed_gradients_need_one_process(config: Callable[..., Any], tmp_path: Path) -> None:
+    chosen, nothing = config(train={"fused_backward": True}), cast(Any, None)
+    base = bases.resolve(chosen.model, tmp_path)
+    with pytest.raises(UserError, match="fused_backward on 2 processes"):
+        setup._refuse_early(chosen, base, nothing, torch.device("cpu"), 2, "fp32")
 
 
 def test_checkpoints_are_limited(config: Callable[..., Any]) -> None:
