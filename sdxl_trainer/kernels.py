@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # oneDNN's matrix products reach twice the speed of the BLAS that PyTorch calls, on AMD's CPUs with AVX-512 at least.
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 # The type of device that tensors without values stand for, where memory is counted.
 stands_for = "cpu"
@@ -17,10 +17,15 @@ def on_cpu(x: Tensor) -> bool:
     return x.is_cpu and stands_for == "cpu"
 
 
+def onednn() -> bool:
+    """Whether oneDNN is there and not switched off."""
+    return _HAS_ONEDNN and bool(torch.backends.mkldnn.enabled)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., I] times weight [O, I] transposed, plus bias [O]."""
     exact = x.dtype == weight.dtype == torch.float32
-    if _ONEDNN and exact and on_cpu(x) and weight.is_cpu and not torch.is_autocast_enabled("cpu"):
+    if exact and on_cpu(x) and weight.is_cpu and onednn() and not torch.is_autocast_enabled("cpu"):
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -1,7 +1,5 @@
 """Our UNet against the library's: the same numbers, names and files."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,18 +179,9 @@ def test_missing_and_reshaped_weights_are_named(tmp_path: Path) -> None:
     assert report == {"missing_keys": ["conv_norm_out.weight"], "mismatched_keys": [("conv_in.weight",)]}
 
 
-@contextmanager
-def without_onednn() -> Iterator[None]:
-    before, kernels._ONEDNN = kernels._ONEDNN, False
-    try:
-        yield
-    finally:
-        kernels._ONEDNN = before
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_linear_layers_are_pytorch_s(bias: bool, frozen: bool) -> None:
+def test_linear_layers_are_pytorch_s(bias: bool, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     # As attention and the layers for one place give them: not one after the other in memory.
     x = torch.randn(2, 24, 5, 7).permute(0, 2, 3, 1).requires_grad_()
@@ -201,15 +190,20 @@ def test_linear_layers_are_pytorch_s(bias: bool, frozen: bool) -> None:
     for again in (False, True):
         x.grad = None
         layer.zero_grad()
-        if again:
-            with without_onednn():
-                layer(x).square().sum().backward()
-        else:
-            layer(x).square().sum().backward()
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", not again)
+        layer(x).square().sum().backward()
         found.append([x.grad, *(p.grad for p in layer.parameters())])
     for one, other in zip(*found, strict=True):
         assert (one is None) == (other is None)
         assert one is None or differs(one, other) < 1e-6
+
+
+def test_linear_layers_leave_onednn_out_where_it_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = kernels.Linear(24, 40), torch.randn(6, 24)
+    assert layer(x).grad_fn.name().startswith("_Linear") == kernels.onednn()
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not kernels.onednn()
+    assert not layer(x).grad_fn.name().startswith("_Linear")
 
 
 def test_geglu_is_exact() -> None:

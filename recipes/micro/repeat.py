@@ -3,14 +3,14 @@
     python recipes/micro/repeat.py OUT [--steps 200] [--record]
 
 Text encoders, VAE and tokenizers are those of the package, the pictures are drawn into OUT if they are not there. The
-record, logs/repeat.jsonl, was made by this command in one thread: on the same kind of processor the losses are the same
-bits. The base itself was trained with its parts in fp32, which are shipped in fp16: how far its own losses,
+record, logs/repeat.jsonl, was made by this command. pinned.py encodes and trains, so that the losses are the same bits
+on every x86-64 processor with AVX2, as far as could be tried (docs/micro.md). What is encoded stays in OUT/pinned-cache
+for the next time. The base itself was trained with its parts in fp32, which are shipped in fp16: how far its losses,
 logs/base.jsonl, are from these is printed too.
 """
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -33,11 +33,10 @@ def repeated(out: Path, steps: int) -> list[float]:
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(demo.BASE, untrained, ignore=shutil.ignore_patterns("unet"), dirs_exist_ok=True)
     make.run(make.HERE / "data.py", out / "data")
-    places = make.places(out) | {"output_dir": run, "model.path": untrained, "cache.path": out / "repeat-cache"}
+    places = make.places(out) | {"output_dir": run, "model.path": untrained, "cache.path": out / "pinned-cache"}
     changes = [f"{option}={value}" for option, value in places.items()]
     changes += [f"train.steps={steps}", "schedule.cooldown_steps=0"]
-    os.environ["OMP_NUM_THREADS"] = "1"
-    make.run("-m", "sdxl_trainer", "train", make.HERE / "base.toml", *changes)
+    make.run(make.HERE / "pinned.py", "train", make.HERE / "base.toml", *changes)
     return losses(run / "metrics.jsonl", steps)
 
 
