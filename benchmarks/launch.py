@@ -44,6 +44,7 @@ def main() -> None:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as stop:
         status = stop.code
+    sys.path.append(str(Path(__file__).parent))
     import common  # not before: it would decide how the reference's threads wait
 
     note("end", peak_bytes=common.status_bytes("VmHWM"), status=status or 0)
