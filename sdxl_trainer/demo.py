@@ -40,7 +40,7 @@ def run(out: Path, steps: int) -> None:
         f"      It is asked for {ASKED['new']} of them, learns from {PICTURES['new']} pictures in {steps} steps, and"
         f" is asked again,\n      also for {ASKED['old']} pictures of shapes that it knew: what was forgotten? Against"
         f" that,\n      {PICTURES['old']:,} pictures of these are mixed in.\n"
-        f"      About four minutes on two free CPU cores; nothing is downloaded. Everything goes to {out}",
+        f"      About three minutes on two free CPU cores; nothing is downloaded. Everything goes to {out}",
         flush=True,
     )
     asked = questions()
