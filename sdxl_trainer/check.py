@@ -1,6 +1,7 @@
 """`sdxl check`: what a run will do and cost, before anything is spent."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
         lines.append(f"already done: {begin.steps} steps, in {config.output_dir}")
     elif begin.checkpoint:
         lines.append(f"continues after step {begin.checkpoint.step} ({begin.checkpoint.path})")
-    config = setup.fitted(config, base, stock, begin.checkpoint, precision, lines.append)
+    alone = distributed.one_pass(config, int(os.environ.get("WORLD_SIZE", "1")), len(np.unique(order.group_of)))
+    config = setup.fitted(config, base, stock, begin.checkpoint, precision, lines.append, alone)
     groups, sdxl = setup.learning(config, base, stock, begin.checkpoint)
     unet = sum(p.numel() for p in sdxl.parameters())
     words = captions(config, base, stock)

@@ -89,11 +89,20 @@ def precision(wanted: str, say: Callable[[str], None]) -> str:
     return wanted
 
 
-def refuse_several(config: Config, processes: int) -> None:
-    """Refuse what needs a process of its own."""
+def one_pass(config: Config, processes: int, sizes: int) -> bool:
+    """Whether each step may be one pass of one process, of pictures that have `sizes` sizes: the last steps of an epoch
+    mix them, and take a pass for each. UserError where they have to be and cannot."""
+    mixed = sizes > 1 and config.train.batch_size > 1
     if processes > 1 and config.train.fused_backward:
         what = f"train.fused_backward on {processes} processes, which average their gradients"
         raise UserError(what, "train.fused_backward", "set train.shard = true in its place: each keeps a part of them")
+    if mixed and config.train.fused_backward:
+        what = (
+            f"train.fused_backward with pictures of {sizes} sizes, of which some steps have several: gradients add up"
+        )
+        fix = 'set buckets = "none" for the data, or train.batch_size = 1; or remove train.fused_backward'
+        raise UserError(what, "train.fused_backward", fix)
+    return processes == 1 and not mixed
 
 
 def _cpu_has_bf16() -> bool:

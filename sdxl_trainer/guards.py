@@ -57,13 +57,20 @@ def others_explained() -> Iterator[None]:
 def remedies(config: Config) -> list[str]:
     """Settings that lower the memory which this config takes, the cheapest first, with what each costs."""
     train, found = config.train, list[str]()
-    if (train.micro_batch or train.batch_size) > 1:
+    if (train.micro_batch or train.batch_size) > 1 and not train.fused_backward:
         half = max(1, (train.micro_batch or train.batch_size) // 2)
         found.append(f"train.micro_batch = {half} (same result, somewhat slower)")
     if not train.gradient_checkpointing:
         found.append("train.gradient_checkpointing = true (same result, a forward pass more in each step)")
-    whole = config.adapter is None and not config.token and (train.micro_batch or train.batch_size) == train.batch_size
-    if whole and not train.fused_backward and config.optimizer.name in STEP_APART:
+    whole = (train.micro_batch or train.batch_size) == train.batch_size and all(
+        rule.until == 1 for rule in config.learn
+    )
+    if (
+        whole
+        and not (config.adapter or config.token)
+        and not train.fused_backward
+        and config.optimizer.name in STEP_APART
+    ):
         found.append("train.fused_backward = true (on one GPU, same result, two passes for each step)")
     if config.adapter is None and config.optimizer.name in {"adamw", "schedulefree", "prodigy", "came", "lion"}:
         found.append('optimizer.name = "adafactor" (no first moments: another course of the training)')

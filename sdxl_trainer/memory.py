@@ -66,9 +66,9 @@ _NARROWER = tuple((f"train.frozen = {kind}", {"train": {"frozen": kind}}) for ki
 def fit(
     config: Config, sdxl: SDXL, groups: list[Group], setting: Step, say: Callable[[str], None], alone: bool = True
 ) -> Config:
-    """The config with the fastest micro-batch, checkpointing and, where one process is `alone`, fused backward pass
-    whose step fits into `train.memory`: none changes what is learned. UserError tells what the smallest takes, and
-    what other settings would."""
+    """The config with the fastest micro-batch, checkpointing and, where a pass is `alone` in its step, fused backward
+    pass whose step fits into `train.memory`: none changes what is learned. UserError tells what the smallest takes,
+    and what other settings would."""
     if config.train.memory is None:
         return config
     room, least, smallest_way = bytes_of(config.train.memory), float("inf"), ""
@@ -92,6 +92,8 @@ def fit(
     costs = list[str]()
     for name, change in further:
         other = _with(config, **change)
+        if other.optimizer.name not in STEP_APART:
+            other = _with(other, train={"fused_backward": False})
         other = _with(other, train=_ways(other, setting, alone)[-1])
         samples = setting.shape[0] if other.train.fused_backward else 1
         costs.append(f"{name}: {_together(other, sdxl, groups, setting, samples) / 1e9:.2f} GB")

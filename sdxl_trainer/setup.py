@@ -83,7 +83,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if accelerator.num_processes == 1 and distributed.sharding(config, console.say):
         console.say("sharded weights (FSDP): there is one process, which keeps everything")
     _refuse_early(config, base, stock, accelerator.device, accelerator.num_processes, precision)
-    alone = accelerator.num_processes == 1
+    alone = distributed.one_pass(config, accelerator.num_processes, len(np.unique(order.group_of)))
     config = fitted(config, base, stock, begin.checkpoint, precision, console.say, alone)
     if config.hub.push and accelerator.is_main_process:
         hub.repository(output, config.hub)
@@ -107,7 +107,7 @@ def fitted(
     say: Callable[[str], None],
     alone: bool = True,
 ) -> Config:
-    """The config with what fits into `train.memory`, if it says how much there is. `alone`: in one process."""
+    """The config with what fits into `train.memory`, if it says how much there is. `alone`: each step is a pass."""
     if config.train.memory is None:
         return config
     groups, sdxl = learning(config, base, stock, at)
@@ -171,7 +171,6 @@ def _refuse_early(
     """What could only fail after the encoding, which may take hours, is looked at before it."""
     noise_schedule(config, base)
     optim.refuse(config.optimizer, config.train, device)
-    distributed.refuse_several(config, processes)
     if processes > 1 and distributed.sharding(config, lambda line: None):
         refuse_sharded(config, precision)
     if stock.missing_latents() or stock.missing_texts():

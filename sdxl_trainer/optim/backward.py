@@ -29,6 +29,7 @@ def norm(
 
     def measure(number: int, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
+        assert number not in norms, "gradients of several passes add up"
         if share is not None:
             parameter.grad.mul_(share)
         norms[number] = nn.utils.get_total_norm([parameter.grad])

@@ -127,6 +127,13 @@ def test_what_is_on_already_is_not_advised(config: Callable[..., Any]) -> None:
     ]
 
 
+def test_what_would_be_refused_is_not_advised(config: Callable[..., Any]) -> None:
+    freed = config(train={"fused_backward": True, "batch_size": 4})
+    ending = config(learn=[{"match": r"unet\..*mid.*", "until": 0.5}, {"match": r"unet\..*"}])
+    assert not any("micro_batch" in text for text in guards.remedies(freed))
+    assert not any("fused_backward" in text for text in guards.remedies(ending))
+
+
 def test_other_errors_stay_what_they_are(config: Callable[..., Any]) -> None:
     with pytest.raises(RuntimeError, match="shapes"), guards.memory_explained(config()):
         raise RuntimeError("shapes do not fit")

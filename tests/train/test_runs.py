@@ -3,14 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdxl_trainer import base as bases
-from sdxl_trainer import checkpoint, finish, setup
+from sdxl_trainer import check, checkpoint, distributed, finish
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.run import Start
@@ -200,11 +199,28 @@ def test_gradients_freed_in_the_backward_pass_change_no_bit(
     assert all(torch.equal(kept[path][name], freed[path][name]) for path in kept for name in kept[path])
 
 
-def test_freed_gradients_need_one_process(config: Callable[..., Any], tmp_path: Path) -> None:
-    chosen, nothing = config(train={"fused_backward": True}), cast(Any, None)
-    base = bases.resolve(chosen.model, tmp_path)
+def test_freed_gradients_need_steps_of_one_pass(config: Callable[..., Any]) -> None:
+    """Several processes average gradients; pictures of several sizes meet in an epoch's last steps, a pass for each."""
+    one, two = (config(train={"fused_backward": True, "batch_size": size}) for size in (1, 2))
+    assert distributed.one_pass(one, 1, 3)
+    assert distributed.one_pass(two, 1, 1)
     with pytest.raises(UserError, match="fused_backward on 2 processes"):
-        setup._refuse_early(chosen, base, nothing, torch.device("cpu"), 2, "fp32")
+        distributed.one_pass(two, 2, 1)
+    with pytest.raises(UserError, match="pictures of 3 sizes"):
+        distributed.one_pass(two, 1, 3)
+    assert not distributed.one_pass(config(train={"batch_size": 2}), 1, 3)
+
+
+def test_freed_gradients_refuse_buckets_before_anything_is_encoded(config: Callable[..., Any]) -> None:
+    sizes = {
+        "data": [{"buckets": "area", "bucket_step": 8, "bucket_min": 24}],
+        "train": {"fused_backward": True, "batch_size": 2},
+    }
+    made = config(**sizes)
+    for run in (train, check.run):
+        with pytest.raises(UserError, match=r"train\.fused_backward with pictures of") as refused:
+            run(made)
+        assert "batch_size = 1" in refused.value.fix
 
 
 def test_checkpoints_are_limited(config: Callable[..., Any]) -> None:
