@@ -26,7 +26,8 @@ BETWEEN_LOOKS = 0.5  # seconds in which a paused run asks whether it may go on
 def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tuple[Tensor, Tensor, float]:
     """One optimizer step on this process's micro-batches of a step with `images` images over all processes.
 
-    Gives this process's part of the mean loss, the gradient norm, and the learning rate; no sync with the device.
+    Gives this process's part of the mean loss, the gradient norm, and the learning rate; no sync with the device
+    unless a fused backward pass has a loss scaler.
     """
     limit, passes = run.config.train.max_grad_norm or None, partial(_passes, run, state, batches, images)
     learning = [p for g in run.groups for p in g.parameters]

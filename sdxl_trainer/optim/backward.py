@@ -30,12 +30,10 @@ def norm(
     def measure(number: int, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
         assert number not in norms, "gradients of several passes add up"
-        if share is not None:
-            parameter.grad.mul_(share)
         norms[number] = nn.utils.get_total_norm([parameter.grad])
         parameter.grad = None
 
-    with _complete(parameters, measure):
+    with _complete(parameters, share, measure):
         found = passes()
     # In the parameters' order, as where all gradients are at hand: the sum is the same bits.
     return found, torch.linalg.vector_norm(torch.stack([norms[number] for number in sorted(norms)]))
@@ -62,13 +60,11 @@ def step(
         waiting.clear()
 
     def collect(_: int, parameter: nn.Parameter) -> None:
-        if share is not None and parameter.grad is not None:
-            parameter.grad.mul_(share)
         waiting.append(parameter)
         if sum(p.numel() * p.element_size() for p in waiting) >= room:
             flush()
 
-    with _complete(parameters, collect):
+    with _complete(parameters, share, collect):
         passes()
     flush()
 
@@ -84,9 +80,18 @@ def adjust(scaler: torch.amp.GradScaler, total: Tensor) -> None:
 
 
 @contextmanager
-def _complete(parameters: Sequence[nn.Parameter], use: Callable[[int, nn.Parameter], None]) -> Iterator[None]:
-    """Hand each parameter, with its number, to `use` as soon as a backward pass has completed its gradient."""
-    hooks = [p.register_post_accumulate_grad_hook(partial(use, number)) for number, p in enumerate(parameters)]
+def _complete(
+    parameters: Sequence[nn.Parameter], share: float | None, use: Callable[[int, nn.Parameter], None]
+) -> Iterator[None]:
+    """Hand each parameter, with its number, to `use` as soon as a backward pass has completed its gradient, which is
+    multiplied by `share`."""
+
+    def shared(number: int, parameter: nn.Parameter) -> None:
+        if share is not None and parameter.grad is not None:
+            parameter.grad.mul_(share)
+        use(number, parameter)
+
+    hooks = [p.register_post_accumulate_grad_hook(partial(shared, number)) for number, p in enumerate(parameters)]
     try:
         yield
     finally:
