@@ -75,7 +75,7 @@ def targets() -> Iterator[Target]:
         yield Target(label, peers["pipeline"]["times_faster"]["ratio"], 200, faster, True)
         if "times_faster_than_kohya" in peers["pipeline"]:
             found = peers["pipeline"]["times_faster_than_kohya"]["ratio"]
-            yield Target("the same against kohya's files", found, 10, " × as fast as kohya", True)
+            yield Target("the same against kohya's data set", found, 10, " × as fast as kohya", True)
     if "steps" in peers:
         label = "a step of the tiny UNet, photographs at 256 px, batch 4"
         yield Target(label, peers["steps"]["times_faster"]["ratio"], 35, faster, True)
@@ -226,7 +226,7 @@ def about(peers: dict[str, Any]) -> list[str]:
         low, high = peers["pipeline"]["times_faster_than_kohya"]["quartiles"]
         kohya = statistics.median(peers["pipeline"]["kohya"])
         text.append(
-            f"Reading a sample with the functions of kohya's `sd-scripts` takes {seconds(kohya)}, "
+            f"A sample of the data set of kohya's `sd-scripts`, its files cached too, takes {seconds(kohya)}, "
             f"{peers['pipeline']['times_faster_than_kohya']['ratio']:.3g} × ours ({low:.3g} to {high:.3g})."
         )
     if gate:

@@ -3,9 +3,10 @@
     python benchmarks/peers.py --reference DIFFUSERS --data PHOTOS [--kohya SD_SCRIPTS] [--rounds 3] [--only start,...]
 
 Both programs run as processes of their own, in turn, with one base model and one folder of pictures; `launch.py` notes
-from outside when each takes an optimizer step. The reference imports torchvision, and kohya's files cv2 too: where they
-are not installed, name folders that have them in PEER_PATH. Before anything counts the first 20 steps of the reference
-are taken again by ours, from the same weights and on the same tensors: each loss has to be the same within 0.1 %.
+from outside when each takes an optimizer step. The reference imports torchvision, kohya's files cv2, einops, imagesize,
+toml and voluptuous too: where they are not installed, name folders that have them in PEER_PATH. Before anything counts
+the first 20 steps of the reference are taken again by ours, from the same weights and on the same tensors: each loss
+has to be the same within 0.1 %.
 """
 
 import json
@@ -271,7 +272,7 @@ def pipeline(setting: Setting) -> dict[str, Any]:
 
 
 def kohya(setting: Setting) -> float:
-    """Seconds per sample of the rows that kohya caches, in a process of its own."""
+    """Seconds per sample of kohya's data set with everything cached, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(HERE / "kohya.py"), str(setting.kohya), folder]
         environment = {**os.environ, "PYTHONPATH": os.environ.get("PEER_PATH", "")}
