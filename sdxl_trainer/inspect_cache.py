@@ -9,6 +9,7 @@ from sdxl_trainer.data import holes, masks, mirrored, prepare, upkeep
 from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.log import Console
+from sdxl_trainer.threads import keep_freed_memory
 
 
 def run(config: Config, *, verify: bool, gc: bool, push: bool = False) -> None:
@@ -43,6 +44,7 @@ def run(config: Config, *, verify: bool, gc: bool, push: bool = False) -> None:
         console.say(f"freed {freed / 1e6:.1f} MB in {folder}")
         return
     new = len(stock.missing_latents()), len(stock.missing_texts())
+    keep_freed_memory()
     setup.fill(config, base, stock, accelerator, console)
     size = (stock.latents.bytes() + stock.texts.bytes()) / 1e6
     console.say(f"encoded {new[0]} latents and {new[1]} captions; {folder} holds {size:.1f} MB")

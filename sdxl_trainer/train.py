@@ -105,6 +105,7 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
     ):
         if distributed.leads():
             wishes.forget(output)  # those of an earlier run, which ended before it saw them
+        keep_freed_memory()
         job = setup.prepare_job(config, start)
         if job is None:
             return output
@@ -112,7 +113,6 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
         try:
             job.saver.prune(job.state.step, job.to_keep)  # an interruption may have come before that
             job.pulse.begin()
-            keep_freed_memory()
             _loop(job, stop)
         finally:
             job.pulse.close()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdxl_trainer.formats import folder as pipelines
+from sdxl_trainer.formats import pretrained
 from sdxl_trainer.kernels import Conv1x1, GroupNorm, Linear, attention, geglu, on_cpu
 
 # The library's defaults of the entries that make a UNet.
@@ -313,7 +314,7 @@ class UNet(nn.Module):
         with torch.device("meta"):
             model = cls(json.loads((folder / pipelines.CONFIGS["unet"]).read_text(encoding="utf-8")))
         weights, wanted = {}, model.state_dict()
-        for path in _files(folder, variant):
+        for path in pretrained.weight_files(folder, pipelines.WEIGHTS["unet"], variant):
             with safe_open(path, framework="pt") as file:
                 # Cast one by one, into memory of their own: a file that is mapped may change.
                 found = {
@@ -332,17 +333,6 @@ class UNet(nn.Module):
     def to_json_string(self) -> str:
         """The config that diffusers reads."""
         return json.dumps(self.config)
-
-
-def _files(folder: Path, variant: str | None) -> list[Path]:
-    """The files of the weights: one, or the shards that an index names."""
-    stem, _, ending = pipelines.WEIGHTS["unet"].partition(".")
-    dotted = f".{variant}" if variant else ""
-    index = folder / f"{stem}.{ending}.index{dotted}.json"
-    if not index.is_file():
-        return [folder / f"{stem}{dotted}.{ending}"]
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(shards))]
 
 
 def _level(config: Settings, key: str, level: int) -> int:

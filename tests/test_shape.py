@@ -57,7 +57,7 @@ LAYERS = [
         "data.pictures",
         "data.captions",
     ],
-    ["base", "text", "model", "parameters", "optim", "ema", "data.encode", "convert"],
+    ["base", "vae", "text", "model", "parameters", "optim", "ema", "data.encode", "convert"],
     ["adapters", "tokens", "narrow", "memory"],
     ["adapter_files"],
     ["attach"],

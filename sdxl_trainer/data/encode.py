@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdxl_trainer.base import Base, weights_file
+from sdxl_trainer import vae
+from sdxl_trainer.base import Base
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Cache, TextOptions
 from sdxl_trainer.data import cache, images, table
@@ -22,7 +23,6 @@ from sdxl_trainer.data.memo import Memo
 from sdxl_trainer.data.pictures import Picture, Pictures
 from sdxl_trainer.data.problems import raise_all
 from sdxl_trainer.errors import UserError
-from sdxl_trainer.formats import pretrained
 
 if TYPE_CHECKING:
     from sdxl_trainer.text import Cut
@@ -197,10 +197,7 @@ def fill_latents(
 ) -> None:
     """Encode `count` pictures into the store, as they come from `decoded`. Every one that cannot be decoded is named,
     after the rest is done."""
-    from diffusers import AutoencoderKL
-
-    vae = pretrained.load(AutoencoderKL, base.vae, weights_file(base, "vae"), torch_dtype=DTYPES[options.vae_precision])
-    vae = vae.to(device).eval().requires_grad_(False)
+    encoder = vae.load(base, DTYPES[options.vae_precision], device)
     writer, problems, done = cache.Writer(store), list[UserError](), 0
     waiting: dict[tuple[int, int], list[Decoded]] = {}
     try:
@@ -212,11 +209,11 @@ def fill_latents(
             batch.append(item)
             size = at_once(options.batch_size, item.geometry.target)
             if len(batch) == size:
-                _encode_pictures(vae, writer, keys, waiting.pop(item.geometry.target), size, device)
+                _encode_pictures(encoder, writer, keys, waiting.pop(item.geometry.target), size, device)
                 done += size
                 progress(done, count, "pictures")
         for target, batch in waiting.items():
-            _encode_pictures(vae, writer, keys, batch, at_once(options.batch_size, target), device)
+            _encode_pictures(encoder, writer, keys, batch, at_once(options.batch_size, target), device)
         progress(count, count, "pictures")
     finally:
         writer.flush()
@@ -332,7 +329,7 @@ def at_once(batch_size: int, target: tuple[int, int]) -> int:
 
 @torch.no_grad()
 def _encode_pictures(
-    vae: Any, writer: cache.Writer, keys: Keys, batch: list[Decoded], size: int, device: torch.device
+    encoder: Any, writer: cache.Writer, keys: Keys, batch: list[Decoded], size: int, device: torch.device
 ) -> None:
     """Rows of a batch of pictures into the store.
 
@@ -340,7 +337,8 @@ def _encode_pictures(
     not depend on what was encoded beside it (a cache that was filled in parts is the same cache).
     """
     pixels = [item.pixels for item in batch]
-    rows = moments(vae, scaled(np.stack(pixels + pixels[-1:] * (size - len(batch))), device, vae.dtype))[: len(batch)]
+    filled = np.stack(pixels + pixels[-1:] * (size - len(batch)))
+    rows = moments(encoder, scaled(filled, device, encoder.dtype))[: len(batch)]
     cache.finite((item.picture.name, row) for item, row in zip(batch, rows, strict=True))
     for item, row in zip(batch, rows, strict=True):
         writer.add(keys.latent(item.picture, item.geometry), row, item.geometry.to_json())
@@ -351,7 +349,7 @@ def scaled(pixels: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tens
     return (torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(dtype)
 
 
-def moments(vae: Any, pixels: Tensor) -> Tensor:
+def moments(encoder: Any, pixels: Tensor) -> Tensor:
     """Rows [B, 8, h, w] fp16 on the CPU: mean and standard deviation of the latents, unscaled (law 3)."""
-    posterior = vae.encode(pixels).latent_dist
+    posterior = encoder.encode(pixels).latent_dist
     return torch.cat([posterior.mean, posterior.std], dim=1).half().cpu()

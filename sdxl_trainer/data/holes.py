@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sdxl_trainer import keyed, noise
-from sdxl_trainer.base import Base, weights_file
+from sdxl_trainer import keyed, noise, vae
+from sdxl_trainer.base import Base
 from sdxl_trainer.config import Cache, Inpainting
 from sdxl_trainer.data import cache, encode
 from sdxl_trainer.data.encode import Keys, Progress, Work
@@ -22,7 +22,6 @@ from sdxl_trainer.data.masks import CELL
 from sdxl_trainer.data.pictures import Picture, Pictures
 from sdxl_trainer.data.problems import raise_all
 from sdxl_trainer.errors import UserError
-from sdxl_trainer.formats import pretrained
 from sdxl_trainer.model import LatentScale
 
 # Part of every row's key: raise it when masks would be drawn otherwise.
@@ -99,11 +98,7 @@ def fill(
     progress: Progress,
 ) -> None:
     """Encode masked pictures into the store. Every picture that cannot be decoded is named, after the rest is done."""
-    from diffusers import AutoencoderKL
-
-    dtype = encode.DTYPES[cached.vae_precision]
-    vae = pretrained.load(AutoencoderKL, base.vae, weights_file(base, "vae"), torch_dtype=dtype)
-    vae = vae.to(device).eval().requires_grad_(False)
+    encoder = vae.load(base, encode.DTYPES[cached.vae_precision], device)
     writer, problems = cache.Writer(store), list[UserError]()
     try:
         for done, item in enumerate(encode.decoded(work, cached), start=1):
@@ -114,7 +109,7 @@ def fill(
             number = int(picture.content[:16], 16)
             for variant in range(options.masks_per_image):
                 hidden = drawn(geometry.target, number, variant, options)
-                row = _row(vae, encode.scaled(item.pixels[None], device, vae.dtype), hidden)
+                row = _row(encoder, encode.scaled(item.pixels[None], device, encoder.dtype), hidden)
                 cache.finite([(picture.name, row)])
                 writer.add(key(keys, picture, geometry, variant, options), row)
             progress(done, len(work), "masked pictures")
@@ -123,11 +118,11 @@ def fill(
     raise_all(problems)
 
 
-def _row(vae: Any, pixels: Tensor, hidden: np.ndarray) -> Tensor:
+def _row(encoder: Any, pixels: Tensor, hidden: np.ndarray) -> Tensor:
     """Of a picture [1, 3, H, W] in -1..1 without what is hidden. As the pipeline of diffusers has it: hidden pixels are
     0, and a latent cell is hidden if its first pixel is."""
     mask = torch.from_numpy(hidden).to(pixels.device)
-    moments = encode.moments(vae, pixels * ~mask)[0]
+    moments = encode.moments(encoder, pixels * ~mask)[0]
     cells = torch.from_numpy(hidden[::CELL, ::CELL].astype(np.float32))[None]
     return torch.cat([cells.half(), moments])
 

@@ -1,6 +1,7 @@
 """Loading the parts of a model: what libraries say of damaged or foreign files becomes a message for the user, and
 weights that are missing or not finite are refused, not made up."""
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdxl_trainer import sharding
 from sdxl_trainer.errors import UserError, shortened
@@ -32,6 +33,33 @@ def load(kind: Any, folder: Path, variant: str | None, **options: Any) -> Any:
     return module
 
 
+def tensors(folder: Path, file: str, variant: str | None, wanted: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The wanted weights of a folder, mapped; None if any is missing, of another shape than that of its namesake, or
+    not finite, or if they cannot be read. `file` is the usual name of the file."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Tensor] = {}
+    try:
+        for path in weight_files(folder, file, variant):
+            with safe_open(path, framework="pt") as opened:
+                found |= {name: opened.get_tensor(name) for name in opened.keys() if name in wanted}
+    except (SafetensorError, OSError, ValueError, KeyError):
+        return None
+    right = found.keys() == wanted.keys() and all(found[name].shape == wanted[name].shape for name in wanted)
+    return found if right and all(map(_is_finite, found.values())) else None
+
+
+def weight_files(folder: Path, file: str, variant: str | None) -> list[Path]:
+    """The files of a part's weights: one, or the shards that an index names."""
+    stem, _, ending = file.partition(".")
+    dotted = f".{variant}" if variant else ""
+    index = folder / f"{stem}.{ending}.index{dotted}.json"
+    if not index.is_file():
+        return [folder / f"{stem}{dotted}.{ending}"]
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(shards))]
+
+
 def refuse_broken(module: nn.Module, folder: Path) -> None:
     """Refuse weights of a folder that are not finite."""
     broken = broken_weights(module)
@@ -42,9 +70,12 @@ def refuse_broken(module: nn.Module, folder: Path) -> None:
 
 def broken_weights(model: nn.Module) -> list[str]:
     """Names of parameters that hold a value that is not finite."""
+    return [name for name, p in model.named_parameters() if not _is_finite(sharding.local(p.detach()))]
+
+
+def _is_finite(values: Tensor) -> bool:
     # The smallest and the largest of values with a NaN are NaN: one look at each, and no memory.
-    own = ((name, sharding.local(p.detach())) for name, p in model.named_parameters())
-    return [name for name, p in own if p.numel() and not torch.stack(p.aminmax()).isfinite().all()]
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 @contextmanager
