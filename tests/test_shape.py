@@ -49,6 +49,7 @@ LAYERS = [
         "data.plan",
         "data.table",
         "data.cache",
+        "data.places",
         "data.upkeep",
         "data.masks",
         "data.problems",

@@ -104,10 +104,7 @@ class Store:
 
     def stacked(self, rows: Sequence[str]) -> Tensor:
         """Rows of one shape, [n, ...]; errors as those of `find` and `read`."""
-        places = self.find(rows)
-        whole = torch.empty(len(rows), *places[0].shape, dtype=places[0].dtype)
-        read(list(zip(places, whole, strict=True)))
-        return whole
+        return stacked(self.find(rows))
 
     def find(self, rows: Sequence[str]) -> list[Place]:
         """Where rows lie, here or beyond; KeyError if there is none of a name."""
@@ -126,18 +123,15 @@ class Store:
             raise KeyError(row)
         return self.beyond.find([row])[0]
 
-    def read(self, place: Place, into: Tensor) -> None:
-        """Read a row of this store into a tensor of its type and shape, and compare it with its checksum if it is read
-        for the first time. UserError if it is damaged: its shard is set aside then, so that the same command encodes it
+    def read(self, place: Place, buffer: memoryview) -> None:
+        """Read a row of this store into a buffer of its size, and compare it with its checksum if it is read for the
+        first time. UserError if it is damaged: its shard is set aside then, so that the same command encodes it
         anew."""
-        buffer = into.reshape(-1).view(torch.uint8).numpy().data
-        if len(self._checked) != len(self.table):
-            self._checked = np.zeros(len(self.table), dtype=bool)
         wrong = ""
         for _ in range(self.TRIES):
             if self.read_into(buffer, place.shard, place.begin) != len(buffer):
                 wrong = "a file of the cache is shorter than it was"
-            elif self._checked[place.row] or place.checksum in (-1, checksum(into)):
+            elif self._checked[place.row] or place.checksum in (-1, checksum(place.dtype, place.shape, buffer)):
                 self._checked[place.row] = self.LASTING
                 return
             else:
@@ -218,6 +212,7 @@ class Store:
         if found.notes:
             self.table, self.shards = found, json.loads(found.notes["shards"])
             self.kinds = [(dtype, tuple(shape)) for dtype, shape in json.loads(found.notes["kinds"])]
+            self._checked = np.zeros(len(self.table), dtype=bool)
 
     def save(self) -> None:
         """Write the table, for the next start to find."""
@@ -236,21 +231,34 @@ class Store:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
 
-def read(rows: Sequence[tuple[Place, Tensor]]) -> None:
-    """Read rows into tensors, as `Store.read` does. Those that come from afar are waited for together."""
+def stacked(places: Sequence[Place]) -> Tensor:
+    """Rows of one type and shape, [n, ...]; errors as those of `Store.read`."""
+    whole = torch.empty(len(places), *places[0].shape, dtype=places[0].dtype)
+    buffer = buffer_of(whole)
+    size = len(buffer) // len(places)
+    read([(place, buffer[n * size : (n + 1) * size]) for n, place in enumerate(places)])
+    return whole
+
+
+def buffer_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, to be written to."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def read(rows: Sequence[tuple[Place, memoryview]]) -> None:
+    """Read rows into buffers, as `Store.read` does. Those that come from afar are waited for together."""
     at_once = max(place.store.AT_ONCE for place, _ in rows) if rows else 1
     if at_once == 1:
-        for place, into in rows:
-            place.store.read(place, into)
+        for place, buffer in rows:
+            place.store.read(place, buffer)
     else:
         for _ in mapped(lambda n: rows[n][0].store.read(*rows[n]), range(len(rows)), at_once, at_once):
             pass
 
 
-def checksum(row: Tensor) -> int:
+def checksum(dtype: torch.dtype, shape: Sequence[int], content: memoryview) -> int:
     """CRC-32 of a row's type, shape and bytes."""
-    flat: Any = row.contiguous().reshape(-1).view(torch.uint8).numpy() if row.numel() else b""
-    return zlib.crc32(flat, zlib.crc32(f"{row.dtype} {list(row.shape)}".encode()))
+    return zlib.crc32(content, zlib.crc32(f"{dtype} {list(shape)}".encode()))
 
 
 def _sums(metadata: dict[str, str] | None) -> dict[str, int]:
@@ -313,9 +321,9 @@ def write_shard(folder: Path, rows: dict[str, Tensor], notes: dict[str, Any]) ->
         folder.mkdir(parents=True, exist_ok=True)
         draft = folder / f".{uuid.uuid4().hex}.tmp"
         try:
+            sums = {name: checksum(row.dtype, row.shape, buffer_of(row.contiguous())) for name, row in rows.items()}
             # One entry: safetensors writes several in no fixed order, and equal rows shall make equal bytes.
-            told = {**notes, SUMS: {name: checksum(row) for name, row in rows.items()}}
-            files.save_tensors(draft, rows, {"notes": json.dumps(told, sort_keys=True)})
+            files.save_tensors(draft, rows, {"notes": json.dumps({**notes, SUMS: sums}, sort_keys=True)})
             path = folder / f"{files.sha256(draft)[:_NAME_DIGITS]}.safetensors"
             files.write_atomically(path, draft.rename)
         finally:

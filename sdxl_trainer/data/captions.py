@@ -105,6 +105,7 @@ class Choices(Sequence[Choice]):
     def __init__(self, sets: Sequence[Data], records: Sequence[tuple[int, Record]]) -> None:
         self.sets, self.records = sets, records
         self._made = lru_cache(maxsize=4096)(partial(_choice, sets))
+        self._of = lru_cache(maxsize=4096)(self._find)
         for index, data in enumerate(sets):
             _refuse_unused(data, (record for number, record in records if number == index), f"data.{index}")
         if any(data.wildcards or data.caption_weights for data in sets):
@@ -115,6 +116,9 @@ class Choices(Sequence[Choice]):
         return len(self.records)
 
     def __getitem__(self, index: Any) -> Any:
+        return self._of(index)
+
+    def _find(self, index: int) -> Choice:
         number, record = self.records[index]
         return self._made(number, record.captions, record.seconds, record.name)
 

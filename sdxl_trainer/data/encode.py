@@ -72,13 +72,10 @@ class Keys:
         reading = [options.long_captions, chunks, options.clip_skip, emphasis]
         return cache.key("text", TEXT_VERSION, prompt.text, prompt.second, reading, self.text, self.text_precision)
 
-    def states(self, prompt: Prompt) -> str:
-        """The name of its sequence's row."""
-        return f"{self.text_row(prompt)}.states"
-
-    def pooled(self, prompt: Prompt) -> str:
-        """The name of its pooled output's row."""
-        return f"{self.text_row(prompt)}.pooled"
+    def texts(self, prompt: Prompt) -> tuple[str, str]:
+        """The names of both of its rows: its sequence, its pooled output."""
+        row = self.text_row(prompt)
+        return f"{row}.states", f"{row}.pooled"
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,7 @@ def prompts(keys: Keys, more: Sequence[Prompt], choices: Sequence[Choice], numbe
     def note(spoken: Iterable[tuple[int, Sequence[Prompt]]]) -> None:
         each = [(choice, number, prompt) for choice, said in spoken for number, prompt in enumerate(said)]
         places.append(np.array([(choice, number) for choice, number, _ in each], "<i4").reshape(-1, 2))
-        found.append(table.keys(keys.states(prompt) for *_, prompt in each))
+        found.append(table.keys(keys.texts(prompt)[0] for *_, prompt in each))
 
     note([(-1, more)])
     for start in range(0, len(numbers), table.BATCH):
@@ -242,8 +239,8 @@ def fill_texts(
         for prompt, encoded in zip(batch, text.encode_tokens(encoders, tokens, keys.reading, size), strict=True):
             states, pooled = (tensor.cpu() for tensor in encoded)
             cache.finite([(f"the caption '{prompt.text[:40]}'", states), ("its pooled output", pooled)])
-            writer.add(keys.states(prompt), states)
-            writer.add(keys.pooled(prompt), pooled)
+            for name, row in zip(keys.texts(prompt), (states, pooled), strict=True):
+                writer.add(name, row)
         progress(start + len(batch), len(prompts), "captions")
     writer.flush()
     return count, first

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sdxl_trainer.data.captions import Choice
 from sdxl_trainer.data.encode import Keys
 from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.pictures import Picture
+from sdxl_trainer.data.places import Places
 from sdxl_trainer.data.words import Text, Words
 from sdxl_trainer.model import LatentScale
 from sdxl_trainer.timesteps import Clock
@@ -24,6 +26,8 @@ from sdxl_trainer.timesteps import Clock
 AHEAD = 2
 # A picture, and how it is shown.
 Seen = tuple[Picture, Geometry]
+# The numbers of both.
+Shown = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,16 @@ class Samples:
     refines: bool = False  # whether an aesthetic score stands in the place of the target size
     dropout: bool = False  # whether layers of the model drop, by keys that come with the text
 
+    @cached_property
+    def places(self) -> Places[Shown]:
+        """Where the latents lie of a picture under a geometry."""
+
+        def names(shown: Shown) -> list[str]:
+            picture = self.pictures[shown[0]]
+            return [self.keys.latent(picture, picture.geometries[shown[1]])]
+
+        return Places(self.latents, names)
+
     def picture(self, sample: int) -> Picture:
         """The picture of a sample of the plan."""
         return self.pictures[sample % len(self.pictures)]
@@ -137,8 +151,10 @@ def batch(
     drawn = drawn or samples.clock.draw(samples.seed, 0, epoch, [sample for sample, _ in chosen])
     own = [sample for sample, _ in chosen]
     keys = [(samples.seed, epoch, sample) for sample in own]
-    seen = [_seen(samples, epoch, sample) for sample in own]
-    moments = samples.latents.stacked([samples.keys.latent(*one) for one in seen])
+    shown = [_shown(samples, epoch, sample) for sample in own]
+    pictures = [samples.pictures[number] for number, _ in shown]
+    seen = [(picture, picture.geometries[number]) for picture, (_, number) in zip(pictures, shown, strict=True)]
+    moments = cache.stacked([place for (place,) in samples.places.of(shown)])
     mean, std = moments.chunk(2, dim=1)
     shape = tuple(mean.shape[1:])
     posterior = noise.normals("posterior", keys, shape)
@@ -172,13 +188,11 @@ def batch(
     )
 
 
-def _seen(samples: Samples, epoch: int, sample: int) -> Seen:
+def _shown(samples: Samples, epoch: int, sample: int) -> Shown:
     """A sample's picture, and which of its geometries an epoch shows."""
-    picture = samples.picture(sample)
-    if len(picture.geometries) == 1:
-        return picture, picture.geometries[0]
-    drawn = keyed.generator(samples.seed, "variant", epoch, sample).integers(len(picture.geometries))
-    return picture, picture.geometries[drawn]
+    number, count = sample % len(samples.pictures), len(samples.picture(sample).geometries)
+    drawn = int(keyed.generator(samples.seed, "variant", epoch, sample).integers(count)) if count > 1 else 0
+    return number, drawn
 
 
 def _extra(samples: Samples, keys: Sequence[noise.Key], seen: Sequence[Seen]) -> Tensor:

@@ -80,9 +80,10 @@ class Pictures(Sequence[Picture]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
-        if not -len(self) <= index < len(self):
+        count = len(self.rows)
+        if not -count <= index < count:
             raise IndexError(index)
-        return self._made(int(index) % len(self))
+        return self._made(int(index) % count)
 
     def __iter__(self) -> Iterator[Picture]:
         return (self._make(index) for index in range(len(self)))

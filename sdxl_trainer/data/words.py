@@ -7,6 +7,7 @@ it is, softmax(q [k k]) [v v] = softmax(q k) v, so that no sample depends on its
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import lcm
 
 import torch
@@ -16,11 +17,14 @@ from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import TextOptions
 from sdxl_trainer.data import cache
 from sdxl_trainer.data.encode import Keys
+from sdxl_trainer.data.places import Places
 from sdxl_trainer.text import Tokens, factors
 
 # Of one sample: prompt_embeds [n * 77, 768 + 1280] and pooled [1280]; or tokens [n, 2, 77], weights alike and kept [2],
 # which is 0 where an encoder's output is to be zeros.
 Text = dict[str, Tensor]
+# Of a prompt in the cache.
+ROWS = ("prompt_embeds", "pooled")
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,11 @@ class Words:
         if self.tokens is not None:
             found = self.tokens(prompt)
             return {"tokens": found.ids.long(), "weights": factors(found), "kept": torch.ones(2)}
-        return {name: self.store.get(row) for name, row in self._rows(prompt).items()}
+        return {name: cache.stacked([place])[0] for name, place in zip(ROWS, self._places.of([prompt])[0], strict=True)}
 
-    def _rows(self, prompt: Prompt) -> dict[str, str]:
-        return {"prompt_embeds": self.keys.states(prompt), "pooled": self.keys.pooled(prompt)}
+    @cached_property
+    def _places(self) -> Places[Prompt]:
+        return Places(self.store, self.keys.texts)
 
     def length(self, text: Prompt | Text) -> int:
         """Positions of a sample's text before it is repeated."""
@@ -73,8 +78,9 @@ class Words:
         `chunks` [B, N] telling which of them make each sample's sequence, and kept [B, 2]. With `weights` [C, 2, 77]
         the first chunk is the empty one."""
         if self.tokens is None:
-            rows = [self._rows(one) if isinstance(one, Prompt) else one for one in said]
-            return {name: self._stacked([row[name] for row in rows]) for name in ("prompt_embeds", "pooled")}
+            places = iter(self._places.of([one for one in said if isinstance(one, Prompt)]))
+            rows = [next(places) if isinstance(one, Prompt) else [one[name] for name in ROWS] for one in said]
+            return {name: _stacked(column) for name, column in zip(ROWS, zip(*rows, strict=True), strict=True)}
         texts = [self.of(one) if isinstance(one, Prompt) else one for one in said]
         counts = [len(text["tokens"]) for text in texts]
         tokens, weights = (torch.cat([text[name] for text in texts]) for name in ("tokens", "weights"))
@@ -91,16 +97,19 @@ class Words:
             "chunks": batch["chunks"] + 1,
         }
 
-    def _stacked(self, rows: Sequence[str | Tensor]) -> Tensor:
-        """Rows of the store, by name, and others like them: [B, L, ...], each put where it stays and repeated there."""
-        places = iter(self.store.find([row for row in rows if isinstance(row, str)]))
-        found = [next(places) if isinstance(row, str) else row for row in rows]
-        whole = torch.empty(len(rows), lcm(*(one.shape[0] for one in found)), *found[0].shape[1:], dtype=found[0].dtype)
-        first = [row[: one.shape[0]] for one, row in zip(found, whole, strict=True)]
-        cache.read([(one, row) for one, row in zip(found, first, strict=True) if isinstance(one, cache.Place)])
-        for one, row, repeated in zip(found, first, whole, strict=True):
-            if isinstance(one, Tensor):
-                row.copy_(one)
-            for other in repeated.split(len(row))[1:]:
-                other.copy_(row)
-        return whole
+
+def _stacked(rows: Sequence[cache.Place | Tensor]) -> Tensor:
+    """Rows of the store and others like them: [B, L, ...], each put where it stays and repeated there."""
+    places = [row for row in rows if isinstance(row, cache.Place)]
+    if len(places) == len(rows) and len({place.shape for place in places}) == 1:
+        return cache.stacked(places)
+    whole = torch.empty(len(rows), lcm(*(one.shape[0] for one in rows)), *rows[0].shape[1:], dtype=rows[0].dtype)
+    first = [row[: one.shape[0]] for one, row in zip(rows, whole, strict=True)]
+    pairs = list(zip(rows, first, strict=True))
+    cache.read([(one, cache.buffer_of(row)) for one, row in pairs if isinstance(one, cache.Place)])
+    for (one, row), repeated in zip(pairs, whole, strict=True):
+        if isinstance(one, Tensor):
+            row.copy_(one)
+        for other in repeated.split(len(row))[1:]:
+            other.copy_(row)
+    return whole

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_trainer.data import cache, upkeep
+from sdxl_trainer.data import cache, places, upkeep
 from sdxl_trainer.errors import UserError
 
 
@@ -32,6 +32,33 @@ def test_rows_come_back_bitwise_with_their_notes(tmp_path: Path) -> None:
     notes = json.loads(json.loads(header[8 : 8 + length])["__metadata__"]["notes"])
     assert notes.pop(cache.SUMS).keys() == {"a", "b"}
     assert notes == {"a": [0], "b": [1]}
+
+
+def test_where_rows_lie_is_remembered_of_the_last_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "REMEMBERED", 3)
+    asked: list[int] = []
+
+    def names(number: int) -> list[str]:
+        asked.append(number)
+        return [f"{number}", f"{number} again"]
+
+    store = filled(tmp_path, [name for number in range(6) for name in names(number)])
+    asked.clear()
+    lying = places.Places(store, names)
+    for wanted, new in (
+        ([0, 1, 0], [0, 1]),
+        ([1, 2], [2]),
+        ([2, 0], []),
+        ([2, 3], [2, 3]),
+        ([0, 3, 5, 4], [0, 3, 5, 4]),
+    ):
+        rows = [cache.stacked(found) for found in lying.of(wanted)]
+        assert [row[:, 0, 0, 0].tolist() for row in rows] == [[2 * number, 2 * number + 1] for number in wanted]
+        assert asked == new
+        asked.clear()
+    with pytest.raises(KeyError):
+        lying.of([0, 6])
+    assert lying.of([0])
 
 
 def test_a_shard_is_named_after_its_bytes(tmp_path: Path) -> None:
