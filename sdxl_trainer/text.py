@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import chunking
+from sdxl_trainer import chunking, clip
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.chunking import Prompt, Token
 from sdxl_trainer.config import TextOptions
@@ -57,6 +57,20 @@ def load(base: Base, dtype: torch.dtype, device: torch.device) -> TextEncoders:
     for _, encoder in present((first, second)):
         encoder.to(device).eval().requires_grad_(False)
     return TextEncoders(tokenizers(base), (first, second))
+
+
+def load_to_encode(base: Base, dtype: torch.dtype, device: torch.device) -> TextEncoders:
+    """As `load`, for `tokenize` and `encode_tokens` alone: what is known here comes without the library, whose import
+    takes seconds."""
+    readers = [clip.tokenizer(base.part(part)) for part in (TOKENIZERS if not base.refines else TOKENIZERS[1:])]
+    encoders: list[Any] = [None, None]
+    for number, part in enumerate(PARTS):
+        if part in base.encoders:
+            place, variant = base.part(part), weights_file(base, part)
+            encoders[number] = clip.model(place, base.config(part), variant, dtype, device)
+    if None in readers or any(encoders[PARTS.index(part)] is None for part in base.encoders):
+        return load(base, dtype, device)
+    return TextEncoders((readers[0], readers[-1]), (encoders[0], encoders[1]))
 
 
 def load_encoders(base: Base, folder: Path | None, dtype: torch.dtype) -> tuple[Any, Any]:

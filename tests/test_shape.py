@@ -58,7 +58,7 @@ LAYERS = [
         "data.pictures",
         "data.captions",
     ],
-    ["base", "vae", "text", "model", "parameters", "optim", "ema", "data.encode", "convert"],
+    ["base", "vae", "clip", "text", "model", "parameters", "optim", "ema", "data.encode", "convert"],
     ["adapters", "tokens", "narrow", "memory"],
     ["adapter_files"],
     ["attach"],

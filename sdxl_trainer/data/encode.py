@@ -229,7 +229,7 @@ def fill_texts(
     """Encode prompts into the store, in the text encoders' type; gives how many are too long, and the first of them."""
     from sdxl_trainer import text
 
-    encoders = text.load(base, DTYPES[keys.text_precision], device)
+    encoders = text.load_to_encode(base, DTYPES[keys.text_precision], device)
     writer, count, first, size = cache.Writer(store), 0, list["Cut"](), options.text_batch_size
     for start in range(0, len(prompts), size):
         batch = list(prompts[start : start + size])

@@ -33,16 +33,20 @@ def load(kind: Any, folder: Path, variant: str | None, **options: Any) -> Any:
     return module
 
 
-def tensors(folder: Path, file: str, variant: str | None, wanted: dict[str, Tensor]) -> dict[str, Tensor] | None:
+def tensors(
+    folder: Path, file: str, variant: str | None, wanted: dict[str, Tensor], prefix: str = ""
+) -> dict[str, Tensor] | None:
     """The wanted weights of a folder, mapped; None if any is missing, of another shape than that of its namesake, or
-    not finite, or if they cannot be read. `file` is the usual name of the file."""
+    not finite, or if they cannot be read. `file` is the usual name of the file, `prefix` what its names may begin
+    with."""
     from safetensors import SafetensorError, safe_open
 
     found: dict[str, Tensor] = {}
     try:
         for path in weight_files(folder, file, variant):
             with safe_open(path, framework="pt") as opened:
-                found |= {name: opened.get_tensor(name) for name in opened.keys() if name in wanted}
+                names = {name.removeprefix(prefix): name for name in opened.keys()}
+                found |= {name: opened.get_tensor(names[name]) for name in names.keys() & wanted.keys()}
     except (SafetensorError, OSError, ValueError, KeyError):
         return None
     right = found.keys() == wanted.keys() and all(found[name].shape == wanted[name].shape for name in wanted)
