@@ -4,9 +4,9 @@
 
 The files are those that its caching writes for SDXL at 1024 pixels in fp32 or bf16, written here by the functions that
 write them there, with random numbers in them. The data set is then made of a config, shown its files and put behind a
-DataLoader by the calls that `sdxl_train.py` makes, in their order; what is timed is the loop over that loader. It reads
-in this process, without workers, as ours is measured; epochs are as long as the whole measurement, so that it pays for
-none of their ends.
+DataLoader by the calls that `sdxl_train.py` makes, in their order; what is timed is the loop over that loader, the
+second of two epochs. It reads in this process, without workers, as ours is measured; epochs are as long as the whole
+measurement, so that it pays for none of their ends.
 """
 
 import argparse
