@@ -2,9 +2,9 @@
 
     python benchmarks/launch.py EVENTS.jsonl SCRIPT [arguments ...]
 
-Each event is a line {"event", "at" (seconds since 1970), ...}: `step` after each optimizer step, `map` for each stage
-that the datasets library encodes, `end` with the peak of resident memory. MODE in the environment adds to that:
-`record` keeps what the first steps train on, `pipeline` puts a trivial module in the UNet's place.
+Each event is a line {"event", "at" (seconds since 1970), ...}: `step` after each optimizer step, `end` with the peak of
+resident memory. MODE in the environment adds to that: `stages` tells how long each thing takes that the reference does
+until all is encoded, `record` keeps what the first steps train on, `pipeline` puts a trivial module for the UNet.
 """
 
 import json
@@ -31,7 +31,7 @@ def main() -> None:
         import sdxl_trainer  # noqa: F401 - it decides how threads wait, before PyTorch is loaded, as our script does
     declare_torchvision()
     watch_steps(note)
-    if mode:
+    if mode == "stages":
         watch_reference(note)
     if mode == "record":
         record(Path(events).with_suffix(".pt"))
@@ -68,19 +68,34 @@ def watch_steps(note: Any) -> None:
 
 
 def watch_reference(note: Any) -> None:
-    """Time of `Dataset.map`, in which the reference encodes."""
+    """`stage` for each call of what the reference does until everything is encoded: read the data set, load tokenizers,
+    text encoders and VAE, hash what its cache depends on, and encode, in `Dataset.map`. All is imported before."""
     import datasets
+    from datasets.fingerprint import Hasher
+    from diffusers import AutoencoderKL
+    from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    plain = datasets.Dataset.map
+    assert CLIPTokenizer  # AutoTokenizer would import it while it is timed
+    within: list[str] = []  # of a call within a call the outer one counts
 
-    @wraps(plain)
-    def timed(*arguments: Any, **options: Any) -> Any:
-        began = time.time()
-        found = plain(*arguments, **options)
-        note("map", seconds=time.time() - began)
-        return found
+    def timed(plain: Any) -> Any:
+        @wraps(plain)
+        def call(*arguments: Any, **options: Any) -> Any:
+            began = time.time()
+            within.append(plain.__name__)
+            try:
+                return plain(*arguments, **options)
+            finally:
+                within.pop()
+                if not within:
+                    note("stage", name=plain.__name__, seconds=time.time() - began)
 
-    datasets.Dataset.map = timed
+        return call
+
+    datasets.load_dataset, datasets.Dataset.map = timed(datasets.load_dataset), timed(datasets.Dataset.map)
+    Hasher.hash = staticmethod(timed(Hasher.hash))
+    for kind in (AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, AutoencoderKL):
+        kind.from_pretrained = staticmethod(timed(kind.from_pretrained))
 
 
 def record(path: Path) -> None:
