@@ -27,7 +27,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sdxl_trainer import optim
 from sdxl_trainer import unet as unets
 from sdxl_trainer.config import Optimizer
-from sdxl_trainer.optim.rounding import AdamW as RoundingAdamW
 from sdxl_trainer.parameters import Group
 
 # Floating-point operations of a forward and backward pass for one picture at this many pixels, counted on SDXL.
@@ -192,7 +191,7 @@ def _full(bench: Bench, name: str, side: int, samples: int) -> dict[str, Any]:
     model = _unet(bench, dtype, library=name == "reference")
     parameters = list(model.parameters())
     if name == "ours bf16":
-        optimizer: Any = RoundingAdamW([{"params": parameters}], lr=1e-6)
+        optimizer: Any = _optimizer(model, "adamw_bf16", 1e-6)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, **({} if name == "reference" else {"fused": True}))
     step = _step(bench, model, optimizer, parameters, side, samples, dtype, reads=name == "reference")
@@ -208,8 +207,7 @@ def low_memory(bench: Bench) -> Measures:
         model = _unet(bench, dtype)
         model.enable_gradient_checkpointing()
         parameters = list(model.parameters())
-        group = Group("", 1e-6, 1e-2, tuple(n for n, _ in model.named_parameters()), tuple(parameters))
-        optimizer = optim.make([group], Optimizer(name=name), 0, bench.device)
+        optimizer = _optimizer(model, name, 1e-6)
         step = _step(bench, model, optimizer, parameters, bench.sides[0], 1, dtype)
         return _figures(bench, bench.seconds(step), bench.sides[0], 1)
 
@@ -247,7 +245,7 @@ def faster(bench: Bench) -> Measures:
             if type(module).__name__ in model._repeated_blocks:
                 module.compile(dynamic=False)
         parameters = list(model.parameters())
-        optimizer = RoundingAdamW([{"params": parameters}], lr=1e-6)
+        optimizer = _optimizer(model, "adamw_bf16", 1e-6)
         step = _step(bench, model, optimizer, parameters, bench.sides[0], samples, torch.bfloat16)
         began = time.perf_counter()
         step()
@@ -290,8 +288,7 @@ def drift(bench: Bench) -> Measures:
     def measure(dtype: torch.dtype) -> dict[str, Any]:
         model = _unet(bench, dtype)
         parameters = list(model.parameters())
-        made: Any = RoundingAdamW if dtype == torch.bfloat16 else torch.optim.AdamW
-        optimizer = made([{"params": parameters}], lr=1e-5)
+        optimizer = _optimizer(model, "adamw_bf16" if dtype == torch.bfloat16 else "adamw", 1e-5)
         losses: list[Tensor] = []
         count = 150 if bench.device.type == "cuda" else 3
         sets = [_inputs(bench, bench.sides[-1], 1, dtype, seed) for seed in range(8)]
@@ -305,6 +302,11 @@ def drift(bench: Bench) -> Measures:
 
     yield "fp32", lambda: measure(torch.float32)
     yield "bf16", lambda: measure(torch.bfloat16)
+
+
+def _optimizer(model: Any, name: str, rate: float) -> Any:
+    names, tensors = zip(*model.named_parameters(), strict=True)
+    return optim.make([Group("", rate, 1e-2, names, tensors)], Optimizer(name=name), 0, tensors[0].device)
 
 
 def _unet(bench: Bench, dtype: torch.dtype, library: bool = False) -> Any:

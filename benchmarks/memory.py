@@ -1,4 +1,4 @@
-"""The memory that is predicted for a training step against what it takes: 36 settings.
+"""The memory that is predicted for a training step against what it takes: 38 settings.
 
     python benchmarks/memory.py [--size mid] [--only NAME]
 
@@ -41,6 +41,7 @@ def settings() -> dict[str, dict[str, Any]]:
         f"bf16 weights, batch {n}": {"weights": "bf16", "optimizer": "adamw_bf16", "samples": n} for n in (1, 4, 8)
     }
     made["bf16 weights, checkpointing"] = {"weights": "bf16", "optimizer": "adamw_bf16", "checkpointing": True}
+    made["bf16 weights, adafactor"] = {"weights": "bf16", "optimizer": "adafactor"}
     made |= {f"autocast, batch {n}": {"precision": "bf16", "samples": n} for n in (1, 4)}
     made["autocast, checkpointing"] = {"precision": "bf16", "checkpointing": True}
     made |= {f"{n} micro-batches": {"micro_batches": n, "samples": 2} for n in (2, 3)}
@@ -49,7 +50,9 @@ def settings() -> dict[str, dict[str, Any]]:
     made["adapter, batch 8"] = {"rank": 16, "samples": 8}
     made["averages"] = {"ema": True}
     made |= {f"fused backward, {name}": {"fused": True, "optimizer": name} for name in ("adamw", "adafactor")}
-    made["fused backward, adafactor, checkpointing"] = {"fused": True, "optimizer": "adafactor", "checkpointing": True}
+    freed = {"fused": True, "optimizer": "adafactor", "checkpointing": True}
+    made["fused backward, adafactor, checkpointing"] = freed
+    made["fused backward, adafactor, checkpointing, bf16 weights"] = {**freed, "weights": "bf16"}
     return {name: {**plain, **setting} for name, setting in made.items()}
 
 

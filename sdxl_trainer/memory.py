@@ -56,6 +56,10 @@ _FURTHER: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
         {"train": {"weights": "bf16"}, "optimizer": {"name": "adamw_bf16"}},
     ),
     (
+        "train.weights = bf16, optimizer.name = adamw8bit",
+        {"train": {"weights": "bf16"}, "optimizer": {"name": "adamw8bit"}},
+    ),
+    (
         "train.weights = bf16, optimizer.name = adafactor",
         {"train": {"weights": "bf16"}, "optimizer": {"name": "adafactor"}},
     ),
@@ -173,7 +177,9 @@ def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dic
     gradients = 0 if freed else learns * weight
     # bf16 weights that compute in fp32: the pass counts gradients of 4 bytes, and keeps them in 2.
     wider = learns * (4 - weight) if setting.precision == "fp32" and not freed else 0
-    workspace = optim.workspace_bytes(config.optimizer, [p.shape for g in groups for p in g.parameters], weight)
+    shapes = [p.shape for g in groups for p in g.parameters]
+    most = learns / backward.PARTS + max(shape.numel() for shape in shapes) if freed else float("inf")
+    workspace = optim.workspace_bytes(config.optimizer, shapes, weight, most)
     pass_, stepping = working(config, sdxl, setting, workspace) - wider, gradients + workspace
     prior = any(data.prior_prediction for data in config.data) and not beside
     return {

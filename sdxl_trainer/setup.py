@@ -341,9 +341,9 @@ def _model(
     if line:
         console.say(line)
     groups = parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
-    name = config.optimizer.name
-    if name != "adamw_bf16" and any(p.dtype == torch.bfloat16 for group in groups for p in group.parameters):
-        console.say(f"{name} rounds bf16 weights to the nearest: small steps are lost; adamw_bf16 keeps them")
+    if not optim.rounds(config.optimizer) and any(p.dtype == torch.bfloat16 for g in groups for p in g.parameters):
+        what = f"{config.optimizer.name} rounds bf16 weights to the nearest: small steps are lost"
+        console.say(f"{what}; {', '.join(name for name, kind in optim.KINDS.items() if kind.rounds)} keep them")
     sdxl.train()
     if precision == "fp32" and weights != torch.float32:
         model.compute_in_fp32(sdxl)

@@ -50,6 +50,10 @@ CASES: dict[str, dict[str, Any]] = {
     "fused backward": {"train": {"fused_backward": True}},
     "fused backward, checkpointing": {"train": {"fused_backward": True, "gradient_checkpointing": True}},
     "bf16": {"train": {"weights": "bf16"}, "optimizer": {"name": "adamw_bf16"}},
+    "bf16, adafactor": {
+        "train": {"weights": "bf16", "fused_backward": True, "gradient_checkpointing": True},
+        "optimizer": {"name": "adafactor"},
+    },
     "adapter": {"adapter": {"rank": 4}},
     "text encoders": {"learn": TEXT},
     "text encoders, checkpointing": {"learn": TEXT, "train": {"gradient_checkpointing": True}},

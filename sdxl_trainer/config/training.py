@@ -62,8 +62,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {},
 }
 
-# Those that may step on some tensors and later on the others: they count the steps of each.
-STEP_APART = ("adafactor", "adamw", "adamw8bit", "sgd")
+# Those that may step on some tensors and later on the others: what they count they count for each.
+STEP_APART = ("adafactor", "adamw", "adamw8bit", "adamw_bf16", "came", "lion", "sgd")
 
 
 def _optimizer(name: str) -> str:

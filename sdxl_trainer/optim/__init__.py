@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ __all__ = [
     "refuse",
     "refuse_sharded",
     "refuse_unwritable",
+    "rounds",
     "set_learning_rates",
     "state_bytes",
     "workspace_bytes",
@@ -56,6 +58,8 @@ class Kind:
 
     `state`: what it keeps of each learning number: how many in the weights' type, and how many bytes beside.
     `workspace`: how many numbers of the weights' type a step holds beside that for a moment, by the tensors' shapes.
+    `rounds`: whether steps on bf16 weights are computed in fp32 and rounded by chance, for which it may not need all
+    tensors at once; its weights' type is then fp32. `narrow`: state that is kept in bf16 and rounded as well.
     """
 
     place: str
@@ -64,30 +68,39 @@ class Kind:
     state: tuple[float, float] = (2, 0)
     workspace: Callable[[Sequence[torch.Size]], int] = _largest
     sharded: bool = False  # whether it can step on a shard of each tensor: what it does is done to each number alone
+    rounds: bool = False
+    narrow: tuple[str, ...] = ()
 
 
 KINDS: dict[str, Kind] = {
     # Fused: one kernel over all tensors, 3 to 5 times faster than the default, on the CPU too.
-    "adamw": Kind("sdxl_trainer.optim.fused:AdamW", arguments={"fused": True}, sharded=True),
+    "adamw": Kind("sdxl_trainer.optim.fused:AdamW", arguments={"fused": True}, sharded=True, rounds=True),
     # Block-wise 8-bit moments (Dettmers et al. 2022); paged: moved to host memory when the GPU's is short.
-    "adamw8bit": Kind("bitsandbytes.optim:AdamW8bit", "bitsandbytes", state=(0, 2.05)),
-    "paged_adamw8bit": Kind("bitsandbytes.optim:PagedAdamW8bit", "bitsandbytes", state=(0, 2.05)),
-    "adamw_bf16": Kind("sdxl_trainer.optim.rounding:AdamW", workspace=rounding.workspace),
+    "adamw8bit": Kind("bitsandbytes.optim:AdamW8bit", "bitsandbytes", state=(0, 2.05), rounds=True),
+    "paged_adamw8bit": Kind("bitsandbytes.optim:PagedAdamW8bit", "bitsandbytes", state=(0, 2.05), rounds=True),
+    "adamw_bf16": Kind(
+        "sdxl_trainer.optim.fused:AdamW",
+        arguments={"fused": True},
+        state=(0, 4),
+        sharded=True,
+        rounds=True,
+        narrow=("exp_avg", "exp_avg_sq"),
+    ),
     # Factored second moments, no first (Shazeer & Stern 2018): almost no memory of its own.
-    "adafactor": Kind("torch.optim:Adafactor", state=(0.02, 0)),
+    "adafactor": Kind("torch.optim:Adafactor", state=(0.02, 0), rounds=True),
     # Factored as well, with a first moment that is trusted as far as it is steady (Luo et al. 2023). Tensor by tensor:
     # over all at once it and lion would hold copies of all weights for a moment, and they are chosen for their memory.
-    "came": Kind("pytorch_optimizer:CAME", "pytorch-optimizer", {"foreach": False}, (1.05, 0), _two),
+    "came": Kind("pytorch_optimizer:CAME", "pytorch-optimizer", {"foreach": False}, (1.05, 0), _two, rounds=True),
     # The sign of a momentum (Chen et al. 2023).
-    "lion": Kind("pytorch_optimizer:Lion", "pytorch-optimizer", {"foreach": False}, state=(1, 0), sharded=True),
-    "muon": Kind("sdxl_trainer.optim.muon:Muon", state=(1, 0), workspace=muon.workspace),
+    "lion": Kind("pytorch_optimizer:Lion", "pytorch-optimizer", {"foreach": False}, (1, 0), sharded=True, rounds=True),
+    "muon": Kind("sdxl_trainer.optim.muon:Muon", state=(1, 0), workspace=muon.workspace, rounds=True),
     # Finds its rate by itself (Mishchenko & Defazio 2024), with the settings of the reference's scripts.
     "prodigy": Kind(
         "prodigyopt:Prodigy", "prodigyopt", {"use_bias_correction": True, "safeguard_warmup": True}, state=(4, 0)
     ),
     # Averages instead of lowering the rate (Defazio et al. 2024).
     "schedulefree": Kind("schedulefree:AdamWScheduleFree", "schedulefree", workspace=_all, sharded=True),
-    "sgd": Kind("torch.optim:SGD", arguments={"fused": True}, state=(0, 0), sharded=True),
+    "sgd": Kind("torch.optim:SGD", arguments={"fused": True}, state=(0, 0), sharded=True, rounds=True),
 }
 
 
@@ -113,20 +126,28 @@ def make(
         | ({"weight_decay": g.weight_decay} if "weight_decay" in taken else {})
         for g in groups
     ]
-    given = {"betas": options.betas, "eps": options.eps, "seed": seed if "seed" in taken else None}
+    given = {"betas": options.betas, "eps": options.eps}
     own = {} if sharded and options.name == "sgd" else kind.arguments  # PyTorch has no fused SGD of shards
     arguments = own | {name: value for name, value in given.items() if value is not None}
     arguments |= {n: tuple(v) if isinstance(v, list) else v for n, v in options.arguments.items()}
     _refuse_unknown(arguments, taken, options)
     try:
         with redirect_stdout(StringIO()):  # prodigyopt prints
-            made = found(described, **arguments)
+            made = _rounding(found, kind, groups, seed)(described, **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         what = f"{options.name} cannot be made: {error}"
         raise UserError(what, "optimizer", "change the options under [optimizer]") from error
     if evaluates(made):
         made.train()
     return made
+
+
+def _rounding(found: Any, kind: Kind, groups: Sequence[Group], seed: int) -> Any:
+    """The class with steps that are rounded by chance, where weights are bf16 and it can have them."""
+    narrow = {p.dtype for group in groups for p in group.parameters} == {torch.bfloat16}
+    if kind.narrow and not narrow:
+        raise ValueError("all learning tensors have to be bf16")
+    return rounding.rounded(found, seed, kind.narrow) if kind.rounds and narrow else found
 
 
 def refuse_sharded(options: Optimizer) -> None:
@@ -162,17 +183,27 @@ def refuse_unwritable(name: str, state: dict[str, Any]) -> None:
             raise UserError(what, "optimizer.name", "choose another optimizer")
 
 
+def rounds(options: Optimizer) -> bool:
+    """Whether it keeps small steps of bf16 weights."""
+    return options.name in KINDS and KINDS[options.name].rounds
+
+
 def state_bytes(options: Optimizer, weight: int) -> float:
     """Bytes of state per learning number whose weight has `weight` bytes; of an unknown optimizer as of AdamW."""
-    copies, beside = KINDS.get(options.name, Kind("")).state
+    kind = KINDS.get(options.name, Kind(""))
+    copies, beside = kind.state
     momentum = options.name == "sgd" and bool(options.arguments.get("momentum"))
-    return (copies + momentum) * weight + beside
+    return (copies + momentum) * (4 if kind.rounds else weight) + beside
 
 
-def workspace_bytes(options: Optimizer, shapes: Sequence[torch.Size], weight: int) -> float:
-    """Bytes that a step holds for a moment beside weights, gradients and state."""
+def workspace_bytes(options: Optimizer, shapes: Sequence[torch.Size], weight: int, most: float = math.inf) -> float:
+    """Bytes that a step holds for a moment beside weights, gradients and state, if it is of `most` numbers at once."""
+    kind = KINDS.get(options.name, Kind(""))
     every = bool(options.arguments.get("foreach", False))
-    return weight * (_all if every else KINDS.get(options.name, Kind("")).workspace)(shapes)
+    own = (_all if every else kind.workspace)(shapes)
+    if kind.rounds and weight == 2:
+        return 4 * (own + rounding.copies(shapes, len(kind.narrow), most))
+    return weight * own
 
 
 def _class(kind: Kind) -> Any:

@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
         pattern = re.compile(adamw)
         self._matrices = {
-            parameter
+            name
             for group in self.param_groups
             for name, parameter in zip(group["names"], group["params"], strict=True)
             if parameter.ndim >= 2 and not pattern.fullmatch(name)
@@ -50,9 +50,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            learning = [p for p in group["params"] if p.grad is not None]
-            self._orthogonal([p for p in learning if p in self._matrices], group)
-            self._adamw([p for p in learning if p not in self._matrices], group)
+            learning = [
+                (n in self._matrices, p)
+                for n, p in zip(group["names"], group["params"], strict=True)
+                if p.grad is not None
+            ]
+            self._orthogonal([p for matrix, p in learning if matrix], group)
+            self._adamw([p for matrix, p in learning if not matrix], group)
 
     def _orthogonal(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
         for some in _alike(matrices):

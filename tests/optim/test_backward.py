@@ -20,14 +20,14 @@ def network() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(32, 3))
 
 
-def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, name: str) -> Any:
     names, tensors = zip(*model.named_parameters(), strict=True)
     options = Optimizer(name=name, arguments={"min_8bit_size": 16} if name == "adamw8bit" else {})
     return optim.make([Group(".*", 1e-2, 0.1, names, tensors)], options)
 
 
 def passes(model: nn.Module, seed: int) -> Callable[[], torch.Tensor]:
-    given = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
+    given = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()).dtype)
 
     def run() -> torch.Tensor:
         loss = (model(given).square().sum()) * 100.0**seed
@@ -37,10 +37,13 @@ def passes(model: nn.Module, seed: int) -> Callable[[], torch.Tensor]:
     return run
 
 
-@pytest.mark.parametrize("name", STEP_APART)
+BOTH = [(name, dtype) for name in STEP_APART for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [both for both in BOTH if both != ("adamw_bf16", torch.float32)])
 @pytest.mark.parametrize("limit", [0.5, None])
-def test_steps_are_the_same_bits(name: str, limit: float | None) -> None:
-    ours = network()
+def test_steps_are_the_same_bits(name: str, dtype: torch.dtype, limit: float | None) -> None:
+    ours = network().to(dtype)
     theirs = copy.deepcopy(ours)
     mine, other = optimizer_of(ours, name), optimizer_of(theirs, name)
     for seed in range(3):

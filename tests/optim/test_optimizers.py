@@ -16,7 +16,7 @@ from sdxl_trainer.config import OPTIMIZERS, Learn, Optimizer, Train
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.objective import Objective
-from sdxl_trainer.optim import state
+from sdxl_trainer.optim import rounding, state
 from sdxl_trainer.run import Job, Unread
 from sdxl_trainer.train import train
 
@@ -43,12 +43,19 @@ def test_both_tables_name_the_same_optimizers() -> None:
     assert set(CHOSEN) >= set(OPTIMIZERS) - {"paged_adamw8bit"}
 
 
-def network(name: str = "adamw") -> nn.Module:
+FP32, BF16 = torch.float32, torch.bfloat16
+# With the type of the weights that they are for.
+TYPED = [(name, BF16 if name == "adamw_bf16" else FP32) for name in CHOSEN]
+TYPED += [(name, BF16) for name, kind in optim.KINDS.items() if kind.rounds and name in CHOSEN and not kind.narrow]
+TYPED_KINDS = [(name, dtype) for name, dtype in TYPED if name in OPTIMIZERS]
+
+
+def network(dtype: torch.dtype = FP32) -> nn.Module:
     """Large enough that 8-bit optimizers keep 8 bits; a normalisation, since its vectors are treated otherwise."""
     torch.manual_seed(0)
     module = nn.Module()
     module.unet = nn.Sequential(nn.Linear(80, 64), nn.Tanh(), nn.LayerNorm(64), nn.Linear(64, 80))
-    return module.to(torch.bfloat16 if name == "adamw_bf16" else torch.float32)
+    return module.to(dtype)
 
 
 def make(module: nn.Module, chosen: Optimizer) -> tuple[torch.optim.Optimizer, list[parameters.Group]]:
@@ -71,14 +78,16 @@ def learn(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> 
     return losses
 
 
-@pytest.mark.parametrize("name", CHOSEN)
-def test_every_optimizer_learns_and_goes_on_from_its_files_bitwise(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "dtype"), TYPED)
+def test_every_optimizer_learns_and_goes_on_from_its_files_bitwise(
+    tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
     chosen = Optimizer(name=name, **CHOSEN[name])
-    whole = network(name)
+    whole = network(dtype)
     losses = learn(whole, make(whole, chosen)[0], range(30))
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
-    first, second = network(name), network(name)
+    first, second = network(dtype), network(dtype)
     optimizer, groups = make(first, chosen)
     begun = learn(first, optimizer, range(13))
     path = tmp_path / "optimizer.safetensors"
@@ -92,10 +101,10 @@ def test_every_optimizer_learns_and_goes_on_from_its_files_bitwise(tmp_path: Pat
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "paged_adamw8bit"])
-def test_the_memory_that_is_told_is_the_memory_that_is_taken(name: str) -> None:
+@pytest.mark.parametrize(("name", "dtype"), TYPED_KINDS)
+def test_the_memory_that_is_told_is_the_memory_that_is_taken(name: str, dtype: torch.dtype) -> None:
     module = nn.Module()
-    module.unet = nn.Linear(256, 256, bias=False, dtype=torch.bfloat16 if name == "adamw_bf16" else torch.float32)
+    module.unet = nn.Linear(256, 256, bias=False, dtype=dtype)
     chosen = Optimizer(name=name, **CHOSEN[name])
     optimizer = optim.make(parameters.apply_rules(module, (Learn(match=".*"),), Train(steps=1), chosen), chosen)
     module.unet.weight.grad = torch.ones_like(module.unet.weight)
@@ -107,14 +116,15 @@ def test_the_memory_that_is_told_is_the_memory_that_is_taken(name: str) -> None:
     assert taken == pytest.approx(told, rel=0.05 if name != "adafactor" else 1.0)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "paged_adamw8bit"])
-def test_a_step_holds_no_more_for_a_moment_than_is_told(name: str) -> None:
-    kind, chosen, module = (
-        torch.bfloat16 if name == "adamw_bf16" else torch.float32,
-        Optimizer(name=name, **CHOSEN[name]),
-        nn.Module(),
-    )
-    module.unet = nn.ModuleList([nn.Linear(64, 256, dtype=kind) for _ in range(6)] + [nn.Linear(256, 512, dtype=kind)])
+@pytest.mark.parametrize("together", [1 << 25, 1 << 16])
+@pytest.mark.parametrize(("name", "dtype"), TYPED_KINDS)
+def test_a_step_holds_no_more_for_a_moment_than_is_told(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, together: int
+) -> None:
+    monkeypatch.setattr(rounding, "TOGETHER", together)
+    chosen, module = Optimizer(name=name, **CHOSEN[name]), nn.Module()
+    sizes = [(64, 256)] * 6 + [(256, 512)] * 2
+    module.unet = nn.ModuleList(nn.Linear(*size, dtype=dtype) for size in sizes)
     optimizer = optim.make(parameters.apply_rules(module, (Learn(match=".*"),), Train(steps=1), chosen), chosen)
     learning = list(module.parameters())
     for _ in range(2):
@@ -123,7 +133,7 @@ def test_a_step_holds_no_more_for_a_moment_than_is_told(name: str) -> None:
         state = [v for kept in optimizer.state.values() for v in kept.values() if isinstance(v, torch.Tensor)]
         with memory.Live([*learning, *(p.grad for p in learning if p.grad is not None), *state]) as live:
             optimizer.step()
-    told = optim.workspace_bytes(chosen, [p.shape for p in learning], kind.itemsize)
+    told = optim.workspace_bytes(chosen, [p.shape for p in learning], dtype.itemsize)
     assert live.peak <= 1.02 * told + 2**12
 
 
@@ -133,12 +143,36 @@ def sections(name: str, output: Path, **sizes: Any) -> dict[str, Any]:
     return {"optimizer": {"name": name, **CHOSEN[name]}, "train": {**rates, **sizes}, "output_dir": str(output)}
 
 
-@pytest.mark.parametrize("name", ["adamw_bf16", "came", "muon", "prodigy", "schedulefree"])
-def test_a_resumed_run_ends_bitwise_alike(config: Callable[..., Any], tmp_path: Path, name: str) -> None:
-    whole = train(config(**sections(name, tmp_path / "whole")))
+@pytest.mark.parametrize(("name", "loses"), [("schedulefree", True), ("adafactor", False)])
+def test_a_run_whose_small_steps_are_lost_says_so(
+    config: Callable[..., Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, loses: bool
+) -> None:
+    train(config(**sections(name, tmp_path / "run", weights="bf16", steps=1)))
+    said = "schedulefree rounds bf16 weights to the nearest: small steps are lost; adamw, "
+    assert (said in capsys.readouterr().err) == loses
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("adamw_bf16", {}),
+        ("adamw_bf16", {"fused_backward": True}),
+        ("adafactor", {"weights": "bf16"}),
+        ("adafactor", {"weights": "bf16", "fused_backward": True}),
+        ("adamw8bit", {"weights": "bf16"}),
+        ("came", {}),
+        ("muon", {}),
+        ("prodigy", {}),
+        ("schedulefree", {}),
+    ],
+)
+def test_a_resumed_run_ends_bitwise_alike(
+    config: Callable[..., Any], tmp_path: Path, name: str, more: dict[str, Any]
+) -> None:
+    whole = train(config(**sections(name, tmp_path / "whole", **more)))
     broken = tmp_path / "broken"
-    train(config(**sections(name, broken, steps=2)))
-    train(config(**sections(name, broken)))
+    train(config(**sections(name, broken, steps=2, **more)))
+    train(config(**sections(name, broken, **more)))
     rows = [[row["loss"] for row in read_metrics(output / "metrics.jsonl")] for output in (whole, broken)]
     assert rows[0] == rows[1]
     for file in ("unet/diffusion_pytorch_model.safetensors", "checkpoint-4/optimizer.safetensors"):

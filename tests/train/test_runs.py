@@ -178,14 +178,25 @@ def test_checkpointing_in_the_backward_pass_changes_nothing(config: Callable[...
     assert one == pytest.approx(two, rel=1e-6)
 
 
+_NARROW = {"weights": "bf16"}
+
+
 @pytest.mark.parametrize(
-    "more", [{}, {"learn": [{"match": ".*"}], "ema": {"enabled": True}}], ids=["unet", "text, ema"]
+    "more",
+    [
+        {},
+        {"learn": [{"match": ".*"}], "ema": {"enabled": True}},
+        {"optimizer": {"name": "adamw_bf16"}, "train": _NARROW, "ema": {"enabled": True}},
+        {"optimizer": {"name": "adafactor"}, "train": _NARROW},
+    ],
+    ids=["unet", "text, ema", "adamw_bf16, ema", "bf16, adafactor"],
 )
 def test_gradients_freed_in_the_backward_pass_change_no_bit(
     config: Callable[..., Any], tmp_path: Path, more: dict[str, Any]
 ) -> None:
     """Clipping that has an effect at each step, and adamw, whose kernel clips: weights, losses and norms."""
     options = {"steps": 3, "max_grad_norm": 0.1, "learning_rate": 1e-3, "gradient_checkpointing": True}
+    options, more = options | more.get("train", {}), {k: v for k, v in more.items() if k != "train"}
     found = []
     for on in (False, True):
         chosen = config(train={**options, "fused_backward": on}, output_dir=str(tmp_path / str(on)), **more)
