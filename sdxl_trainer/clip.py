@@ -1,7 +1,8 @@
 """CLIP's text encoder (Radford et al. 2021) and its tokenizer, without the library that takes seconds to import.
 
 They compute what transformers' `CLIPTextModel`, `CLIPTextModelWithProjection` and `CLIPTokenizer` do, operation by
-operation, so that rows of the cache are the same bits. They can be asked, not trained. `model` and `tokenizer` give
+operation, so that rows of the cache are the same bits; but for products in fp32 on a CPU, where `kernels.linear` is
+nearly twice as fast, and as exact. They can be asked, not trained. `model` and `tokenizer` give
 None for what is not known here or is not in order: the library can do more, and says what is wrong.
 """
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdxl_trainer.formats import folder, pretrained
+from sdxl_trainer.kernels import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -53,7 +55,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -71,7 +73,7 @@ class Layer(nn.Module):
         width, inner, eps = config["hidden_size"], config["intermediate_size"], config.get("layer_norm_eps", 1e-5)
         self.self_attn = Attention(width, config["num_attention_heads"])
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
+        self.mlp = nn.ModuleDict({"fc1": Linear(width, inner), "fc2": Linear(inner, width)})
         self.activation = ACTIVATIONS[config["hidden_act"]]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ class Encoder(nn.Module):
         layers = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
         self.encoder = nn.ModuleDict({"layers": layers})
         self.final_layer_norm = nn.LayerNorm(width, config.get("layer_norm_eps", 1e-5))
-        self.text_projection = nn.Linear(width, config["projection_dim"], bias=False) if projects else None
+        self.text_projection = Linear(width, config["projection_dim"], bias=False) if projects else None
 
     def forward(self, ids: Tensor, output_hidden_states: bool = True) -> Found:
         """ids [B, n], each row with an end of text."""

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sdxl_trainer import (
@@ -42,6 +41,7 @@ from sdxl_trainer.data import plan, prepare
 from sdxl_trainer.data.encode import DTYPES
 from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.data.prepare import Stock
+from sdxl_trainer.data.table import present
 from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.log import Console, Metrics
 from sdxl_trainer.run import Job, Run, Start, State, Watch
@@ -83,7 +83,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if accelerator.num_processes == 1 and distributed.sharding(config, console.say):
         console.say("sharded weights (FSDP): there is one process, which keeps everything")
     _refuse_early(config, base, stock, accelerator.device, accelerator.num_processes, precision)
-    alone = distributed.one_pass(config, accelerator.num_processes, len(np.unique(order.group_of)))
+    alone = distributed.one_pass(config, accelerator.num_processes, len(present(order.group_of)))
     config = fitted(config, base, stock, begin.checkpoint, precision, console.say, alone)
     if config.hub.push and accelerator.is_main_process:
         hub.repository(output, config.hub)
@@ -117,7 +117,7 @@ def fitted(
 
 def shapes(stock: Stock) -> set[tuple[int, int]]:
     """Heights and widths of the pictures that are trained on."""
-    return {stock.pictures.targets[number] for number in np.unique(stock.pictures.rows["target"])}
+    return {stock.pictures.targets[number] for number in present(stock.pictures.rows["target"])}
 
 
 def learning(

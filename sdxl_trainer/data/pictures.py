@@ -18,7 +18,7 @@ from sdxl_trainer.data.geometry import Geometry, variants
 from sdxl_trainer.data.memo import Memo
 from sdxl_trainer.data.problems import Notes, Problem, raise_all
 from sdxl_trainer.data.records import Mask, Record, Records
-from sdxl_trainer.data.table import BATCH, distinct, let_go
+from sdxl_trainer.data.table import BATCH, distinct, let_go, present
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.threads import mapped
 
@@ -131,7 +131,7 @@ class Pictures(Sequence[Picture]):
         found = np.empty((len(self), *shape), dtype=values[0].dtype)
         for start in range(0, len(self), BATCH):
             part, rows = found[start : start + BATCH], self.rows[start : start + BATCH]
-            for number in np.unique(rows["source"]):
+            for number in present(rows["source"]):
                 mine = rows["source"] == number
                 part[mine] = values[number][rows["record"][mine]]
         return found
