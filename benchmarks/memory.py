@@ -33,6 +33,7 @@ def settings() -> dict[str, dict[str, Any]]:
     made |= {f"batch {n}": {"samples": n} for n in (1, 2, 8)}
     made |= {f"latent {n}": {"latent": n} for n in (16, 24, 48)}
     made |= {f"checkpointing, batch {n}": {"checkpointing": True, "samples": n} for n in (1, 4, 16)}
+    made |= {f"checkpointing {share} of the blocks": {"checkpointing": share, "samples": 16} for share in (0.25, 0.5)}
     made |= {
         name: {"optimizer": name} for name in ("adafactor", "sgd", "lion", "muon", "came", "prodigy", "schedulefree")
     }
@@ -142,7 +143,7 @@ def _train(unet: dict[str, Any], setting: dict[str, Any]) -> None:
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.02)
     if config.train.gradient_checkpointing:
-        made.enable_gradient_checkpointing()
+        made.enable_gradient_checkpointing(float(config.train.gradient_checkpointing))
     _, groups = prepared(config, made.train())
     optimizer = optim.make(groups, config.optimizer, 0, torch.device("cpu"))
     averages = [p.detach().float().clone() for group in groups for p in group.parameters] if config.ema.enabled else []

@@ -60,7 +60,7 @@ def remedies(config: Config) -> list[str]:
     if (train.micro_batch or train.batch_size) > 1 and not train.fused_backward:
         half = max(1, (train.micro_batch or train.batch_size) // 2)
         found.append(f"train.micro_batch = {half} (same result, somewhat slower)")
-    if not train.gradient_checkpointing:
+    if train.gradient_checkpointing != 1:
         found.append("train.gradient_checkpointing = true (same result, a forward pass more in each step)")
     whole = (train.micro_batch or train.batch_size) == train.batch_size and all(
         rule.until == 1 for rule in config.learn

@@ -6,10 +6,12 @@ every operation. To that come the weights, the optimizer's state and averages.
 
 import copy
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sdxl_trainer import adapters, kernels, model, narrow, optim
+from sdxl_trainer import unet as unets
 from sdxl_trainer.config import STEP_APART, Config
 from sdxl_trainer.config.section import bytes_of
 from sdxl_trainer.errors import UserError
@@ -64,7 +67,35 @@ _FURTHER: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
         {"train": {"weights": "bf16"}, "optimizer": {"name": "adafactor"}},
     ),
 )
+# Forward passes that forward and backward together cost; checkpointing runs its share of one once more.
+PASSES = 3.0
+_SHARES = (0.25, 0.5, 0.75)
 _NARROWER = tuple((f"train.frozen = {kind}", {"train": {"frozen": kind}}) for kind in ("fp8", "nf4"))
+
+
+class Way(NamedTuple):
+    """What lowers the memory of a step and changes only its time."""
+
+    share: float  # of the blocks whose activations are computed again
+    fused: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"gradient_checkpointing": True if self.share == 1 else self.share, "fused_backward": self.fused}
+
+    def least(self, samples: int) -> int:
+        """The fewest samples of a pass: a fused backward pass has all of its step."""
+        return samples if self.fused else 1
+
+    def told(self) -> tuple[str, str]:
+        """What it is called, and what it costs."""
+        words, costs = "", list[str]()
+        if self.share:
+            words = ", gradient checkpointing" + (f" of {self.share:.0%} of the blocks" if self.share < 1 else "")
+            costs.append(f"activations are computed again, about {self.share / PASSES:.0%} more work")
+        if self.fused:
+            words, costs = f"{words}, fused backward", [*costs, "two passes for each step"]
+        return words, "".join(f"; {cost}" for cost in costs)
 
 
 def fit(
@@ -75,53 +106,53 @@ def fit(
     and what other settings would."""
     if config.train.memory is None:
         return config
-    room, least, smallest_way = bytes_of(config.train.memory), float("inf"), ""
-    for way in _ways(config, setting, alone):
-        changed = _with(config, train=way)
-        fused = changed.train.fused_backward
-        samples, takes = setting.shape[0], _together(changed, sdxl, groups, setting, setting.shape[0])
-        smallest = takes
-        if takes > room and samples > 1 and not fused:
+    room, every = bytes_of(config.train.memory), setting.shape[0]
+
+    @cache
+    def takes(way: Way, samples: int) -> float:
+        return _together(_with(config, train=way.options), sdxl, groups, setting, samples)
+
+    def smallest(way: Way) -> float:
+        return takes(way, way.least(every))
+
+    shares, own = _shares(config, sdxl), config.train.fused_backward
+    for fused in [own, True] if _may_fuse(config, setting, alone) and not own else [own]:
+        ways = [Way(share, fused) for share in shares]
+        fits = bisect_left(ways, True, key=lambda way: smallest(way) <= room)  # a larger share takes less
+        if fits == len(ways):
+            continue
+        way = ways[fits]
+        samples, needs = every, takes(way, every)
+        if needs > room and not way.fused:
             # Beside what one sample takes every further one takes as much again.
-            smallest, two = (_together(changed, sdxl, groups, setting, n) for n in (1, 2))
-            samples = min(samples - 1, int((room - smallest) // (two - smallest)) + 1)
-            takes = smallest + (samples - 1) * (two - smallest)
-        words, price = _told(changed)
-        if samples >= 1 and takes <= room:
-            say(f"memory {config.train.memory}: {samples} per pass{words}, {takes / 1e9:.2f} GB{price}")
-            return _with(changed, train={"micro_batch": samples})
-        if smallest < least:
-            least, smallest_way = smallest, f"{samples if fused else 1} per pass{words}"
+            one, two = takes(way, 1), takes(way, 2)
+            samples = min(every - 1, int((room - one) // (two - one)) + 1)
+            needs = one + (samples - 1) * (two - one)
+        words, price = way.told()
+        say(f"memory {config.train.memory}: {samples} per pass{words}, {needs / 1e9:.2f} GB{price}")
+        return _with(config, train={**way.options, "micro_batch": samples})
+    way = min(Way(1.0, own), Way(1.0, fused), key=smallest)
     further = _NARROWER if config.adapter or config.token else _FURTHER
     costs = list[str]()
     for name, change in further:
         other = _with(config, **change)
-        if other.optimizer.name not in STEP_APART:
-            other = _with(other, train={"fused_backward": False})
-        other = _with(other, train=_ways(other, setting, alone)[-1])
-        samples = setting.shape[0] if other.train.fused_backward else 1
-        costs.append(f"{name}: {_together(other, sdxl, groups, setting, samples) / 1e9:.2f} GB")
-    what = f"the smallest step takes {least / 1e9:.2f} GB: {smallest_way}"
+        lowest = Way(1.0, _may_fuse(other, setting, alone))
+        other = _with(other, train=lowest.options)
+        costs.append(f"{name}: {_together(other, sdxl, groups, setting, lowest.least(every)) / 1e9:.2f} GB")
+    what = f"the smallest step takes {smallest(way) / 1e9:.2f} GB: {way.least(every)} per pass{way.told()[0]}"
     raise UserError(what, f"train.memory = {config.train.memory}", f"these change what is computed: {'; '.join(costs)}")
 
 
-def _ways(config: Config, setting: Step, alone: bool) -> list[dict[str, bool]]:
-    """Settings that change nothing but time and memory, the fastest first."""
-    ways = [{"gradient_checkpointing": on} for on in sorted({config.train.gradient_checkpointing, True})]
+def _shares(config: Config, sdxl: SDXL) -> list[float]:
+    """Shares of the blocks that may be computed again, from the config's own on."""
+    own = float(config.train.gradient_checkpointing)
+    split = isinstance(sdxl.unet, unets.UNet) and config.model.attention == "sdpa"
+    return sorted({own, 1.0} | ({share for share in _SHARES if share > own} if split else set()))
+
+
+def _may_fuse(config: Config, setting: Step, alone: bool) -> bool:
     whole = setting.micro_batches == 1 and all(rule.until == 1 for rule in config.learn)
-    if alone and whole and config.optimizer.name in STEP_APART and not (config.adapter or config.token):
-        ways.append({"gradient_checkpointing": True, "fused_backward": True})
-    return ways
-
-
-def _told(config: Config) -> tuple[str, str]:
-    """What a setting that saves memory is called, and what it costs."""
-    words, costs = "", list[str]()
-    if config.train.gradient_checkpointing:
-        words, costs = ", gradient checkpointing", ["activations are computed again, a quarter more work"]
-    if config.train.fused_backward:
-        words, costs = f"{words}, fused backward", [*costs, "two passes for each step"]
-    return words, "".join(f"; {cost}" for cost in costs)
+    return alone and whole and config.optimizer.name in STEP_APART and not (config.adapter or config.token)
 
 
 def _with(config: Config, **sections: dict[str, Any]) -> Config:
@@ -259,7 +290,7 @@ def _fake(sdxl: SDXL, dtype: torch.dtype, config: Config, device: str) -> Iterat
                 for name, b in module.named_buffers(recurse=False):
                     module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
             if config.train.gradient_checkpointing:
-                model.checkpoint_activations(made)
+                model.checkpoint_activations(made, config.train.gradient_checkpointing)
             made.train()
             for layer in adapters.layers(made) if config.adapter else ():
                 layer.eval()  # what they drop is drawn, and here nothing has a value; a mask is small

@@ -152,7 +152,7 @@ def load(
     base: Base,
     folder: Path | None,
     dtype: torch.dtype,
-    checkpointing: bool,
+    checkpointing: float,
     text_learns: bool,
     reading: TextOptions = TEXT,
     frozen: text.TextEncoders | None = None,
@@ -164,13 +164,20 @@ def load(
     encoders = text.load_encoders(base, folder, dtype) if text_learns else None
     made = SDXL(unet, encoders, reading, frozen.encoders if frozen else None)
     if checkpointing:
-        checkpoint_activations(made)
+        checkpoint_activations(made, checkpointing)
     return made
 
 
-def checkpoint_activations(sdxl: SDXL) -> None:
-    """Let the backward pass compute activations again in place of keeping them."""
-    sdxl.unet.enable_gradient_checkpointing()
+def checkpoint_activations(sdxl: SDXL, share: float) -> None:
+    """Let the backward pass compute activations again in place of keeping them: of this share of the UNet's blocks,
+    and of all layers of text encoders that learn."""
+    if isinstance(sdxl.unet, unets.UNet):
+        sdxl.unet.enable_gradient_checkpointing(share)
+    elif share < 1:
+        what = f"diffusers' own UNet, which this model needs, recomputes all of its blocks or none, not {share:g}"
+        raise UserError(what, "train.gradient_checkpointing", "use true")
+    else:
+        sdxl.unet.enable_gradient_checkpointing()
     for _, encoder in text.present((sdxl.text_encoder, sdxl.text_encoder_2)):
         # The old name warns in newer versions of transformers.
         new = getattr(encoder, "activation_checkpointing_enable", None)

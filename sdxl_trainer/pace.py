@@ -10,13 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
+from sdxl_trainer.memory import PASSES
 from sdxl_trainer.model import SDXL
 
 # What training reaches of the rate at which the device multiplies matrices. A rule of thumb: the rest is memory
 # traffic, small kernels and waiting.
 SHARE = 0.4
-# Forward passes that forward and backward together cost; checkpointing runs the forward pass once more.
-PASSES = {False: 3.0, True: 4.0}
 _SIDE, _SECONDS = 1024, 0.3
 
 
@@ -30,7 +29,7 @@ def estimate(
         return samples / seen, f"{seen:.3g} images/s of this folder's last steps"
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     rate = _matmul(device, dtype)
-    wanted = flops(base, sdxl, area) * PASSES[config.train.gradient_checkpointing]
+    wanted = flops(base, sdxl, area) * (PASSES + config.train.gradient_checkpointing)
     told = f"{wanted / 1e12:.3g} TFLOP per image at {SHARE:.0%} of {rate / 1e12:.3g} TFLOP/s measured here"
     return samples * wanted / (rate * SHARE), f"{told}: right within a factor of two or so"
 

@@ -105,6 +105,8 @@ class Embedding(nn.Module):
 
 
 class ResnetBlock2D(nn.Module):
+    recomputed = False  # in the backward pass
+
     def __init__(self, inputs: int, outputs: int, time: int, groups: int, eps: float) -> None:
         super().__init__()
         self.norm1 = GroupNorm(groups, inputs, eps)
@@ -153,6 +155,8 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
+    recomputed = False
+
     def __init__(self, width: int, heads: int, context: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
@@ -222,7 +226,6 @@ class UNet(nn.Module):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         config = self.config = Settings({**DEFAULTS, **config})
-        self.checkpointing = False
         widths, time = config["block_out_channels"], 4 * config["block_out_channels"][0]
         self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = Embedding(widths[0], time)
@@ -285,14 +288,17 @@ class UNet(nn.Module):
             found.append(x)
         return found
 
-    def _run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
+    def _run(self, module: Any, *inputs: Tensor) -> Tensor:
+        if module.recomputed and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
         return module(*inputs)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Keep what each resnet and transformer block takes, and compute the rest again in the backward pass."""
-        self.checkpointing = True
+    def enable_gradient_checkpointing(self, share: float = 1.0) -> None:
+        """Of this share of the resnets and transformer blocks, which lie evenly among them, keep what they take, and
+        compute the rest again in the backward pass."""
+        blocks = [m for m in self.modules() if isinstance(m, ResnetBlock2D | BasicTransformerBlock)]
+        for number, block in enumerate(blocks):
+            block.recomputed = math.ceil((number + 1) * share) > math.ceil(number * share)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -202,7 +202,7 @@ def test_simpletuner(here: Path) -> None:
     assert data.repeats == 5.0  # 4 times more, after the first
     assert (data.crop, data.shuffle_tags, data.keep_tags, data.caption_variants) == ("random", True, 1, 3)
     assert (config.adapter.kind, config.adapter.rank, config.adapter.alpha) == ("dora", 8, 8.0)
-    assert config.optimizer.name == "adamw"
+    assert (config.optimizer.name, config.train.gradient_checkpointing) == ("adamw", 0.5)
     assert (config.train.frozen, config.train.batch_size, config.objective.noise_offset) == ("int8", 4, 0.02)
     assert (config.validation.width, config.validation.height) == (64, 96)
     assert "crepa_lambda = 0.5" in lines_of("unknown", lines)

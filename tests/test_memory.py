@@ -47,6 +47,7 @@ TEXT = [{"match": r"unet\..*"}, {"match": r"text_encoder.*"}]
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "checkpointing": {"train": {"gradient_checkpointing": True}},
+    "checkpointing of a third": {"train": {"gradient_checkpointing": 0.33}},
     "fused backward": {"train": {"fused_backward": True}},
     "fused backward, checkpointing": {"train": {"fused_backward": True, "gradient_checkpointing": True}},
     "bf16": {"train": {"weights": "bf16"}, "optimizer": {"name": "adamw_bf16"}},
@@ -150,9 +151,11 @@ def test_gradients_that_are_freed_are_not_counted(config: Callable[..., Any]) ->
 
 
 # GB: what `nvidia-smi` calls 16 and 8 GB, less what the driver keeps.
-@pytest.mark.parametrize(("precision", "weights", "room"), [("fp16", "fp32", 15.6), ("bf16", "bf16", 7.5)])
+@pytest.mark.parametrize(
+    ("precision", "weights", "room", "share"), [("fp16", "fp32", 15.6, 0.75), ("bf16", "bf16", 7.5, 1.0)]
+)
 def test_a_full_fine_tuning_at_1024_is_planned_to_fit(
-    config: Callable[..., Any], precision: str, weights: str, room: float
+    config: Callable[..., Any], precision: str, weights: str, room: float, share: float
 ) -> None:
     """On a T4, which knows neither bf16 nor flash attention, and on 8 GB: full-size SDXL, all of the UNet."""
     train: dict[str, Any] = {"batch_size": 1, "weights": weights, "memory": f"{room}GB"}
@@ -162,7 +165,7 @@ def test_a_full_fine_tuning_at_1024_is_planned_to_fit(
     groups, told = groups_of(chosen, sdxl), list[str]()
     setting = memory.Step((1, 128, 128), precision, "cuda")
     found = memory.fit(chosen, sdxl, groups, setting, told.append)
-    assert (found.train.gradient_checkpointing, found.train.fused_backward) == (True, True)
+    assert (found.train.gradient_checkpointing, found.train.fused_backward) == (share, True)
     assert "two passes for each step" in told[0]
     with pytest.raises(UserError, match="the smallest step takes"):  # several processes cannot
         memory.fit(chosen, sdxl, groups, setting, told.append, alone=False)
@@ -189,6 +192,30 @@ def test_the_fastest_setting_that_fits_is_chosen(config: Callable[..., Any]) -> 
     assert 1 <= found[1][0] < 8
     assert not found[1][1]
     assert found[2][1]
+
+
+@pytest.mark.parametrize("share", [False, 0.25, 0.5, 0.75, True])
+def test_no_more_blocks_are_computed_again_than_needed(config: Callable[..., Any], share: float) -> None:
+    """Room for exactly what a share takes, at a size where each takes less than the one before."""
+    chosen = config(train={"gradient_checkpointing": share})
+    sdxl, groups = skeleton(chosen)
+    one = memory.Step((1, 64, 64), "fp32", "cpu")
+    room = f"{sum(memory.parts(chosen, sdxl, groups, one).values()) / 1e6 + 0.001:.3f}MB"
+    told: list[str] = []
+    found = memory.fit(config(train={"memory": room}), sdxl, groups, one, told.append)
+    assert found.train.gradient_checkpointing == share
+    assert found.train.fused_backward is False
+    assert ("of the blocks" in told[0]) == (0 < share < 1)
+
+
+def test_the_library_s_unet_computes_all_of_its_blocks_again_or_none(
+    config: Callable[..., Any], tmp_path: Path
+) -> None:
+    chosen = config(model={"attention": "xformers"}, train={"memory": "5MB"})
+    base = bases.resolve(chosen.model, tmp_path)
+    model.load(chosen.model, base, None, torch.float32, True, False)
+    with pytest.raises(UserError, match="all of its blocks or none"):
+        model.load(chosen.model, base, None, torch.float32, 0.5, False)
 
 
 def test_what_cannot_fit_is_told_with_what_would(config: Callable[..., Any]) -> None:

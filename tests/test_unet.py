@@ -1,5 +1,6 @@
 """Our UNet against the library's: the same numbers, names and files."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,18 @@ def test_autocast_computes_what_the_library_computes() -> None:
     assert errors[1] < 1.05 * errors[0]
 
 
-def test_checkpointing_changes_no_bit() -> None:
+@pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
+def test_checkpointing_changes_no_bit(share: float) -> None:
     (_, plain), (_, again) = pair(DEEP), pair(DEEP)
-    again.enable_gradient_checkpointing()
+    again.enable_gradient_checkpointing(share)
+    runs = []
+    blocks = [m for m in again.modules() if isinstance(m, unets.ResnetBlock2D | unets.BasicTransformerBlock)]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: runs.append(1))
     (one, wanted), (other, found) = step(plain, inputs(DEEP)), step(again, inputs(DEEP))
     assert torch.equal(one, other)
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert len(runs) == len(blocks) + math.ceil(share * len(blocks))
 
 
 @pytest.mark.parametrize("side", [{}, {"block_out_channels": [384, 768, 1536, 1536]}], ids=["base", "refiner"])

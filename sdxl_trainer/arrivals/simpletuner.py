@@ -93,7 +93,6 @@ _DROPPED = {
     "validation_preview": "previews are drawn to the end",
     "delete_problematic_images": "nothing is deleted",
     "delete_unwanted_images": "nothing is deleted",
-    "gradient_checkpointing_interval": "all blocks",
     "cache_dir": "cache.path",
     "cache_dir_vae": "cache.path",
     "cache_dir_text": "cache.path",
@@ -163,6 +162,10 @@ def _training(made: Account) -> None:
             made.kept(switch, "train.gradient_checkpointing", bool(made.look(switch)))
     if "gradient_checkpointing" not in made.tree["train"]:
         made.assumed("train.gradient_checkpointing", True, "the default there")
+    every = made.number("gradient_checkpointing_interval", 1)
+    if every > 1 and made.tree["train"]["gradient_checkpointing"]:
+        made.changed("gradient_checkpointing_interval", "train.gradient_checkpointing", 1 / every, "a share here")
+    made.unused("gradient_checkpointing_interval")
 
 
 def _rate(made: Account, steps: int | None) -> None:

@@ -21,7 +21,9 @@ class Train(Section):
     frozen: Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8", "nf4"] = option(
         "auto", "type in which the base is kept beside an adapter or new words; auto: the compute type"
     )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    gradient_checkpointing: bool | Fraction = option(
+        False, "recompute activations in the backward pass to save memory: of all blocks, or of a share such as 0.5"
+    )
     memory: Amount | None = option(
         None, "what a step may take, such as 12GB: the fastest of what changes only time and memory"
     )

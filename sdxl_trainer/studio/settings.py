@@ -33,6 +33,7 @@ FIRST = (
 )
 # Options with other values than a list could hold, but with usual ones.
 SUGGESTED = {"optimizer.name": list(OPTIMIZERS)}
+SHARES = ["true", "false", "0.25", "0.5", "0.75"]  # of an option that is a switch or a share
 LISTS = ("data", "token", "learn")
 LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
@@ -59,7 +60,8 @@ def _section(schema: dict[str, Any], part: dict[str, Any]) -> dict[str, Any] | N
 
 
 def _field(section: str, name: str, part: dict[str, Any], required: bool) -> dict[str, Any]:
-    plain = next((c for c in part.get("anyOf", ()) if c.get("type") != "null"), part)
+    given = [c for c in part.get("anyOf", ()) if c.get("type") != "null"]
+    plain: dict[str, Any] = {"enum": SHARES} if len(given) > 1 else (given or [part])[0]
     items = plain.get("items", {})
     simple = items.get("type") in {"string", "number", "integer"}
     kind = plain.get("type", "object")

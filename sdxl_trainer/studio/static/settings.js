@@ -145,8 +145,9 @@ const input = (field, tree, changed, save, place) => {
   const store = trying((event) => save({ changes: { [field.key]: read(field, event.target.value) } }));
   const rest = field.default === null || field.default === undefined ? "" : typeof field.default === "object" ? JSON.stringify(field.default) : String(field.default);
   let made;
-  if (field.kind === "boolean" || (field.choices && field.kind === "string")) {
-    const options = (field.choices ?? ["true", "false"]).map((option) => [option]);
+  if (field.kind === "boolean" || (field.choices && field.kind !== "array")) {
+    const known = field.choices ?? ["true", "false"];
+    const options = [...new Set(value === undefined ? known : [...known, String(value)])].map((option) => [option]);
     made = choice([["", `default${rest ? `: ${rest}` : ""}`], ...options], value === undefined ? "" : String(value), { id, onchange: store });
   } else if (field.kind === "array" || field.kind === "json") {
     made = h("textarea", { id, rows: "2", placeholder: rest, spellcheck: "false", onchange: store });
