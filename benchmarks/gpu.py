@@ -13,7 +13,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,51 +20,16 @@ from typing import Any
 import common
 import torch
 import torch.nn.functional as F
+from gpu_step import Bench, figures, make_inputs, make_optimizer, make_passes, make_step, make_unet
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdxl_trainer import optim
 from sdxl_trainer import unet as unets
-from sdxl_trainer.config import Optimizer
-from sdxl_trainer.parameters import Group
+from sdxl_trainer.optim import backward
 
-# Floating-point operations of a forward and backward pass for one picture at this many pixels, counted on SDXL.
-OPERATIONS = {512: 4.714e12, 768: 10.871e12, 1024: 20.231e12}
 CONFIG = Path(unets.__file__).parent / "assets" / "sdxl" / "unet" / "config.json"
 TINY = {"block_out_channels": [32, 64, 64], "attention_head_dim": [2, 4, 4], "transformer_layers_per_block": [1, 1, 1]}
 TINY |= {"layers_per_block": 1, "norm_num_groups": 16}
-
-
-@dataclass(frozen=True)
-class Bench:
-    device: torch.device
-    config: dict[str, Any]
-    sides: tuple[int, ...]
-    samples: tuple[int, ...]
-    steps: int
-    ends: float
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(self, step: Callable[[], Any], warm: int = 3) -> list[float]:
-        """Of each step, after some to warm up; stops early when time is up."""
-        for _ in range(warm):
-            step()
-        found = []
-        for _ in range(self.steps):
-            self.wait()
-            began = time.perf_counter()
-            step()
-            self.wait()
-            found.append(time.perf_counter() - began)
-            if time.monotonic() > self.ends:
-                break
-        return found
-
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
 
 
 def main() -> None:
@@ -188,31 +152,45 @@ def full(bench: Bench) -> Measures:
 
 def _full(bench: Bench, name: str, side: int, samples: int) -> dict[str, Any]:
     dtype = torch.bfloat16 if name == "ours bf16" else torch.float32
-    model = _unet(bench, dtype, library=name == "reference")
+    model = make_unet(bench, dtype, library=name == "reference")
     parameters = list(model.parameters())
     if name == "ours bf16":
-        optimizer: Any = _optimizer(model, "adamw_bf16", 1e-6)
+        optimizer: Any = make_optimizer(model, "adamw_bf16", 1e-6)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, **({} if name == "reference" else {"fused": True}))
-    step = _step(bench, model, optimizer, parameters, side, samples, dtype, reads=name == "reference")
-    return _figures(bench, bench.seconds(step), side, samples)
+    step = make_step(bench, model, optimizer, parameters, side, samples, dtype, reads=name == "reference")
+    return figures(bench, bench.seconds(step), side, samples)
 
 
 def low_memory(bench: Bench) -> Measures:
-    """One picture at the first side with checkpointing: what each step down takes, and its speed."""
-    kinds = {"fp32, AdamW": ("adamw", torch.float32), "bf16, AdamW": ("adamw_bf16", torch.bfloat16)}
-    kinds["bf16, Adafactor"] = ("adafactor", torch.bfloat16)
+    """One picture at the first side: what each step down takes, and its speed."""
+    narrow, wide = torch.bfloat16, torch.float32
+    levels = {
+        "fp32, AdamW": ("adamw", wide, 1.0, False),
+        "bf16, AdamW, nothing computed again": ("adamw_bf16", narrow, 0.0, False),
+        "bf16, AdamW, half of the blocks": ("adamw_bf16", narrow, 0.5, False),
+        "bf16, AdamW": ("adamw_bf16", narrow, 1.0, False),
+        "bf16, Adafactor": ("adafactor", narrow, 1.0, False),
+        "bf16, Adafactor, fused backward": ("adafactor", narrow, 1.0, True),
+        "fp32, Adafactor, fused backward": ("adafactor", wide, 1.0, True),
+    }
 
-    def measure(name: str, dtype: torch.dtype) -> dict[str, Any]:
-        model = _unet(bench, dtype)
-        model.enable_gradient_checkpointing()
-        parameters = list(model.parameters())
-        optimizer = _optimizer(model, name, 1e-6)
-        step = _step(bench, model, optimizer, parameters, bench.sides[0], 1, dtype)
-        return _figures(bench, bench.seconds(step), bench.sides[0], 1)
+    def measure(name: str, dtype: torch.dtype, share: float, fused: bool) -> dict[str, Any]:
+        model, side = make_unet(bench, dtype), bench.sides[0]
+        model.enable_gradient_checkpointing(share)
+        optimizer, parameters = make_optimizer(model, name, 1e-6), list(model.parameters())
+        step = make_step(bench, model, optimizer, parameters, side, 1, dtype)
+        if fused:
+            passes = make_passes(model, *make_inputs(bench, side, 1, dtype), dtype)
 
-    for label, (name, dtype) in kinds.items():
-        yield label, lambda n=name, d=dtype: measure(n, d)
+            def step() -> None:
+                _, norm = backward.norm(parameters, passes)
+                backward.step(optimizer, parameters, norm, 1.0, passes)
+
+        return figures(bench, bench.seconds(step), side, 1)
+
+    for label, level in levels.items():
+        yield label, lambda chosen=level: measure(*chosen)
 
 
 def adapter(bench: Bench) -> Measures:
@@ -221,14 +199,14 @@ def adapter(bench: Bench) -> Measures:
     def measure(samples: int, checkpointing: bool) -> dict[str, Any]:
         from peft import LoraConfig, inject_adapter_in_model
 
-        model = _unet(bench, torch.bfloat16).requires_grad_(False)
+        model = make_unet(bench, torch.bfloat16).requires_grad_(False)
         inject_adapter_in_model(LoraConfig(r=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         if checkpointing:
             model.enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-        step = _step(bench, model, optimizer, parameters, bench.sides[0], samples, torch.bfloat16)
-        return _figures(bench, bench.seconds(step), bench.sides[0], samples)
+        step = make_step(bench, model, optimizer, parameters, bench.sides[0], samples, torch.bfloat16)
+        return figures(bench, bench.seconds(step), bench.sides[0], samples)
 
     for samples in bench.samples[:2] if find_spec("peft") else ():
         for checkpointing in (False, True):
@@ -240,22 +218,22 @@ def faster(bench: Bench) -> Measures:
     """What compiling transformer blocks, and replaying the passes as one CUDA graph, would gain."""
 
     def compiled(samples: int) -> dict[str, Any]:
-        model = _unet(bench, torch.bfloat16)
+        model = make_unet(bench, torch.bfloat16)
         for module in model.modules():
             if type(module).__name__ in model._repeated_blocks:
                 module.compile(dynamic=False)
         parameters = list(model.parameters())
-        optimizer = _optimizer(model, "adamw_bf16", 1e-6)
-        step = _step(bench, model, optimizer, parameters, bench.sides[0], samples, torch.bfloat16)
+        optimizer = make_optimizer(model, "adamw_bf16", 1e-6)
+        step = make_step(bench, model, optimizer, parameters, bench.sides[0], samples, torch.bfloat16)
         began = time.perf_counter()
         step()
         bench.wait()
         warm = time.perf_counter() - began
-        return {**_figures(bench, bench.seconds(step), bench.sides[0], samples), "first_step_seconds": warm}
+        return {**figures(bench, bench.seconds(step), bench.sides[0], samples), "first_step_seconds": warm}
 
     def graphed(samples: int) -> dict[str, Any]:
-        model = _unet(bench, torch.bfloat16)
-        passes = _passes(model, *_inputs(bench, bench.sides[0], samples, torch.bfloat16), torch.bfloat16)
+        model = make_unet(bench, torch.bfloat16)
+        passes = make_passes(model, *make_inputs(bench, bench.sides[0], samples, torch.bfloat16), torch.bfloat16)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -267,13 +245,13 @@ def faster(bench: Bench) -> Measures:
         with torch.cuda.graph(graph):
             passes()
         seconds = bench.seconds(graph.replay)
-        return {**_figures(bench, seconds, bench.sides[0], samples), "of_it": "forward and backward alone"}
+        return {**figures(bench, seconds, bench.sides[0], samples), "of_it": "forward and backward alone"}
 
     def eager(samples: int) -> dict[str, Any]:
-        model = _unet(bench, torch.bfloat16)
-        passes = _passes(model, *_inputs(bench, bench.sides[0], samples, torch.bfloat16), torch.bfloat16)
+        model = make_unet(bench, torch.bfloat16)
+        passes = make_passes(model, *make_inputs(bench, bench.sides[0], samples, torch.bfloat16), torch.bfloat16)
         seconds = bench.seconds(lambda: (model.zero_grad(), passes()))
-        return {**_figures(bench, seconds, bench.sides[0], samples), "of_it": "forward and backward alone"}
+        return {**figures(bench, seconds, bench.sides[0], samples), "of_it": "forward and backward alone"}
 
     for samples in bench.samples[:2]:
         yield f"eager passes, batch {samples}", lambda b=samples: eager(b)
@@ -285,104 +263,25 @@ def faster(bench: Bench) -> Measures:
 def drift(bench: Bench) -> Measures:
     """Losses of bf16 weights, rounded by chance, and of fp32 ones on the same random pictures over 150 steps."""
 
-    def measure(dtype: torch.dtype) -> dict[str, Any]:
-        model = _unet(bench, dtype)
+    def measure(dtype: torch.dtype, name: str) -> dict[str, Any]:
+        model = make_unet(bench, dtype)
         parameters = list(model.parameters())
-        optimizer = _optimizer(model, "adamw_bf16" if dtype == torch.bfloat16 else "adamw", 1e-5)
+        optimizer = make_optimizer(model, name, 1e-5)
         losses: list[Tensor] = []
         count = 150 if bench.device.type == "cuda" else 3
-        sets = [_inputs(bench, bench.sides[-1], 1, dtype, seed) for seed in range(8)]
+        sets = [make_inputs(bench, bench.sides[-1], 1, dtype, seed) for seed in range(8)]
         for number in range(count):
-            losses.append(_passes(model, *sets[number % 8], dtype)())
+            losses.append(make_passes(model, *sets[number % 8], dtype)())
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
         values = torch.stack(losses).tolist()
         return {"first": statistics.mean(values[:8]), "last": statistics.mean(values[-16:])}
 
-    yield "fp32", lambda: measure(torch.float32)
-    yield "bf16", lambda: measure(torch.bfloat16)
-
-
-def _optimizer(model: Any, name: str, rate: float) -> Any:
-    names, tensors = zip(*model.named_parameters(), strict=True)
-    return optim.make([Group("", rate, 1e-2, names, tensors)], Optimizer(name=name), 0, tensors[0].device)
-
-
-def _unet(bench: Bench, dtype: torch.dtype, library: bool = False) -> Any:
-    torch.manual_seed(0)
-    with bench.device:
-        if library:
-            from diffusers import UNet2DConditionModel
-
-            return UNet2DConditionModel.from_config(bench.config).train()
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            return unets.UNet(bench.config).train()
-        finally:
-            torch.set_default_dtype(before)
-
-
-def _inputs(bench: Bench, side: int, samples: int, dtype: torch.dtype, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
-    draw = torch.Generator(bench.device).manual_seed(seed)
-    config, latent = bench.config, side // 8
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw, device=bench.device)
-
-    added = {"text_embeds": normal(samples, pooled).to(dtype)}
-    added["time_ids"] = torch.full((samples, 6), side, device=bench.device)
-    given = {
-        "sample": normal(samples, 4, latent, latent).to(dtype),
-        "timestep": torch.randint(0, 1000, (samples,), generator=draw, device=bench.device),
-        "encoder_hidden_states": normal(samples, 77, config["cross_attention_dim"]).to(dtype),
-    }
-    return {**given, "added_cond_kwargs": added, "return_dict": False}, normal(samples, 4, latent, latent)
-
-
-def _passes(model: Any, given: dict[str, Any], target: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        with torch.autocast(target.device.type, torch.bfloat16, enabled=dtype == torch.float32):
-            prediction = model(**given)[0]
-        loss = (prediction.float() - target).square().mean()
-        loss.backward()
-        return loss.detach()
-
-    return run
-
-
-def _step(
-    bench: Bench,
-    model: Any,
-    optimizer: Any,
-    parameters: list[Any],
-    side: int,
-    samples: int,
-    dtype: torch.dtype,
-    reads: bool = False,
-) -> Callable[[], None]:
-    passes = _passes(model, *_inputs(bench, side, samples, dtype), dtype)
-
-    def run() -> None:
-        loss = passes()
-        if reads:
-            loss.item()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
-
-
-def _figures(bench: Bench, seconds: list[float], side: int, samples: int) -> dict[str, Any]:
-    median = statistics.median(seconds)
-    found: dict[str, Any] = {"seconds": median, "spread": [min(seconds), max(seconds)], "steps": len(seconds)}
-    found |= {"images_per_second": samples / median, "peak_bytes": bench.peak()}
-    if side in OPERATIONS and bench.device.type == "cuda":
-        found["operations_per_second"] = OPERATIONS[side] * samples / median
-    return found
+    yield "fp32", lambda: measure(torch.float32, "adamw")
+    yield "bf16", lambda: measure(torch.bfloat16, "adamw_bf16")
+    yield "fp32, Adafactor", lambda: measure(torch.float32, "adafactor")
+    yield "bf16, Adafactor", lambda: measure(torch.bfloat16, "adafactor")
 
 
 BENCHMARKS: dict[str, Callable[[Bench], Measures]] = {
