@@ -22,9 +22,10 @@ from sdxl_trainer.train import train
 
 LAST = 40  # steps whose mean loss is told
 ADAMW, ADAFACTOR = 1e-4, 1e-3  # rates; Adafactor's are relative to each tensor
-# Weights, optimizer, its rate, and whose way is compared with. A class by its place rounds to the nearest.
+# Type of the weights, optimizer, its rate, and whose way is compared with. A class by its place rounds to the nearest.
 ROWS: dict[str, tuple[str, str, float, str]] = {
     "fp32, adamw": ("fp32", "adamw", ADAMW, ""),
+    "fp32, adamw, passes in bf16": ("fp32", "adamw", ADAMW, "fp32, adamw"),
     "bf16, adamw_bf16": ("bf16", "adamw_bf16", ADAMW, "fp32, adamw"),
     "bf16, AdamW rounded to the nearest": ("bf16", "torch.optim:AdamW", ADAMW, "fp32, adamw"),
     "fp32, adafactor": ("fp32", "adafactor", ADAFACTOR, ""),
@@ -57,7 +58,7 @@ def settings(name: str, work: Path, steps: int, kind: str, optimizer: str, rate:
     tree = demo.settings(work / name.replace(", ", "-").replace(" ", "-"), data, steps)
     tree["cache"] = {"path": str(work / "cache")}
     tree["train"] |= {"batch_size": 8, "checkpoint_every": 0, "learning_rate": rate, "weights": kind}
-    tree["train"] |= {"precision": "fp32"} if kind == "fp32" else {}
+    tree["train"] |= {"precision": "bf16" if kind == "bf16" or "passes in bf16" in name else "fp32"}
     tree["optimizer"] = {"name": optimizer}
     tree["schedule"], tree["ema"] = {"name": "constant"}, {"enabled": False}
     del tree["validation"]
