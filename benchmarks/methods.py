@@ -1,8 +1,9 @@
 """Which way to train teaches what, and what does it cost and forget? One table of all methods.
 
-Each method teaches micro-SDXL the demo's new shape from the demo's pictures, and the demo's questions are asked before
-and after. Beside each new picture a step has one of the shapes that the base knows, unless the row says otherwise. Each
-row runs in a process of its own, in one thread; a row that is finished is not run again.
+Each method teaches micro-SDXL the demo's new shape from the demo's pictures, and more of the demo's questions are asked
+before and after. Beside each new picture a step has one of the shapes that the base knows, unless the row says
+otherwise. Each row runs in a process of its own, in one thread. What is finished is not run again: neither a row that
+was asked, nor the training of one that is asked anew.
 
     python benchmarks/methods.py [ROW ...] [--again] [--steps 800] [--rate RATE] [--work runs/methods]
     python benchmarks/methods.py --table      writes the table into docs/methods.md and runs nothing
@@ -28,7 +29,8 @@ RESULT = Path(__file__).parent / "results" / "methods.json"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "methods.md"
 MARKS = ("<!-- made by python benchmarks/methods.py -->", "<!-- end -->")
 BATCH, STEPS = 8, 800
-ASKED = {"new": 32, "old": 48}  # fewer of the demo's questions about old shapes: this is done for every row
+# Of 32 answers, as in the demo, one standard error is 6 points, so that equal methods seem 12 apart; of 192 it is 3.
+ASKED = {"new": 192, "old": 96}
 CLASS = 40  # pictures that the base draws, where it does
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 Changes = dict[str, Any]
@@ -136,14 +138,19 @@ def main() -> None:
         found = run(name, options)
         results = known()  # read again: other rows may have been finished beside this one
         of(results, name)[key] = found
-        files.write_json(RESULT, results | {"batch": BATCH, "asked": ASKED})
+        files.write_json(RESULT, results | {"batch": BATCH})
         document(results)
         print(name, key, {kind: found["accuracy"][kind]["shape"] for kind in demo.ASKED}, flush=True)
     document(known())
 
 
 def known() -> dict[str, Any]:
-    return json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {"base": {}, "tried": {}}
+    """What was measured; answers to fewer questions than are asked now do not count."""
+    results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {"base": {}, "tried": {}}
+    for made in (results["base"], *results["tried"].values()):
+        for key in [key for key, found in made.items() if found.get("asked") != ASKED]:
+            del made[key]
+    return results
 
 
 def of(results: dict[str, Any], name: str) -> dict[str, Any]:
@@ -159,6 +166,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One row in a process of its own."""
     command = [sys.executable, __file__, name, "--child", "--work", str(options.work), "--steps", str(options.steps)]
     command += ["--rate", str(options.rate)] if options.rate else []
+    command += ["--again"] if options.again else []
     done = subprocess.run(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -166,7 +174,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         text=True,
         check=True,
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | {"asked": ASKED}
 
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -176,15 +184,19 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if name == "base":
         return {"accuracy": demo.measure(demo.pipeline(demo.BASE), demo.questions())[0]}
     tree = settings(name, options)
-    output, cost = trained(tree)
+    output = Path(tree["output_dir"])
+    costs = output.with_name("cost.json")
+    if options.again or not costs.is_file():
+        files.write_json(costs, trained(tree))
+    cost = json.loads(costs.read_text(encoding="utf-8"))
     drawing = demo.pipeline(demo.BASE if cost["file"] else output)
     attach.attach(drawing, [str(output)] if "adapter" in tree else [])
     tokens.attach(drawing, [str(output)] if "token" in tree else [])
     return {"accuracy": demo.measure(drawing, demo.questions())[0], **cost}
 
 
-def trained(tree: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Train a row; the output folder, and parameters, bytes, seconds and peak memory."""
+def trained(tree: dict[str, Any]) -> dict[str, Any]:
+    """Train a row: parameters, bytes, seconds and peak memory."""
     from sdxl_trainer.configfile import validated
     from sdxl_trainer.run import Start
     from sdxl_trainer.train import train
@@ -202,7 +214,7 @@ def trained(tree: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     whole = [
         path for part in PARTS if part.removesuffix("_2") in names for path in (output / part).glob("*.safetensors")
     ]
-    return output, {
+    return {
         "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(time.process_time() - used, 1),
         "peak_rss_mb": common.status_bytes("VmHWM") >> 20,
@@ -217,7 +229,7 @@ def settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
     row, work = ROWS[name], options.work
     rate = options.rate or row.rate
     data = [demo.pictures(work / kind, kind) for kind in demo.PICTURES]
-    tree = demo.settings(work / f"{name}-{rate:g}", data, options.steps)
+    tree = demo.settings(work / f"{name}-{rate:g}-{options.steps}", data, options.steps)
     if row.prior != "pictures":
         new = {key: value for key, value in tree["data"][0].items() if key != "repeats"}
         tree["data"] = [new, *prior(row.prior, new, work)]
