@@ -5,7 +5,7 @@ before and after. Beside each new picture a step has one of the shapes that the 
 otherwise. Each row runs in a process of its own, in one thread. What is finished is not run again: neither a row that
 was asked, nor the training of one that is asked anew.
 
-    python benchmarks/methods.py [ROW ...] [--again] [--steps 800] [--rate RATE] [--work runs/methods]
+    python benchmarks/methods.py [ROW ...] [--again] [--steps STEPS] [--rate RATE] [--work runs/methods]
     python benchmarks/methods.py --table      writes the table into docs/methods.md and runs nothing
 """
 
@@ -28,7 +28,7 @@ from sdxl_trainer import demo, files
 RESULT = Path(__file__).parent / "results" / "methods.json"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "methods.md"
 MARKS = ("<!-- made by python benchmarks/methods.py -->", "<!-- end -->")
-BATCH, STEPS = 8, 800
+BATCH = 8
 # Of 32 answers, as in the demo, one standard error is 6 points, so that equal methods seem 12 apart; of 192 it is 3.
 ASKED = {"new": 192, "old": 96}
 CLASS = 40  # pictures that the base draws, where it does
@@ -39,13 +39,14 @@ Changes = dict[str, Any]
 @dataclass(frozen=True)
 class Row:
     """A method: what it is called, its learning rate, the changes to the demo's config that it is at a rate, and what
-    keeps the old shapes: pictures of them, preservation (the base draws them), prediction (the base's own) or nothing.
-    """
+    keeps the old shapes: pictures of them, preservation (the base draws them), prediction (the base's own) or nothing;
+    and its steps."""
 
     title: str
     rate: float
     changes: Callable[[float], Changes]
     prior: str = "pictures"
+    steps: int = 800
 
 
 def rules(**shares: float) -> Callable[[float], Changes]:
@@ -70,6 +71,10 @@ def adapter(frozen: str = "auto", **options: Any) -> Callable[[float], Changes]:
     """An adapter of rank 8 on all layers, unless told otherwise."""
     sizes = {} if options.get("kind") in {"oft", "boft"} else {"rank": 8}
     return lambda rate: {"adapter": {"targets": "all", **sizes, **options}, "train": {"frozen": frozen}}
+
+
+def kronecker(factor: int) -> Callable[[float], Changes]:
+    return adapter(kind="lokr", factor=factor, rank=100_000)
 
 
 def word(rate: float) -> Changes:
@@ -97,11 +102,9 @@ ROWS = {
     "lora-plus": Row("LoRA+ r8, all layers, B four times as fast", 2e-3, together(LORA, rules(lora_B=4.0, rest=1.0))),
     "dora": Row("DoRA r8, all layers", 4e-3, adapter(kind="dora")),
     "loha": Row("LoHa r8, all layers", 1.2e-2, adapter(kind="loha")),
-    "lokr": Row("LoKr, factor 2, second matrix whole, all layers", 6e-3, adapter(kind="lokr", factor=2, rank=100_000)),
-    "lokr-4": Row(
-        "LoKr, factor 4, second matrix whole, all layers", 4e-3, adapter(kind="lokr", factor=4, rank=100_000)
-    ),
-    "lokr-8": Row("LoKr r8, no factor given, all layers", 1.6e-2, adapter(kind="lokr")),
+    "lokr": Row("LoKr, factor 2, second matrix whole, all layers", 6e-3, kronecker(2), steps=1600),
+    "lokr-4": Row("LoKr, factor 4, second matrix whole, all layers", 4e-3, kronecker(4), steps=1600),
+    "lokr-8": Row("LoKr r8, no factor given, all layers", 1.6e-2, adapter(kind="lokr"), steps=1600),
     "oft": Row("OFT, attention, blocks of 16", 4e-3, adapter(kind="oft", targets="attention", block_size=16)),
     "boft": Row("BOFT, attention, blocks of 4", 4e-3, adapter(kind="boft", targets="attention", block_size=4)),
     **{
@@ -121,8 +124,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"default: all of {', '.join(ROWS)}")
     parser.add_argument("--again", action="store_true", help="run finished rows too")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--rate", type=float, help="try another learning rate; the row keeps its own")
+    for name, kind in (("steps", int), ("rate", float)):
+        parser.add_argument(f"--{name}", type=kind, help="try others; the row keeps its own")
     parser.add_argument("--work", type=Path, default=Path("runs/methods"))
     parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -132,7 +135,7 @@ def main() -> None:
         print(json.dumps(measured(options.rows[0], options)))
         return
     for name in [] if options.table else options.rows or ["base", *ROWS]:
-        key = "base" if name == "base" else tried(options.rate or ROWS[name].rate, options.steps)
+        key = "base" if name == "base" else tried(name, options)
         if key in of(known(), name) and not options.again:
             continue
         found = run(name, options)
@@ -158,14 +161,15 @@ def of(results: dict[str, Any], name: str) -> dict[str, Any]:
     return results["base"] if name == "base" else results["tried"].setdefault(name, {})
 
 
-def tried(rate: float, steps: int) -> str:
-    return f"{rate:g}, {steps} steps"
+def tried(name: str, options: argparse.Namespace | None = None) -> str:
+    """A row at its own rate and steps, or at those that are to be tried."""
+    return f"{(options and options.rate) or ROWS[name].rate:g}, {(options and options.steps) or ROWS[name].steps} steps"
 
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One row in a process of its own."""
-    command = [sys.executable, __file__, name, "--child", "--work", str(options.work), "--steps", str(options.steps)]
-    command += ["--rate", str(options.rate)] if options.rate else []
+    command = [sys.executable, __file__, name, "--child", "--work", str(options.work)]
+    command += [f"--{key}={value}" for key in ("steps", "rate") if (value := getattr(options, key))]
     command += ["--again"] if options.again else []
     done = subprocess.run(
         command,
@@ -227,9 +231,9 @@ def trained(tree: dict[str, Any]) -> dict[str, Any]:
 def settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The demo's config with the new shape's pictures alone, and the row's changes."""
     row, work = ROWS[name], options.work
-    rate = options.rate or row.rate
+    rate, steps = options.rate or row.rate, options.steps or row.steps
     data = [demo.pictures(work / kind, kind) for kind in demo.PICTURES]
-    tree = demo.settings(work / f"{name}-{rate:g}-{options.steps}", data, options.steps)
+    tree = demo.settings(work / f"{name}-{rate:g}-{steps}", data, steps)
     if row.prior != "pictures":
         new = {key: value for key, value in tree["data"][0].items() if key != "repeats"}
         tree["data"] = [new, *prior(row.prior, new, work)]
@@ -279,7 +283,7 @@ def document(results: dict[str, Any]) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A row for each method at its own rate, with as many steps as it was given last; and all that was tried."""
+    """A row for each method at its own rate and steps; and all that was tried."""
     lines = [
         "| method | steps | new shape, % | old shapes, % | learns | file | CPU time | peak memory |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -288,15 +292,14 @@ def table(results: dict[str, Any]) -> str:
     tries = ["", "| method | learning rate, steps: new, old |", "| --- | --- |"]
     for name, row in ROWS.items():
         made = results["tried"].get(name, {})
-        own = [key for key in made if key.startswith(f"{row.rate:g}, ")]
-        if not own:
+        found = made.get(tried(name))
+        if not found:
             continue
-        found, steps = made[own[-1]], own[-1].split(", ")[1].removesuffix(" steps")
         now = found["accuracy"]
         new, old = (f"{100 * before[kind]['shape']:.0f} → {100 * now[kind]['shape']:.0f}" for kind in ASKED)
         size, minutes = f"{found['file_bytes'] / 1e3:,.0f} kB", f"{found['cpu_seconds'] / 60:.1f} min"
         lines.append(
-            f"| {row.title} | {steps} | {new} | {old} | {found['parameters']:,} | {size} | {minutes} "
+            f"| {row.title} | {row.steps} | {new} | {old} | {found['parameters']:,} | {size} | {minutes} "
             f"| {found['peak_rss_mb']:,} MB |"
         )
         each = [
