@@ -2,8 +2,8 @@
 
 They compute what transformers' `CLIPTextModel`, `CLIPTextModelWithProjection` and `CLIPTokenizer` do, operation by
 operation, so that rows of the cache are the same bits; but for products in fp32 on a CPU, where `kernels.linear` is
-nearly twice as fast, and as exact. They can be asked, not trained. `model` and `tokenizer` give
-None for what is not known here or is not in order: the library can do more, and says what is wrong.
+nearly twice as fast and rounds otherwise. They can be asked, not trained. `model` and `tokenizer` give None for what is
+not known here or is not in order: the library can do more, and says what is wrong.
 """
 
 import json
