@@ -3,12 +3,13 @@
     python benchmarks/gpu.py [--minutes 9] [--only limits,full,...]
     python benchmarks/gpu.py --device cpu --size tiny --sides 64 --samples 2 --steps 2     what the tests run
 
-It needs torch, safetensors and pydantic; with diffusers it also measures the library's UNet in the loop of the
+It needs torch, numpy, safetensors and pydantic; with diffusers it also measures the library's UNet in the loop of the
 reference script (fp32 weights under autocast, AdamW as PyTorch makes it, the norm clipped and the loss read every
 step; its data pipeline is left out, in its favour), with peft also adapters. Weights and inputs are random. Each
 figure is written as soon as it is there, and what no time is left for is named.
 """
 
+import gc
 import json
 import statistics
 import time
@@ -30,6 +31,8 @@ from sdxl_trainer.optim import backward
 CONFIG = Path(unets.__file__).parent / "assets" / "sdxl" / "unet" / "config.json"
 TINY = {"block_out_channels": [32, 64, 64], "attention_head_dim": [2, 4, 4], "transformer_layers_per_block": [1, 1, 1]}
 TINY |= {"layers_per_block": 1, "norm_num_groups": 16}
+# What compilers, drivers and libraries raise where they have not been tried.
+FAILURES = (RuntimeError, ImportError, OSError, ValueError, TypeError, AttributeError)
 
 
 def main() -> None:
@@ -60,14 +63,17 @@ def main() -> None:
 
 
 def _attempt(bench: Bench, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What is measured, or that it does not fit; nothing of it stays in memory."""
+    """What is measured, or that it does not fit or fails: the rest is worth its time. Nothing of it stays in memory."""
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
         return measure()
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
+    except FAILURES as error:
+        return {"failed": f"{type(error).__name__}: {error}"[:500]}
     finally:
+        gc.collect()  # models too that something holds in a circle
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
 

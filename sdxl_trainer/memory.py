@@ -6,11 +6,11 @@ every operation. To that come the weights, the optimizer's state and averages.
 
 import copy
 import weakref
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -124,10 +124,9 @@ def fit(
         way = ways[fits]
         samples, needs = every, takes(way, every)
         if needs > room and not way.fused:
-            # Beside what one sample takes every further one takes as much again.
-            one, two = takes(way, 1), takes(way, 2)
-            samples = min(every - 1, int((room - one) // (two - one)) + 1)
-            needs = one + (samples - 1) * (two - one)
+            # Not guessed from the first two: where the optimizer's step takes more than their passes they tell nothing.
+            samples = 1 + bisect_right(range(2, every), room, key=partial(takes, way))
+            needs = takes(way, samples)
         words, price = way.told()
         say(f"memory {config.train.memory}: {samples} per pass{words}, {needs / 1e9:.2f} GB{price}")
         return _with(config, train={**way.options, "micro_batch": samples})

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,27 @@ def test_the_gpu_s_runs_on_a_cpu(tmp_path: Path) -> None:
     assert found["full"]["ours fp32, 64 px, batch 1"]["images_per_second"] > 0
     assert found["full"].keys() == {f"{n}, 64 px, batch 1" for n in ("ours bf16", "ours fp32", "reference")}
     assert {"limits", "attention", "full", "adapter", "low_memory", "faster", "drift"} <= found.keys()
+    assert '"failed"' not in json.dumps(found)
     assert all(fact["finite"] for fact in found["attention"].values() if "not_here" not in fact)
+
+
+def test_what_fails_on_a_gpu_is_told_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+    import torch
+    from gpu_step import Bench
+
+    kept = []
+
+    def measure() -> dict[str, float]:
+        model = torch.nn.Linear(1, 1)
+        model.itself = [model]
+        kept.append(weakref.ref(model))
+        raise RuntimeError("no compiler here")
+
+    found = gpu._attempt(Bench(torch.device("cpu"), {}, (), (), 1, 0.0), measure)
+    assert found == {"failed": "RuntimeError: no compiler here"}
+    assert kept[0]() is None
 
 
 def test_the_page_tells_what_is_met_and_what_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

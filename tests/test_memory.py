@@ -218,6 +218,26 @@ def test_the_library_s_unet_computes_all_of_its_blocks_again_or_none(
         model.load(chosen.model, base, None, torch.float32, 0.5, False)
 
 
+def test_passes_fit_whose_first_samples_take_less_than_the_optimizer_s_step(config: Callable[..., Any]) -> None:
+    """There the second sample takes nothing more, and tells nothing of the later ones."""
+    options: dict[str, Any] = {"batch_size": 12, "weights": "bf16"}
+    plain = config(train=options, optimizer={"name": "adamw_bf16"})
+    sdxl, groups = skeleton(plain)
+
+    def takes(samples: int) -> float:
+        passes = memory.Step((samples, 16, 16), "fp32", "cpu", micro_batches=-(-12 // samples))
+        return sum(memory.parts(plain, sdxl, groups, passes).values())
+
+    assert takes(1) == takes(2) < takes(11)
+    for room in (takes(1), (takes(1) + takes(11)) / 2):
+        chosen = config(train={**options, "memory": f"{room / 1e6 + 0.001:.3f}MB"}, optimizer={"name": "adamw_bf16"})
+        found = memory.fit(chosen, sdxl, groups, memory.Step((12, 16, 16), "fp32", "cpu"), lambda _: None)
+        samples = found.train.micro_batch
+        assert samples is not None
+        assert not found.train.gradient_checkpointing
+        assert takes(samples) <= room + 1000 < takes(samples + 1)
+
+
 def test_what_cannot_fit_is_told_with_what_would(config: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="the smallest step takes") as refused:
         fitted(config(train={"memory": "5MB"}), 2)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -25,6 +25,17 @@ def _possible(path: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_possible)]
+
+
+def _some(given: Any, check: Any) -> Any:
+    """One message of a value that may be of two types, for which there would be one of each."""
+    try:
+        return check(given)
+    except ValidationError:
+        raise ValueError("true, false or a number from 0 to 1") from None
+
+
+Share = Annotated[bool | Fraction, WrapValidator(_some)]
 
 
 def _below(path: str) -> str:

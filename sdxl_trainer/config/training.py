@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationInfo, field_validator
 
-from sdxl_trainer.config.section import Amount, Fraction, PathText, Positive, Section, option
+from sdxl_trainer.config.section import Amount, Fraction, PathText, Positive, Section, Share, option
 from sdxl_trainer.errors import closest
 
 
@@ -21,7 +21,7 @@ class Train(Section):
     frozen: Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8", "nf4"] = option(
         "auto", "type in which the base is kept beside an adapter or new words; auto: the compute type"
     )
-    gradient_checkpointing: bool | Fraction = option(
+    gradient_checkpointing: Share = option(
         False, "recompute activations in the backward pass to save memory: of all blocks, or of a share such as 0.5"
     )
     memory: Amount | None = option(

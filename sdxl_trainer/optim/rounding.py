@@ -26,6 +26,7 @@ def rounded(inner: Any, seed: int, narrow: Sequence[str] = ()) -> Any:
     fp32 weights, but that what `narrow` names is kept in bf16 and rounded as well."""
 
     class Rounded(inner):
+        rounds = True
         param_groups: list[dict[str, Any]]
 
         @cached_property
@@ -124,8 +125,10 @@ def stochastically(exact: list[Tensor], noise: list[Tensor]) -> None:
     """Round fp32 numbers to bf16 values, up with the probability of what is cut off.
 
     bf16 is the upper half of fp32: a random number of 16 bits added to the lower half carries with the right chance.
+    What is no number stays so: GPUs write it as the largest integer, which any carry would make -0.
     """
     raw = [t.view(torch.int32) for t in exact]
+    torch._foreach_clamp_max_(raw, 0x7FFF0000)
     torch._foreach_add_(raw, noise)
     for part in raw:
         part &= -(1 << 16)

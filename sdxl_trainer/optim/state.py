@@ -10,6 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sdxl_trainer import optim, sharding
+from sdxl_trainer.errors import UserError
+from sdxl_trainer.optim import rounding
 from sdxl_trainer.parameters import Group
 
 # Key of the tensor that trains, of an optimizer that shows others for use.
@@ -65,6 +67,9 @@ def load(
         for entry in file.keys():
             owner, _, key = entry.rpartition("|")
             found.setdefault(owners[owner], {})[key] = file.get_tensor(entry)
+    if getattr(optimizer, "rounds", False) and any(rounding.STEPS not in found[index] for index in found if index >= 0):
+        what = "its optimizer's state is of a version that rounded bf16 weights otherwise"
+        raise UserError(what, str(path), "continue it with that version, or begin a new run from its weights")
     training = [found.get(index, {}).pop(TRAINING, None) for index in position.values()]
     described = optimizer.state_dict()["param_groups"]
     described = [group | found.pop(-1 - number, {}) for number, group in enumerate(described)]

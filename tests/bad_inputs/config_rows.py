@@ -57,6 +57,12 @@ ROWS = [
     Bad("no data", r"data = \[\]", r"\[\[data\]\]", options={"data": []}),
     Bad("negative number", "train.learning_rate = -1", "greater than 0", options={"train.learning_rate": -1.0}),
     Bad("share above 1", "caption_dropout = 1.5", "less than or equal to 1", options={"data.0.caption_dropout": 1.5}),
+    Bad(
+        "share or switch above 1",
+        r"train.gradient_checkpointing = 1.5 is not allowed",
+        "true, false or a number from 0 to 1",
+        options={"train.gradient_checkpointing": 1.5},
+    ),
     Bad("not a number", "train.learning_rate = NaN", "finite", make=lambda p: _nan(p)),
     Bad("unknown choice", 'optimizer.name = "adam"', "adamw", options={"optimizer.name": "adam"}),
     Bad("empty path", 'output_dir = ""', "path", options={"output_dir": ""}),

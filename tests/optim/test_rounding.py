@@ -2,15 +2,18 @@
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from sdxl_trainer import optim
 from sdxl_trainer.config import STEP_APART, Optimizer
-from sdxl_trainer.optim import rounding
+from sdxl_trainer.errors import UserError
+from sdxl_trainer.optim import rounding, state
 from sdxl_trainer.parameters import Group
 
 MANY = 100_000
@@ -41,6 +44,14 @@ def test_a_number_becomes_one_of_its_two_neighbours_with_its_own_mean(value: flo
 def test_numbers_that_bf16_holds_stay() -> None:
     exact = torch.randn(MANY).bfloat16().float()
     assert torch.equal(rounded(exact), exact)
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    """GPUs write it as the largest integer, which goes around to -0 if something is added to it."""
+    exact = torch.tensor([0x7FFFFFFF, 0x7FC00000, -0x400000], dtype=torch.int32).view(torch.float32).repeat(100)
+    assert rounded(exact).isnan().all()
+    infinite = torch.tensor([float("inf"), -float("inf")]).repeat(100)
+    assert torch.equal(rounded(infinite), infinite)
 
 
 def make(name: str, *tensors: nn.Parameter, rate: float = 1e-3, decay: float = 0.0, **more: Any) -> Any:
@@ -160,6 +171,17 @@ def test_which_tensors_step_together_changes_no_bit(name: str, monkeypatch: pyte
         found.append([*narrow, *(ours.state[p][key] for p in narrow for key in sorted(ours.state[p]))])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_state_of_moments_in_bf16_that_were_not_rounded_is_refused(tmp_path: Path) -> None:
+    """Older versions wrote it; the first step would end in an error of PyTorch's."""
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    group, path = Group("", 1e-3, 0.0, ("0",), (weight,)), tmp_path / "optimizer.safetensors"
+    older = torch.optim.AdamW([weight], fused=True)
+    steps(older, weight, [1.0])
+    save_file(state.tensors(older, [group]), path)
+    with pytest.raises(UserError, match="rounded bf16 weights otherwise"):
+        state.load(make("adamw", weight), [group], path, {})
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "sgd"])
