@@ -75,7 +75,9 @@ def starting_point(
     if start.mode == "continue":
         _refuse_another(state["config"], state["data"], config, data_hash, str(chosen.path))
     else:
-        changed = [key for key, _, _ in differences(state["config"], config)] + ["data"] * (state["data"] != data_hash)
+        found = differences(state["config"], config)
+        _refuse_other_state(found, str(chosen.path))
+        changed = [key for key, _, _ in found] + ["data"] * (state["data"] != data_hash)
         if changed:
             say(f"not an exact continuation, since these changed: {shortened(changed)}")
     # At its last step a run is not done: its pipeline may not have been written yet.
@@ -107,6 +109,14 @@ def _refuse_another(old: dict[str, Any], old_data: str, config: Config, data_has
     if old_data != data_hash:
         what = "the pictures, captions, VAE or text encoders changed since this run began"
         raise UserError(what, where, "choose another output_dir for the changed data or model, or bring the old back")
+
+
+def _refuse_other_state(changed: list[tuple[str, Any, Any]], where: str) -> None:
+    """Whatever else may change from a named checkpoint on: an optimizer cannot go on with another's state."""
+    for key, then, now in changed:
+        if key in {"optimizer.name", "train.weights"}:
+            what = f"this checkpoint holds the optimizer's state of a run with {key} = {then}, not {now}"
+            raise UserError(what, where, f"set {key} back, or begin a new run from its weights")
 
 
 def _last_run(output: Path) -> dict[str, Any] | None:

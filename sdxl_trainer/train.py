@@ -145,7 +145,7 @@ def _loop(job: Job, stop: Stop) -> None:
         micro_batch,
         accelerator.process_index,
         accelerator.num_processes,
-        config.train.workers,
+        _readers(job),
         pin=accelerator.device.type == "cuda",
     )
     if state.step == 0 and job.validator.due(0, run.steps, job.order.steps_per_epoch):
@@ -186,6 +186,15 @@ def _loop(job: Job, stop: Stop) -> None:
             finish.write_report(job)
         if "pause" in asked and _held(job, stop):
             return
+
+
+def _readers(job: Job) -> int:
+    """Threads that read rows ahead: by default one, and none where it would compete with the step for a CPU. Rows that
+    come from afar are always waited for beside it."""
+    if job.run.config.train.workers is not None:
+        return job.run.config.train.workers
+    near = job.samples.latents.AT_ONCE == 1
+    return 0 if near and job.run.accelerator.device.type == "cpu" else 1
 
 
 def _asked(job: Job, stop: Stop) -> set[str]:

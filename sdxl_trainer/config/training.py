@@ -45,7 +45,12 @@ class Train(Section):
         None, "folder or fsspec address (s3://bucket/run) to which each checkpoint is copied once it is verified"
     )
     validate_every: Positive | None = option(None, "steps between validation pictures")
-    workers: int = option(1, "threads that read cached rows ahead", ge=0, le=16)
+    workers: int | None = option(
+        None,
+        "threads that read cached rows ahead; default: 1, or 0 on a CPU, all of whose cores a step takes",
+        ge=0,
+        le=16,
+    )
 
 
 # Optimizers by name, with the options that each has beside weight_decay and what these are if not given.

@@ -16,7 +16,10 @@ import torch
 
 from sdxl_trainer import checkpoint, files
 from sdxl_trainer.configfile import dumps
+from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
+from sdxl_trainer.run import Start
+from sdxl_trainer.train import train
 
 # Everything that is drawn at random is on. Buckets leave steps of several sizes; an epoch has four steps, so that
 # checkpoints and interruptions fall into the middle of epochs, and ends in the middle of a pass over the pictures.
@@ -141,3 +144,23 @@ def test_two_processes_take_the_same_steps(config: Callable[..., Any], tmp_path:
     for (_, loss, norm), (_, other_loss, other_norm) in zip(one, two, strict=True):
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert other_norm == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"optimizer": {"name": "adafactor"}}, "optimizer.name"),
+        ({"train": {"steps": 2, "weights": "bf16", "checkpoint_every": 1}}, "train.weights"),
+    ],
+)
+def test_a_named_checkpoint_is_refused_to_another_optimizer(
+    config: Callable[..., Any], changes: dict[str, Any], key: str
+) -> None:
+    """The learning rate may change from it on, and the run says so; another optimizer has no use for its state."""
+    sizes = {"steps": 1, "checkpoint_every": 1}
+    output = train(config(train=sizes))
+    other = config(**{"train": {**sizes, "steps": 2}, **changes})
+    with pytest.raises(UserError, match=f"a run with {key}"):
+        train(other, Start("checkpoint", "checkpoint-1"))
+    train(config(train={**sizes, "steps": 2, "learning_rate": 2e-6}), Start("checkpoint", "checkpoint-1"))
+    assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == [1, 2]
