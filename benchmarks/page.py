@@ -22,6 +22,11 @@ def result(name: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def digits(value: float) -> str:
+    """Three, and no power of ten."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 0.1 else f"{1e3 * value:.3g} ms"
 
@@ -49,7 +54,7 @@ class Target:
         side = "≥" if self.least else "≤"
         cells = (
             self.label,
-            f"{self.found:.3g}{self.unit}",
+            f"{digits(self.found)}{self.unit}",
             f"{side} {self.bound:g}{self.unit}",
             "yes" if met else "**no**",
         )
@@ -128,7 +133,7 @@ def rows() -> list[Row]:
         ):
             pair = found["seconds"][key]
             made.append(
-                (label, seconds(pair["reference"]), seconds(pair["ours"]), f"{found['times_faster'][key]:.3g} ×")
+                (label, seconds(pair["reference"]), seconds(pair["ours"]), f"{digits(found['times_faster'][key])} ×")
             )
         for key, label in (
             ("to_first_step", "start to first optimizer step, those not encoded yet"),
