@@ -299,7 +299,7 @@ def picture(bars: list[tuple[str, float]]) -> str:
 
 def main() -> None:
     (DOCS / "performance.md").write_text(page(), encoding="utf-8")
-    bars = [(label, float(times.partition(" ")[0])) for label, _, _, times in rows() if times]
+    bars = [(label, float(times.partition(" ")[0].replace(",", ""))) for label, _, _, times in rows() if times]
     unet = result("unet")
     bars += [(f"a step of the UNet alone, {k}", unet[k]["speed"]["ratio"]) for k in ("fp32", "bf16") if k in unet]
     if bars:
