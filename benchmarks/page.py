@@ -293,7 +293,7 @@ def picture(bars: list[tuple[str, float]]) -> str:
         y, width = 34 * number + 6, max(scale * math.log10(max(value, 1.0)), 1.0)
         parts.append(f'<text x="390" y="{y + 16}" text-anchor="end" fill="#222">{label}</text>')
         parts.append(f'<rect x="400" y="{y}" width="{width:.0f}" height="22" fill="#2f6f9f"/>')
-        parts.append(f'<text x="{406 + width:.0f}" y="{y + 16}" fill="#222">{value:.3g}</text>')
+        parts.append(f'<text x="{406 + width:.0f}" y="{y + 16}" fill="#222">{digits(value)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
