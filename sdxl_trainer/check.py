@@ -31,6 +31,7 @@ from sdxl_trainer.data import findings, ledger, mirrored, plan, prepare, problem
 from sdxl_trainer.data.encode import DTYPES
 from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.data.prepare import Stock
+from sdxl_trainer.data.table import present
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.report import dataset
 from sdxl_trainer.run import CONTINUE
@@ -65,7 +66,7 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
         lines.append(f"already done: {begin.steps} steps, in {config.output_dir}")
     elif begin.checkpoint:
         lines.append(f"continues after step {begin.checkpoint.step} ({begin.checkpoint.path})")
-    alone = distributed.one_pass(config, int(os.environ.get("WORLD_SIZE", "1")), len(np.unique(order.group_of)))
+    alone = distributed.one_pass(config, int(os.environ.get("WORLD_SIZE", "1")), len(present(order.group_of)))
     config = setup.fitted(config, base, stock, begin.checkpoint, precision, lines.append, alone)
     groups, sdxl = setup.learning(config, base, stock, begin.checkpoint)
     unet = sum(p.numel() for p in sdxl.parameters())

@@ -54,6 +54,12 @@ def others_explained() -> Iterator[None]:
         raise SystemExit(_EXIT) from None
 
 
+def may_fuse(config: Config) -> bool:
+    """Whether the backward pass may take the steps of what learns, where each is of one pass."""
+    learns = not (config.adapter or config.token) and all(rule.until == 1 for rule in config.learn)
+    return learns and config.optimizer.name in STEP_APART
+
+
 def remedies(config: Config) -> list[str]:
     """Settings that lower the memory which this config takes, the cheapest first, with what each costs."""
     train, found = config.train, list[str]()
@@ -62,15 +68,7 @@ def remedies(config: Config) -> list[str]:
         found.append(f"train.micro_batch = {half} (same result, somewhat slower)")
     if train.gradient_checkpointing != 1:
         found.append("train.gradient_checkpointing = true (same result, a forward pass more in each step)")
-    whole = (train.micro_batch or train.batch_size) == train.batch_size and all(
-        rule.until == 1 for rule in config.learn
-    )
-    if (
-        whole
-        and not (config.adapter or config.token)
-        and not train.fused_backward
-        and config.optimizer.name in STEP_APART
-    ):
+    if (train.micro_batch or train.batch_size) == train.batch_size and may_fuse(config) and not train.fused_backward:
         found.append("train.fused_backward = true (on one GPU, same result, two passes for each step)")
     if config.adapter is None and config.optimizer.name in {"adamw", "schedulefree", "prodigy", "came", "lion"}:
         found.append('optimizer.name = "adafactor" (no first moments: another course of the training)')

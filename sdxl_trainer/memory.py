@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sdxl_trainer import adapters, kernels, model, narrow, optim
+from sdxl_trainer import adapters, guards, kernels, model, narrow, optim
 from sdxl_trainer import unet as unets
-from sdxl_trainer.config import STEP_APART, Config
+from sdxl_trainer.config import Config
 from sdxl_trainer.config.section import bytes_of
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.model import SDXL
@@ -150,8 +150,7 @@ def _shares(config: Config, sdxl: SDXL) -> list[float]:
 
 
 def _may_fuse(config: Config, setting: Step, alone: bool) -> bool:
-    whole = setting.micro_batches == 1 and all(rule.until == 1 for rule in config.learn)
-    return alone and whole and config.optimizer.name in STEP_APART and not (config.adapter or config.token)
+    return alone and setting.micro_batches == 1 and guards.may_fuse(config)
 
 
 def _with(config: Config, **sections: dict[str, Any]) -> Config:
