@@ -3,6 +3,8 @@
 import logging
 import os
 
+from sdxl_trainer import cpus
+
 __version__ = "0.1.0"
 
 # transformers would advise on image processors that need torchvision, which nothing here uses.
@@ -13,5 +15,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# Where a container may use a part of the CPUs that it sees, a thread for each would mostly wait for the others.
+if "OMP_NUM_THREADS" not in os.environ and cpus.allowed() < cpus.bound():
+    os.environ["OMP_NUM_THREADS"] = str(cpus.allowed())
 # On CPUs bitsandbytes tells of a faster kernel that it could have from a hub; nothing here asks for one.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer import configfile, files
+from sdxl_trainer import configfile, cpus, files
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import ledger
 from sdxl_trainer.data.prepare import Stock
@@ -110,7 +110,7 @@ def hardware(accelerator: Any) -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return {
         "device": f"{device.type} ({name})",
-        "cores": os.cpu_count(),
+        "cores": cpus.allowed(),
         "memory_gb": round(memory, 1),
         "processes": accelerator.num_processes,
     }

@@ -1,6 +1,5 @@
 """Filling the cache: pictures to moments of their latents, captions to embeddings. Also the keys of both."""
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdxl_trainer import vae
+from sdxl_trainer import cpus, vae
 from sdxl_trainer.base import Base
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Cache, TextOptions
@@ -283,7 +282,7 @@ def decoded(work: Work, options: Cache) -> Iterator[Decoded | UserError]:
     """Pixels of every (picture, geometry), each picture read once. The processes that decode begin at once, and work
     ahead of who asks by as many pictures as fit into `AHEAD_BYTES`, two each at least."""
     items = work.by_picture()
-    workers = min(8, os.cpu_count() or 1) if options.workers is None else options.workers
+    workers = min(8, cpus.allowed()) if options.workers is None else options.workers
     workers = min(workers, len(items))
     largest = max(map(len, items), default=1) * max((3 * h * w for h, w in work.pictures.targets), default=1)
     ahead = min(max(2, AHEAD_BYTES // (workers * largest)), 64) if workers else None
