@@ -17,7 +17,7 @@ import common
 import torch
 from torch import nn
 
-from sdxl_trainer import adapters, blueprint, configfile, memory, model, optim, parameters
+from sdxl_trainer import adapters, blueprint, configfile, ema, memory, model, optim, parameters
 from sdxl_trainer import unet as unets
 from sdxl_trainer.config import Config
 from sdxl_trainer.optim import backward
@@ -50,6 +50,7 @@ def settings() -> dict[str, dict[str, Any]]:
     made["adapter, checkpointing"] = {"rank": 16, "checkpointing": True}
     made["adapter, batch 8"] = {"rank": 16, "samples": 8}
     made["averages"] = {"ema": True}
+    made["averages, bf16 weights, checkpointing"] = {**made["bf16 weights, checkpointing"], "ema": True}
     made |= {f"fused backward, {name}": {"fused": True, "optimizer": name} for name in ("adamw", "adafactor")}
     freed = {"fused": True, "optimizer": "adafactor", "checkpointing": True}
     made["fused backward, adafactor, checkpointing"] = freed
@@ -146,7 +147,7 @@ def _train(unet: dict[str, Any], setting: dict[str, Any]) -> None:
         made.enable_gradient_checkpointing(float(config.train.gradient_checkpointing))
     _, groups = prepared(config, made.train())
     optimizer = optim.make(groups, config.optimizer, 0, torch.device("cpu"))
-    averages = [p.detach().float().clone() for group in groups for p in group.parameters] if config.ema.enabled else []
+    averages = ema.make(groups, config.ema.decay) if config.ema.enabled else None
     samples, latent = setting["samples"], setting["latent"]
     pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
     inputs = torch.float32 if precision(setting) == "fp32" else dtype
@@ -172,7 +173,8 @@ def _train(unet: dict[str, Any], setting: dict[str, Any]) -> None:
             passes()
         optimizer.step()
         optimizer.zero_grad()
-    averages.clear()
+        if averages:
+            averages.update()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from sdxl_trainer import sharding
+from sdxl_trainer.optim import rounding
 from sdxl_trainer.parameters import Group
 
 
@@ -24,7 +26,9 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
-        torch._foreach_lerp_(self.averages, [p.float() for p in self.parameters], 1.0 - self.decay_now())
+        weight, averages = 1.0 - self.decay_now(), iter(self.averages)
+        for some in rounding.together(self.parameters):  # of narrow weights no more copies than these at once
+            torch._foreach_lerp_(list(islice(averages, len(some))), [p.float() for p in some], weight)
 
     def decay_now(self) -> float:
         """Warm-up rule of the reference: 0 at first, then (1 + n) / (10 + n) up to `decay`."""

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from sdxl_trainer import ema, optim, parameters
+from sdxl_trainer import ema, memory, optim, parameters
 from sdxl_trainer.config import Learn, LearningRate, Optimizer, Train
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.optim import rounding
 
 TRAIN = Train(steps=1, learning_rate=1e-3)
 
@@ -107,6 +108,25 @@ def test_averages_are_those_of_diffusers() -> None:
         assert ours.decay_now() == pytest.approx(reference.cur_decay_value)
     for average, expected in zip(ours.averages, reference.shadow_params, strict=True):
         torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_averages_of_narrow_weights_copy_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of all of them in fp32 would be as large as two of what learns."""
+    module = nn.Sequential(*(nn.Linear(100, 10) for _ in range(20))).bfloat16()
+    groups = parameters.apply_rules(module, (Learn(match=".*"),), TRAIN, Optimizer(name="adamw_bf16"))
+    averages = ema.make(groups, 0.9)
+    averages.update()
+    monkeypatch.setattr(rounding, "TOGETHER", 2020)
+    before = [p.detach().double() for p in module.parameters()]
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(1.0)
+    with memory.Live([]) as live:
+        averages.update()
+    assert 0 < live.peak <= 4 * 2020
+    decay = averages.decay_now()
+    for p, was, average in zip(module.parameters(), before, averages.averages, strict=True):
+        torch.testing.assert_close(average.double(), decay * was + (1 - decay) * p.double(), rtol=0, atol=1e-6)
 
 
 def test_swapping_averages_in_leaves_the_weights_bitwise() -> None:

@@ -7,11 +7,13 @@ some tensors after the others.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from sdxl_trainer import keyed, sharding
 
@@ -38,90 +40,116 @@ def rounded(inner: Any, seed: int, narrow: Sequence[str] = ()) -> Any:
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
             for group in self.param_groups:
-                for some in _together([p for p in group["params"] if p.grad is not None]):
+                for some in together([p for p in group["params"] if p.grad is not None]):
                     self._step(group, some)
 
         def _step(self, group: dict[str, Any], some: list[Tensor]) -> None:
             """Let `inner` see copies of some tensors, and no others: it need not look for them among all."""
             groups, own = self.param_groups, {"params": group["params"], "names": group["names"]}
             called = [self._called[p] for p in some]
-            exact, before = _lent(self.state, some, narrow)
+            exact, widened, before = _lent(self.state, some, narrow)
             self.param_groups = [group]
-            group.update(params=exact, names=[name for _, name in called])
+            group.update(params=exact.copies, names=[name for _, name in called])
             super().step()
             group.update(own)
             self.param_groups = groups
-            keys = _keys(seed, [number for number, _ in called], before, 1 + len(narrow))
-            _returned(self.state, some, exact, before, narrow, keys)
+            counts = [kept.get(STEPS, 0) for kept in before]
+            drawn = {count: _keys(seed, count, len(self._called), 1 + len(narrow)) for count in set(counts)}
+            keys = [drawn[count][number] for count, (number, _) in zip(counts, called, strict=True)]
+            _returned(self.state, some, exact, widened, before, narrow, keys)
 
     Rounded.__name__ = inner.__name__
     return Rounded
 
 
-def _lent(state: Any, some: list[Tensor], narrow: Sequence[str]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Copies of tensors in fp32, which take over gradients and state; and the state as it was."""
-    exact, before = _wide(some), [state.pop(p, {}) for p in some]
-    for copy, gradient in zip(exact, _wide([p.grad for p in some if p.grad is not None]), strict=True):
+def _lent(
+    state: Any, some: list[Tensor], narrow: Sequence[str]
+) -> tuple["Wide", dict[str, "Wide"], list[dict[str, Any]]]:
+    """Copies of tensors in fp32, which take over gradients and state; those of narrow state, by name, where all tensors
+    have some; and the state as it was."""
+    exact, before = Wide.of(some), [state.pop(p, {}) for p in some]
+    gradients = Wide.of([p.grad for p in some if p.grad is not None])
+    for copy, gradient in zip(exact.copies, gradients.copies, strict=True):
         copy.grad = gradient
-    begun = [(copy, kept) for copy, kept in zip(exact, before, strict=True) if kept]
+    begun = [(copy, kept) for copy, kept in zip(exact.copies, before, strict=True) if kept]
     for copy, kept in begun:
         state[copy] = dict(kept)
-    for key in narrow:
-        for (copy, _), value in zip(begun, _wide([kept[key] for _, kept in begun]), strict=True):
+    widened = {key: Wide.of([kept[key] for _, kept in begun]) for key in narrow if begun}
+    for key, values in widened.items():
+        for (copy, _), value in zip(begun, values.copies, strict=True):
             state[copy][key] = value
-    return exact, before
+    return exact, widened if len(begun) == len(some) else {}, before
 
 
 def _returned(
     state: Any,
     some: list[Tensor],
-    exact: list[Tensor],
+    exact: "Wide",
+    widened: dict[str, "Wide"],
     before: list[dict[str, Any]],
     narrow: Sequence[str],
     keys: list[list[int]],
 ) -> None:
     """Give weights and state back from the copies, rounded where they are kept in bf16."""
-    for p, copy, kept in zip(some, exact, before, strict=True):
+    for p, copy, kept in zip(some, exact.copies, before, strict=True):
         copy.grad = None  # makes room for the random bits
         state[p] = state.pop(copy, {}) | {STEPS: kept.get(STEPS, 0) + 1}
-    _store(some, exact, keys[0])
-    for key, own in zip(narrow, keys[1:], strict=True):
-        values = [state[p][key] for p in some]
-        for p, kept, value in zip(some, before, values, strict=True):
+    exact.store(some, [own[0] for own in keys])
+    for number, key in enumerate(narrow, start=1):
+        values = widened.get(key) or Wide([state[p][key] for p in some], None)
+        for p, kept, value in zip(some, before, values.copies, strict=True):
             state[p][key] = kept[key] if kept else torch.empty_like(value, dtype=torch.bfloat16)
-        _store([state[p][key] for p in some], values, own)
+        values.store([state[p][key] for p in some], [own[number] for own in keys])
 
 
-def _keys(seed: int, numbers: list[int], before: list[dict[str, Any]], count: int) -> list[list[int]]:
-    """Keys of the random bits of each tensor, for `count` uses."""
-    drawn = [
-        keyed.generator(seed, "rounding", number, kept.get(STEPS, 0)).integers(1 << 63, size=count).tolist()
-        for number, kept in zip(numbers, before, strict=True)
-    ]
-    return list(map(list, zip(*drawn, strict=True)))
+@lru_cache(maxsize=8)
+def _keys(seed: int, steps: int, tensors: int, uses: int) -> list[list[int]]:
+    """Keys of the random bits of each tensor after so many steps, one for each use."""
+    drawn: list[list[int]] = keyed.generator(seed, "rounding", steps).integers(1 << 63, size=(tensors, uses)).tolist()
+    return drawn
 
 
-def _wide(tensors: list[Tensor]) -> list[Tensor]:
-    made = [torch.empty_like(t, dtype=torch.float32) for t in tensors]
-    if tensors:
-        torch._foreach_copy_([sharding.local(t) for t in made], [sharding.local(t) for t in tensors])
-    return made
+@dataclass(frozen=True)
+class Wide:
+    """Copies in fp32. They are parts of one tensor, so that what concerns all is done at once; shards lie apart."""
+
+    copies: list[Tensor]
+    whole: Tensor | None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Wide":
+        if any(sharding.is_sharded(t) or not t.is_contiguous() for t in tensors):
+            made = cls([torch.empty_like(t, dtype=torch.float32) for t in tensors], None)
+        else:
+            whole = torch.empty(sum(t.numel() for t in tensors), dtype=torch.float32, device=tensors[0].device)
+            made = cls(list(_unflatten_dense_tensors(whole, tensors)), whole)
+        torch._foreach_copy_(_local(made.copies), _local(tensors))
+        return made
+
+    def store(self, tensors: Sequence[Tensor], keys: Sequence[int]) -> None:
+        """Write the numbers, which are changed, to bf16 tensors, rounded by the bits of each tensor's key: all
+        processes that share one draw the same."""
+        bits = torch.Generator(self.copies[0].device)
+        if self.whole is None:
+            drawn = [torch.empty(t.shape, dtype=torch.int32, device=t.device) for t in self.copies]
+            noise, exact = drawn, _local(self.copies)
+        else:
+            whole = torch.empty_like(self.whole, dtype=torch.int32)
+            drawn = list(whole.split([t.numel() for t in self.copies]))
+            noise, exact = [whole], [self.whole]
+        for part, key in zip(drawn, keys, strict=True):
+            part.random_(0, 1 << 16, generator=bits.manual_seed(key))
+        if self.whole is None:
+            noise = _local([sharding.like(part, t) for part, t in zip(drawn, self.copies, strict=True)])
+        stochastically(exact, noise)
+        torch._foreach_copy_(_local(tensors), _local(self.copies))
 
 
-def _store(tensors: list[Tensor], exact: list[Tensor], keys: list[int]) -> None:
-    """Write fp32 numbers, which are changed, to bf16 tensors. All processes that share a tensor draw the same bits."""
-    bits = torch.Generator(exact[0].device)
-    noise = [sharding.like(_noise(t.shape, bits.manual_seed(key)), t) for t, key in zip(exact, keys, strict=True)]
-    parts = [sharding.local(t) for t in exact]
-    stochastically(parts, [sharding.local(t) for t in noise])
-    torch._foreach_copy_([sharding.local(t) for t in tensors], parts)
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [sharding.local(t) for t in tensors]
 
 
-def _noise(shape: torch.Size, bits: torch.Generator) -> Tensor:
-    return torch.randint(1 << 16, shape, dtype=torch.int32, device=bits.device, generator=bits)
-
-
-def stochastically(exact: list[Tensor], noise: list[Tensor]) -> None:
+def stochastically(exact: Sequence[Tensor], noise: list[Tensor]) -> None:
     """Round fp32 numbers to bf16 values, up with the probability of what is cut off.
 
     bf16 is the upper half of fp32: a random number of 16 bits added to the lower half carries with the right chance.
@@ -142,7 +170,7 @@ def copies(shapes: Sequence[torch.Size], narrow: int, most: float) -> int:
     return (2 + narrow) * int(min(every, max(TOGETHER, largest), most))
 
 
-def _together(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+def together(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Runs of tensors of one device, of at most TOGETHER elements (or one tensor)."""
     some, size = list[Tensor](), 0
     for p in parameters:
