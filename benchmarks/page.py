@@ -117,6 +117,7 @@ def rows() -> list[Row]:
         ("resume", "start to the step after a checkpoint"),
         ("pipeline", "a sample out of the input pipeline alone, shapes of 1024 px"),
         ("steps", "an optimizer step, tiny UNet, 256 px, batch 4"),
+        ("camera", "the same, photographs of 24 megapixels"),
     ):
         if key in peers:
             made.append((label, *compared(peers[key])))

@@ -183,6 +183,13 @@ def steps(setting: Setting) -> dict[str, Any]:
     return outcome(both(setting, lambda who: statistics.median(run(setting, who, "steps", counts[who]).each[2:])))
 
 
+def camera(setting: Setting) -> dict[str, Any]:
+    """The same for photographs of 24 megapixels, as cameras make them."""
+    place = setting.place / "camera"
+    place.mkdir()
+    return steps(replace(setting, data=photographs(setting, 16, (4000, 6000)), place=place))
+
+
 def memory(setting: Setting) -> dict[str, Any]:
     """The most memory that a run takes which has to encode its pictures, and one that finds them encoded."""
     found: dict[str, dict[str, int]] = {"caching": {}, "training": {}}
@@ -242,11 +249,11 @@ def encoding(setting: Setting) -> float:
     return sum(timings[name] for name in ("reading the data", "encoding"))
 
 
-def photographs(setting: Setting, count: int) -> Path:
-    """`count` JPEGs of 1024 x 1280 pixels, cut out of those that there are."""
+def photographs(setting: Setting, count: int, size: tuple[int, int] = (1024, 1280)) -> Path:
+    """`count` JPEGs of so many pixels, cut out of those that there are."""
     from PIL import Image
 
-    folder = setting.place / "photographs"
+    folder = setting.place / f"photographs-{size[0]}"
     if folder.is_dir():
         return folder
     folder.mkdir()
@@ -254,9 +261,9 @@ def photographs(setting: Setting, count: int) -> Path:
     for number in range(count):
         row = rows[number % len(rows)]
         with Image.open(setting.data / row["file_name"]) as picture:
-            side = 1280 + 64 * (number // len(rows))
+            side = size[1] + 64 * (number // len(rows))
             whole = picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
-        whole.crop((0, 0, 1024, 1280)).save(folder / f"{number}.jpg", quality=92)
+        whole.crop((0, 0, *size)).save(folder / f"{number}.jpg", quality=92)
     lines = (json.dumps({"file_name": f"{n}.jpg", "text": rows[n % len(rows)]["text"]}) for n in range(count))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
@@ -358,6 +365,7 @@ BENCHMARKS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "gate": gate,
     "start": start,
     "steps": steps,
+    "camera": camera,
     "resume": resume,
     "pipeline": pipeline,
     "caching": caching,
