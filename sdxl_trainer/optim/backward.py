@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdxl_trainer.optim.clipping import shorten
+from sdxl_trainer.optim.clipping import length, shorten
 
 # Gradients are kept until they are this part of all of them, so that optimizers have few tensors to go through often.
 PARTS = 32
@@ -30,7 +30,7 @@ def norm(
     def measure(number: int, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
         assert number not in norms, "gradients of several passes add up"
-        norms[number] = nn.utils.get_total_norm([parameter.grad])
+        norms[number] = length([parameter.grad])
         parameter.grad = None
 
     with _complete(parameters, share, measure):

@@ -15,9 +15,14 @@ def clip(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], l
     takes another pass over all gradients. `limit` None: the norm alone.
     """
     learning = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+    norm = length([p.grad for p in learning if p.grad is not None])
     shorten(optimizer, learning, limit, norm)
     return sharding.whole(norm)
+
+
+def length(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm, [] in fp32, of all together. In bf16, where PyTorch's own leaves it, it would be off by up to 0.4 %."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2.0, torch.float32)))
 
 
 def shorten(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sdxl_trainer import optim
+from sdxl_trainer.optim import backward
 from sdxl_trainer.optim.fused import AdamW
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95)}
@@ -60,6 +61,24 @@ def test_clipping_is_that_of_pytorch(kind: str, limit: float | None) -> None:
         other.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_exact_whatever_the_gradients_type(dtype: torch.dtype) -> None:
+    parameters = [nn.Parameter(torch.zeros(n, dtype=dtype)) for n in (1000, 10, 3000)]
+    gradients = [torch.randn_like(p) for p in parameters]
+
+    def passes() -> torch.Tensor:
+        loss = torch.stack([(p * g).sum() for p, g in zip(parameters, gradients, strict=True)]).sum()
+        loss.backward()
+        return loss
+
+    _, measured = backward.norm(parameters, passes)
+    passes()
+    norm = optim.clip(torch.optim.SGD(parameters), parameters, None)
+    assert norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(torch.cat(gradients).double().norm().item(), rel=1e-5)
+    assert torch.equal(measured, norm)
 
 
 def test_a_step_that_is_not_finite_leaves_everything_as_it_is() -> None:
