@@ -143,7 +143,7 @@ def worker(path: Path) -> None:
 
 
 def described(batch: Any, index: int, name: str) -> list[Any]:
-    own = [batch.mean, batch.posterior_noise, batch.noise, batch.time_ids, batch.mask]
+    own = [batch.mean, batch.posterior_noise, batch.noise, batch.time_ids]
     own += [t for n, t in batch.text.items() if n in {"pooled", "kept"}]
     digest = hashlib.sha256(b"".join(t[index].contiguous().numpy().tobytes() for t in own)).hexdigest()
     return [Path(name).name, int(batch.timesteps[index]), float(batch.weight[index]), digest[:16]]

@@ -5,6 +5,7 @@ key and counter *are* the state, so nothing has to be saved, and a draw does not
 on how often the run was interrupted.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,14 @@ class _Key(ISeedSequence):
         return self.key
 
 
+@lru_cache(maxsize=4 * len(PURPOSES))
+def _key(seed: int, purpose: str) -> _Key:
+    return _Key(np.array([seed & _MASK, PURPOSES[purpose]], dtype=np.uint64))
+
+
 def generator(seed: int, purpose: str, epoch: int = 0, sample: int = 0) -> np.random.Generator:
     """The generator of one draw. All arguments are integers of up to 64 bits; equal arguments, equal numbers."""
-    key = np.array([seed & _MASK, PURPOSES[purpose]], dtype=np.uint64)
     # The low counter word is left to the generator: 2^64 draws before two keys could meet.
     counter = np.array([0, 0, epoch & _MASK, sample & _MASK], dtype=np.uint64)
     # NumPy's stubs know of no ISeedSequence but its own.
-    return np.random.Generator(np.random.Philox(_Key(key), counter=counter))  # type: ignore[arg-type]
+    return np.random.Generator(np.random.Philox(_key(seed, purpose), counter=counter))  # type: ignore[arg-type]

@@ -210,6 +210,23 @@ def test_batches_carry_the_mask_of_their_crop(stock: Callable[..., Any], tmp_pat
     assert len(seen) == 6
 
 
+def test_a_batch_has_a_mask_where_a_picture_has_one(
+    config: Callable[..., Any], pictures: Path, masked: Path, tmp_path: Path
+) -> None:
+    """A picture without one beside others counts whole; where none has one there is no tensor of ones."""
+    sets = [{"path": str(masked), "mask": "file"}, {"path": str(pictures)}]
+    made = config(data=sets, cache={"path": str(tmp_path / "cache")})
+    found = bases.resolve(made.model, tmp_path)
+    taken = prepare.take_stock(made, found, "fp32")
+    prepare.fill(made, found, taken, torch.device("cpu"), lambda *_: None, print)
+    samples = prepare.samples(made, found, taken, 1000)
+    both = loader.batch(samples, 0, [(0, True), (3, True)]).mask
+    assert both is not None
+    assert torch.equal(both[1], torch.ones(1, *both.shape[2:]))
+    assert not torch.equal(both[0], both[1])
+    assert loader.batch(samples, 0, [(3, True), (4, True)]).mask is None
+
+
 def test_focus_on_the_mask_centres_the_crop_on_it(stock: Callable[..., Any]) -> None:
     _, taken = stock(fill=False, mask="file", focus="mask", buckets="none", bucket_step=64, bucket_min=None)
     # White from 1/2 to 3/4 of the width: the centre is 5/8 of 96 (the resized width), the crop 64 wide.
