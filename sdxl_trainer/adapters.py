@@ -275,7 +275,8 @@ def _key_dropout(sdxl: SDXL, share: float) -> None:
     layers = [(name, layer) for name, layer in found if isinstance(layer, nn.ModuleDict)]
     for number, (name, layer) in enumerate(layers):
         lengths = sdxl.dropout_lengths if name.endswith(("attn2.to_k", "attn2.to_v")) else None
-        layer[NAME] = KeyedDropout(share, number, sdxl.dropout_keys, lengths)
+        keys = sdxl.dropout_keys if name.startswith("unet.") else sdxl.dropout_chunks
+        layer[NAME] = KeyedDropout(share, number, keys, lengths)
 
 
 def layers(model: nn.Module) -> list[Any]:

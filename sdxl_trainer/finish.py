@@ -15,6 +15,7 @@ from sdxl_trainer import checkpoint, export, files, hub, manifest, optim, publis
 from sdxl_trainer.base import Base
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.run import Job
+from sdxl_trainer.sampling.checkpoints import model_index
 
 # Of the time of a run, what the pages about it may take while it goes on.
 REPORT_SHARE = 0.02
@@ -64,7 +65,11 @@ def _choose(job: Job) -> None:
         assert step is not None
         job.run.accelerator.wait_for_everyone()  # the main process has written it by now
         at = checkpoint.verify(checkpoint.Checkpoint(job.output / f"{checkpoint.PREFIX}{step}", step))
-        checkpoint.restore(at, job.run.sdxl, job.state.ema)
+        optimizer = job.run.optimizer.optimizer
+        if optim.evaluates(optimizer):  # what is used is made of the tensors that train and of the optimizer's state
+            checkpoint.load_training_state(at, job.run.sdxl, optimizer, job.run.groups, None)
+        else:
+            checkpoint.restore(at, job.run.sdxl, job.state.ema)
         job.console.say(f"the result is the model after step {step}, where its validation loss was lowest")
 
 
@@ -119,7 +124,6 @@ def save_pipeline(
 
     `model_index.json` comes last: while it is missing, the folder is not yet a pipeline.
     """
-    index = base.config("model_index")
     for name in (set(_COPIED) & set(base.parts)) - sdxl.parts().keys():
         files.write_atomically(output / name, partial(_copy_part, base.part(name), variant=base.variant))
     for own, tensors in result.items():
@@ -128,7 +132,7 @@ def save_pipeline(
         files.write_atomically(output / own, partial(checkpoint.save_part, name=name, config=config, tensors=tensors))
     (output / "scheduler").mkdir(exist_ok=True)
     files.write_json(output / "scheduler" / "scheduler_config.json", scheduler)
-    files.write_json(output / "model_index.json", index)
+    files.write_json(output / "model_index.json", model_index(base, scheduler))
 
 
 def _copy_part(source: Path, folder: Path, *, variant: str | None) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config, Data, Inpainting
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats import single_file
 
 Refusal = tuple[bool, str, str, str]
 
@@ -40,6 +41,14 @@ def _all(config: Config, base: Base) -> Iterator[Refusal]:
     whole = "single" in config.export.formats and (base.refines or base.inpaints)
     kind = "a refiner" if base.refines else "an inpainting model"
     yield whole, f"export.formats has 'single', which is not written for {kind}", "export.formats", "remove it"
+    asked = {"prediction_type": config.objective.prediction} if config.objective.prediction else {}
+    unsaid = single_file.untold(base.config("scheduler") | asked) if "single" in config.export.formats else ""
+    yield (
+        bool(unsaid),
+        f"export.formats has 'single', which cannot say that a model {unsaid}",
+        "export.formats",
+        "remove it",
+    )
 
 
 def _refiner(config: Config) -> Iterator[Refusal]:

@@ -39,9 +39,11 @@ class SDXL(nn.Module):
         self.text_encoder, self.text_encoder_2 = encoders or (None, None)
         self.added: set[str] = set()  # parameters that were injected: then they alone may learn
         self.saving: Callable[[], Any] = nullcontext  # how autograd keeps what the backward pass needs
-        # Of the samples in the pass, for layers that drop: keys, and positions of the text before it is repeated.
+        # For layers that drop: keys of the samples in the pass, positions of their text before it is repeated, and keys
+        # of the chunks that the text encoders read. Apart, since these may compute again in the backward pass.
         self.dropout_keys: list[int] = []
         self.dropout_lengths: list[int] = []
+        self.dropout_chunks: list[int] = []
         self.reading = reading
         # In a tuple, where PyTorch does not look: they are no part of what is trained, moved and saved.
         self.frozen = frozen
@@ -80,7 +82,7 @@ class SDXL(nn.Module):
         the frozen ones. `chunks` [B, N] names each sample's, `kept` [B, 2] is 0 where an encoder's output is to be
         zeros, `weights` [C, 2, 77] are those of the tokens."""
         if keys is not None:
-            self.dropout_keys[:] = _chunk_keys(keys.tolist(), chunks.tolist(), len(tokens))
+            self.dropout_chunks[:] = _chunk_keys(keys.tolist(), chunks.tolist(), len(tokens))
         encoders = self.frozen or (self.text_encoder, self.text_encoder_2)
         # Frozen encoders compute in their own type, as they do where captions are cached.
         alone = torch.autocast(tokens.device.type, enabled=False) if self.frozen else nullcontext()

@@ -334,8 +334,7 @@ def _model(
     learns, seed = stock.text_learns, config.seed
     sdxl = model.load(config.model, base, folder, weights, checkpointing, learns, config.text, frozen, seed)
     if config.adapter or config.token:
-        kind = precision if config.train.frozen == "auto" else config.train.frozen
-        narrow.pack(sdxl, kind, DTYPES[precision])
+        narrow.pack(sdxl, precision if config.train.frozen == "auto" else config.train.frozen, DTYPES[precision])
     inject(sdxl, config, base, at)
     line = model.use_attention(sdxl, config.model.attention, accelerator.device)
     if line:
@@ -375,10 +374,12 @@ def _frozen_copy(
     config: Config, base: Base, accelerator: Any, precision: str, stock: Stock, frozen: text.TextEncoders | None
 ) -> model.SDXL:
     """The base as it was, to be asked for its predictions, kept as narrow as train.frozen says."""
-    weights = DTYPES[config.train.weights]
-    copy = model.load(config.model, base, None, weights, False, stock.text_learns, config.text, frozen)
+    own = DTYPES[config.train.weights]
+    copy = model.load(config.model, base, None, own, False, stock.text_learns, config.text, frozen)
     narrow.pack(copy, precision if config.train.frozen == "auto" else config.train.frozen, DTYPES[precision])
     model.use_attention(copy, config.model.attention, accelerator.device)
+    if precision == "fp32" and own != torch.float32:
+        model.compute_in_fp32(copy)  # what is not packed, as in the model that learns
     return copy.to(accelerator.device)
 
 

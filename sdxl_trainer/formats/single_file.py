@@ -15,6 +15,7 @@ from sdxl_trainer import files
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.formats import folder, modules, sgm, vocabulary
 from sdxl_trainer.formats.metadata import modelspec
+from sdxl_trainer.schedule import is_edm
 
 LOG = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ PARTS = {
 }
 # Empty tensors whose presence tells ComfyUI and its kin how the model was trained.
 V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
+# Tensors by which they know models with EDM's noise levels: Playground 2.5, CosXL.
+EDM = ("edm_mean", "edm_vpred.sigma_max")
 PICKLED = (b"PK\x03\x04", b"\x80")  # how files of `torch.save` begin, new and old
 TO_SAFETENSORS = """convert it once, if you trust where it comes from: python -c "import sys, torch; \
 from safetensors.torch import save_file; w = torch.load(sys.argv[1], weights_only=True); w = w.get('state_dict', w); \
@@ -50,6 +53,9 @@ def about(path: Path | str) -> About:
     path = Path(path)
     with _opened(path) as file:
         names, metadata = set(file.keys()), dict(file.metadata() or {})
+    for name in names.intersection(EDM):
+        what = f"this model has EDM's noise levels (it holds '{name}'), which are not read from one file"
+        raise UserError(what, str(path), "use the model's diffusers folder, whose scheduler says which")
     owned = tuple(sgm.PREFIX.values())
     unused = sorted(name for name in names - {V_PREDICTION, ZERO_TERMINAL_SNR} if not name.startswith(owned))
     return About(
@@ -142,7 +148,17 @@ def pack(
 def trained(source: Path) -> tuple[bool, bool]:
     """Whether the model of a diffusers folder predicts v, and whether its schedule ends without signal."""
     schedule = folder.read_config("scheduler", source)
+    unsaid = untold(schedule)
+    if unsaid:
+        raise UserError(f"one file cannot say that a model {unsaid}", str(source), "keep it as a diffusers folder")
     return schedule.get("prediction_type") == "v_prediction", bool(schedule.get("rescale_betas_zero_snr"))
+
+
+def untold(schedule: dict[str, Any]) -> str:
+    """What programs that read one file would not know of a model with this scheduler, if anything."""
+    if is_edm(schedule):
+        return "has EDM's noise levels"
+    return "predicts the picture itself" if schedule.get("prediction_type") == "sample" else ""
 
 
 def write(

@@ -12,15 +12,32 @@ from sdxl_trainer.data.cache import key
 from sdxl_trainer.errors import UserError
 
 STATE = "state.json"
+DEFAULT = "EulerDiscreteScheduler"  # that of SDXL base
+# Schedulers of diffusers that can begin without signal; the others pass over rescale_betas_zero_snr.
+FROM_ZERO = (
+    DEFAULT,
+    *("EulerAncestralDiscreteScheduler", "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler"),
+    *("DDPMParallelScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler"),
+    "TCDScheduler",
+)
 
 
 def scheduler_config(config: dict[str, Any], prediction: str, zero_terminal_snr: bool) -> dict[str, Any]:
     """The scheduler that fits how the model was trained: used for previews and saved with the model."""
     config = {**config, "prediction_type": prediction}
-    if zero_terminal_snr:
+    if zero_terminal_snr or config.get("rescale_betas_zero_snr"):
         # Sampling must start at the terminal timestep, which only trailing spacing visits (Lin et al. 2024, 3.3).
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if config.get("_class_name", DEFAULT) not in FROM_ZERO:
+            config["_class_name"] = DEFAULT
     return config
+
+
+def model_index(of: Base, scheduler: dict[str, Any]) -> dict[str, Any]:
+    """The base's model_index.json, with the scheduler's class where that is another now."""
+    kind = scheduler.get("_class_name")
+    changed = kind != of.config("scheduler").get("_class_name")
+    return of.config("model_index") | ({"scheduler": ["diffusers", kind]} if changed else {})
 
 
 def assembled(folder: Path, cache: Path) -> Path | None:
@@ -63,4 +80,4 @@ def _link(folder: Path, *, checkpoint: Path, of: Base, config: dict[str, Any]) -
     (folder / "scheduler").mkdir()
     made = scheduler_config(scheduler, prediction, objective["zero_terminal_snr"])
     files.write_json(folder / "scheduler" / "scheduler_config.json", made)
-    files.write_json(folder / "model_index.json", of.config("model_index"))
+    files.write_json(folder / "model_index.json", model_index(of, made))

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sdxl_trainer import base as bases
 from sdxl_trainer import checkpoint, configfile, setup
 from sdxl_trainer.data import loader, prepare
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats import folder, single_file
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.train import train
 
@@ -193,3 +195,24 @@ def test_what_has_no_meaning_for_edm_is_refused(
     made = config(model={"path": str(edm)}, objective=objective)
     with pytest.raises(UserError, match=what):
         setup.noise_schedule(made, bases.resolve(made.model, tmp_path))
+
+
+def test_what_one_file_cannot_say_is_not_written_as_one(config: Callable[..., Any], edm: Path, tmp_path: Path) -> None:
+    """Its readers would take the model for one that predicts the noise of SDXL's own schedule."""
+    one = {"export": {"formats": ["single"]}, "train": {"steps": 1, "checkpoint_every": 0}}
+    with pytest.raises(UserError, match="cannot say that a model has EDM's noise levels"):
+        train(config(model={"path": str(edm)}, **one))
+    with pytest.raises(UserError, match="cannot say that a model predicts the picture itself"):
+        train(config(objective={"prediction": "sample"}, **one))
+    with pytest.raises(UserError, match="one file cannot say that a model has EDM's noise levels"):
+        single_file.pack(edm, tmp_path / "one.safetensors")
+
+
+@pytest.mark.parametrize("mark", single_file.EDM)
+def test_one_file_of_edm_is_not_taken_for_another_model(base: Path, tmp_path: Path, mark: str) -> None:
+    parts = {name: folder.read_weights(name, base) for name in folder.WEIGHTS}
+    save_file(
+        load_file(single_file.write(tmp_path / "a.safetensors", parts, {})) | {mark: torch.zeros(4)}, tmp_path / "b"
+    )
+    with pytest.raises(UserError, match="EDM's noise levels"):
+        single_file.expand(tmp_path / "b", tmp_path / "out", configs=base)

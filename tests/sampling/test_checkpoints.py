@@ -1,5 +1,8 @@
 """A checkpoint can be drawn with as it is, while the run goes on."""
 
+import inspect
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from PIL import Image
 
 from sdxl_trainer import sample
 from sdxl_trainer.errors import UserError
-from sdxl_trainer.sampling import models
+from sdxl_trainer.sampling import checkpoints, models, samplers
 from sdxl_trainer.sampling.order import made
 from sdxl_trainer.train import train
 
@@ -45,3 +48,38 @@ def test_a_checkpoint_of_an_adapter_says_how(config: Callable[..., Any], tmp_pat
     with pytest.raises(UserError) as caught:
         drawn(output / "checkpoint-1", tmp_path / "out")
     assert caught.value.fix.endswith(f"--lora {output / 'checkpoint-1'}")
+
+
+@pytest.mark.parametrize("kind", ["PNDMScheduler", "DPMSolverSinglestepScheduler", "DDIMScheduler"])
+def test_a_scheduler_that_cannot_begin_without_signal_gives_way(
+    config: Callable[..., Any], base: Path, tmp_path: Path, kind: str
+) -> None:
+    """It would pass over `rescale_betas_zero_snr`, and draw from other noise than was trained."""
+    from diffusers import StableDiffusionXLPipeline
+
+    own = shutil.copytree(base, tmp_path / "own")
+    for name, change in (
+        ("scheduler/scheduler_config.json", {"_class_name": kind}),
+        ("model_index.json", {"scheduler": ["diffusers", kind]}),
+    ):
+        (own / name).write_text(json.dumps(json.loads((own / name).read_text()) | change))
+    objective = {"prediction": "v_prediction", "zero_terminal_snr": True}
+    output = train(config(model={"path": str(own)}, objective=objective, train={"steps": 1, "checkpoint_every": 1}))
+    checkpoint = models.checkpoints.assembled(output / "checkpoint-1", tmp_path / "models")
+    for model in (output, checkpoint):
+        saved = json.loads((model / "scheduler/scheduler_config.json").read_text())
+        schedulers = [samplers.scheduler(saved, None), StableDiffusionXLPipeline.from_pretrained(model).scheduler]
+        for scheduler in schedulers:
+            assert scheduler.alphas_cumprod[-1] < 1e-6
+            assert scheduler.config.timestep_spacing == "trailing"
+            assert (type(scheduler).__name__ == kind) == (kind == "DDIMScheduler")
+
+
+def test_schedulers_that_begin_without_signal_are_those_of_diffusers() -> None:
+    import diffusers
+
+    kinds = {name: getattr(diffusers, name) for name in checkpoints.FROM_ZERO}
+    kinds |= {sampler.kind: getattr(diffusers, sampler.kind) for sampler in samplers.SAMPLERS.values()}
+    for name, kind in kinds.items():
+        takes = "rescale_betas_zero_snr" in inspect.signature(kind.__init__).parameters
+        assert takes == (name in checkpoints.FROM_ZERO), name

@@ -119,6 +119,27 @@ def test_the_mask_of_a_sample_depends_on_neither_micro_batch_nor_checkpointing(
     assert found["none"] != pytest.approx(found["whole"], rel=1e-4)
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_text_encoders_that_recompute_drop_the_same(
+    config: Callable[..., Any], tmp_path: Path, micro_batch: int
+) -> None:
+    """Of captions of several chunks too, each of which has a mask of its own."""
+    long = ", ".join(["a red circle", "a green square"] * 15)
+    adapter = {"rank": 4, "dropout": 0.5, "parts": ["unet", "text_encoder", "text_encoder_2"]}
+    found = {}
+    for recompute in (False, True):
+        sizes = {"steps": 2, "micro_batch": micro_batch, "gradient_checkpointing": recompute, "learning_rate": 1e-2}
+        made = config(
+            data=[{"caption": long, "caption_only": True}],
+            adapter=adapter,
+            train=sizes,
+            output_dir=str(tmp_path / str(recompute)),
+        )
+        found[recompute] = load_file(train(made) / RESULTS[0])
+    for name, tensor in found[False].items():
+        torch.testing.assert_close(found[True][name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
 def test_only_what_the_rules_name_moves(config: Callable[..., Any]) -> None:
     """LoRA+ (Hayou et al. 2024) is a rule: B learns faster than A. Here A does not learn at all."""
     from sdxl_trainer import setup

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sdxl_trainer import checkpoint
+from sdxl_trainer.config import Optimizer
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.train import train
 from tests.conftest import draw_folder
@@ -219,6 +220,20 @@ def test_the_best_model_is_kept_and_the_run_ends_early(worsening: Callable[..., 
     before = (output / "metrics.jsonl").read_bytes()
     train(worsening("stopped", keep_best=True, stop_after=2))
     assert (output / "metrics.jsonl").read_bytes() == before, "it is done"
+
+
+def test_the_best_model_of_an_optimizer_that_shows_other_weights_than_it_trains(
+    worsening: Callable[..., Any], tmp_path: Path
+) -> None:
+    import torch
+
+    made = worsening("averaging", keep_best=True, stop_after=2)
+    sizes = made.train.model_copy(update={"learning_rate": 0.1})
+    output = train(made.model_copy(update={"optimizer": Optimizer(name="schedulefree"), "train": sizes}))
+    best = lowest(output)
+    assert best < max(measures(output))
+    result, then = (checkpoint.read_weights(folder / "unet") for folder in (output, output / f"checkpoint-{best}"))
+    assert all(torch.equal(result[name], then[name]) for name in then)
 
 
 def test_an_interrupted_run_measures_and_chooses_alike(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdxl_trainer import files, setup
+from sdxl_trainer import distributed, files, setup
 from sdxl_trainer.configfile import dumps
 from sdxl_trainer.data import loader
 from sdxl_trainer.errors import UserError
@@ -226,3 +226,15 @@ def test_weights_are_the_reference_s_sum_of_two_means() -> None:
     theirs = loss[:4].mean() + prior_weight * loss[4:].mean()
     weights = torch.tensor([2.0] * 4 + [2.0 * prior_weight] * 4)
     torch.testing.assert_close((loss * weights).sum() / 8, theirs)
+
+
+def test_the_copy_of_a_base_in_bf16_computes_in_fp32_where_the_cpu_has_no_bf16(
+    config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = {}
+    for has in (True, False):
+        monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda has=has: has)
+        sizes = {"weights": "bf16", "steps": 1, "checkpoint_every": 0}
+        output = train(config(data=[SUBJECT, KEPT], train=sizes, output_dir=str(tmp_path / str(has))))
+        found[has] = read_metrics(output / "metrics.jsonl")[-1]["loss"]
+    assert found[False] == pytest.approx(found[True], rel=0.02)
