@@ -1,6 +1,7 @@
 """What the page says of validation, data and how to use the result; runs side by side; headless Chromium."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from sdxl_trainer import cli, report
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.report import compare, validation
+from sdxl_trainer.train import train
 from tests.browser import Browser, needs_browser
 from tests.fake_runs import HOSTILE, MANIFEST, fake_run, metrics, validation_rows, write_metrics
 from tests.test_report import Page, written
@@ -124,6 +126,39 @@ def test_how_to_use_the_result_of_an_adapter_that_is_still_in_training(tmp_path:
     for words in ("Once it is complete", "load_lora_weights", "--to kohya", "models/loras"):
         assert words in text
     assert "models/checkpoints" not in text
+
+
+def test_how_to_use_new_words_and_an_adapter_together(
+    config: Callable[..., Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the page says to type does draw with both."""
+    made = config(
+        adapter={"kind": "lokr", "rank": 2, "parts": ["unet", "text_encoder_2"]},
+        token=[{"name": "<one>"}, {"name": "<two>", "vectors": 2}],
+        data=[{"caption": "a red <one> and <two>", "caption_only": True}],
+        train={"steps": 1, "checkpoint_every": 0},
+    )
+    folder = train(made)
+    run = report.records.read(folder)
+    text = written(folder).text
+    for words in ("files of embeddings/", "models/loras", f"--lora {folder} --embedding {folder}"):
+        assert words in text
+    assert sorted(p.name for p in (folder / "embeddings").iterdir()) == ["one.safetensors", "two.safetensors"]
+    code = report.use._python(run, str(folder), "a red <one> and <two>")
+    sizes = "height=64, width=64, guidance_scale"
+    for old, new in (("guidance_scale", sizes), ("steps=25", "steps=1")):
+        code = code.replace(old, new)
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries say of their own versions
+        exec(code, names)
+    assert (tmp_path / "picture.png").is_file()
+    pipeline = names["pipeline"]
+    assert type(pipeline.unet).__name__ == "PeftModel"
+    ids = pipeline.tokenizer_2("<one> <two>", add_special_tokens=False)["input_ids"]
+    first = len(pipeline.tokenizer_2) - 3
+    assert ids[0] == first
 
 
 @pytest.fixture

@@ -51,20 +51,20 @@ def _base(run: Run) -> str:
 
 
 def _lora(run: Run) -> bool:
-    """Whether the result is an adapter, also of a run that has not come so far."""
-    return (run.folder / LORA).is_file() or not (run.done or part(run.config, "adapter") is None)
+    """Whether an adapter is of the result, also of a run that has not come so far."""
+    return (run.folder / LORA).is_file() or part(run.config, "adapter") is not None
 
 
 def _words(run: Run) -> bool:
-    return (run.folder / WORDS).is_file() or not (run.done or not part(run.config, "token"))
+    return (run.folder / WORDS).is_file() or bool(part(run.config, "token"))
 
 
 def _sample(run: Run, path: str) -> str:
     """The command without its prompt."""
-    if _lora(run):
-        return f"sdxl sample {shlex.quote(_base(run))} --lora {shlex.quote(path)}"
-    if _words(run):
-        return f"sdxl sample {shlex.quote(_base(run))} --embedding {shlex.quote(path)}"
+    added = ["--lora"] * _lora(run) + ["--embedding"] * _words(run)
+    if added:
+        own = " ".join(f"{option} {shlex.quote(path)}" for option in added)
+        return f"sdxl sample {shlex.quote(_base(run))} {own}"
     kind = _pipeline(run)
     more = " --image picture.png" if kind in _CALLS else ""
     more += " --mask mask.png" if "Inpaint" in kind else ""
@@ -88,8 +88,7 @@ def _python(run: Run, path: str, prompt: str) -> str:
     before, ready = _CALLS.get(kind, ("", []))
     given = {k: v for k, v in given.items() if not before or k in {"steps", "guidance"}}
     options = "".join(f", {name}={number(validation[k])}" for k, name in given.items() if number(validation.get(k)))
-    lora = _lora(run)
-    source = _base(run) if lora else path
+    source = _base(run) if _lora(run) or _words(run) else path
     lines = [
         "import torch",
         f"from diffusers import {kind}",
@@ -98,7 +97,8 @@ def _python(run: Run, path: str, prompt: str) -> str:
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         'dtype = torch.float16 if device == "cuda" else torch.float32',
         f"pipeline = {kind}.from_pretrained({source!r}, torch_dtype=dtype).to(device)",
-        *([f"pipeline.load_lora_weights({path!r})"] if lora else []),
+        *(_loading(run, path) if _lora(run) else []),
+        *(_reading(run, path) if _words(run) else []),
         *ready,
         "generator = torch.Generator().manual_seed(0)",
         f"image = pipeline({prompt!r}, {before}generator=generator{options}).images[0]",
@@ -107,16 +107,59 @@ def _python(run: Run, path: str, prompt: str) -> str:
     return "\n".join(lines)
 
 
+def _loading(run: Run, path: str) -> list[str]:
+    """What puts the adapter into a pipeline: diffusers reads LoRA and DoRA, peft the other kinds."""
+    adapter = table(run.config, "adapter")
+    if (run.folder / LORA).is_file() or adapter.get("kind", "lora") in {"lora", "dora"}:
+        return [f"pipeline.load_lora_weights({path!r})"]
+    parts = adapter.get("parts") or ["unet"]
+    load = "pipeline.{0} = PeftModel.from_pretrained(pipeline.{0}, {1!r}, subfolder='{0}_adapter')"
+    return ["from peft import PeftModel", *(load.format(name, path) for name in parts)]
+
+
+def _reading(run: Run, path: str) -> list[str]:
+    """What teaches a pipeline the new words."""
+    return [
+        "from safetensors.torch import load_file",
+        f"rows, first = load_file({f'{path}/{WORDS}'!r}), 0",
+        f"for word, count in {_tokens(run)!r}:",
+        "    for key, i in (('clip_l', ''), ('clip_g', '_2')):",
+        "        encoder, tokenizer = getattr(pipeline, 'text_encoder' + i), getattr(pipeline, 'tokenizer' + i)",
+        "        own = rows[key][first : first + count]",
+        "        pipeline.load_textual_inversion(own, word, text_encoder=encoder, tokenizer=tokenizer)",
+        "    first += count",
+        "# the end of a prompt is found by its id, and not as the largest one, which a new word has",
+        "pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id",
+    ]
+
+
+def _tokens(run: Run) -> list[tuple[str, int]]:
+    """The new words, and how many vectors each has."""
+    tokens = [token for token in run.config.get("token") or [] if isinstance(token, dict)]
+    return [(str(token.get("name")), int(number(token.get("vectors")) or 1)) for token in tokens]
+
+
 def _elsewhere(run: Run, path: str) -> str:
-    """ComfyUI and A1111: the file they read, where it goes, and what to write."""
+    """ComfyUI and A1111: the files they read, where they go, and what to write."""
+    parts = [*([_words_elsewhere(run)] if _words(run) else [])]
+    if _lora(run) or not parts:
+        parts.append(_weights_elsewhere(run, path))
+    return "".join(parts)
+
+
+def _words_elsewhere(run: Run) -> str:
+    word = next((name for name, _ in _tokens(run)), "the word")
+    text = (
+        f"# ComfyUI: the files of embeddings/ into models/embeddings, then embedding:NAME in the prompt\n"
+        f"# A1111 and Forge: into embeddings, then NAME in the prompt; here the word is {word}"
+    )
+    return f"<p>In ComfyUI and A1111:</p>{block('For other programs', text)}"
+
+
+def _weights_elsewhere(run: Run, path: str) -> str:
     name = Path(path.rstrip("/\\")).name or "model"
-    if _words(run):
-        word = next((str(t.get("name")) for t in run.config.get("token", []) if isinstance(t, dict)), "the word")
-        text = (
-            f"# ComfyUI: the files of learned_embeds/ into models/embeddings, then embedding:NAME in the prompt\n"
-            f"# A1111 and Forge: into embeddings, then NAME in the prompt; here the word is {word}"
-        )
-        return f"<p>In ComfyUI and A1111:</p>{block('For other programs', text)}"
+    if _lora(run) and table(run.config, "adapter").get("kind") in {"oft", "boft"}:
+        return ""  # other programs have no such layout
     if _lora(run):
         target, kind = f"{name}.safetensors", "--to kohya "
         there = (
