@@ -153,7 +153,8 @@ def test_the_window_of_kohya(here: Path) -> None:
     assert config.data[0].kohya_folders
     # Its warm-up is percent of a number of steps that only the data decide; noise offset is not of type Multires.
     assert "lr_warmup_steps = 0.1" in lines_of("dropped", lines)
-    assert (config.objective.noise_offset, config.objective.pyramid_levels) == (0.0, 6)
+    # The first of its six levels is of full size.
+    assert (config.objective.noise_offset, config.objective.pyramid_levels) == (0.0, 5)
     assert config.optimizer.name == "prodigy"
     assert config.train.learning_rate == 1.0
     # Prodigy's own defaults are not ours, so they are written down.
@@ -231,6 +232,15 @@ def test_defaults_of_kohya_that_are_not_ours_are_written_down(here: Path) -> Non
     assert (config.train.steps, config.train.learning_rate, config.train.precision) == (1600, 2e-6, "fp32")
     assert (config.data[0].bucket_min, config.data[0].bucket_max) == (256, 1024)
     assert "assumed  adapter.alpha = 1.0: the default of network_alpha" in lines
+
+
+@pytest.mark.parametrize("name", ["kohya-lora.toml", "ai-toolkit.yaml"])
+def test_a_caption_that_is_left_out_is_the_empty_one_as_there(name: str, here: Path) -> None:
+    """sd-scripts and ai-toolkit encode ''; ours are the zeros of SDXL's pipeline unless told otherwise."""
+    config, lines = converted(name)
+    assert config.data[0].caption_dropout == 0.05
+    assert config.text.dropped_caption == "empty"
+    assert "text.dropped_caption" in lines_of("assumed", lines)
 
 
 def test_kohya_s_learning_rates_of_blocks_are_those_of_our_names(base: Path) -> None:

@@ -96,6 +96,7 @@ def account(path: Path, tree: dict[str, Any]) -> Account:
     if "data" not in made.tree:
         raise UserError("the job names no pictures", str(path), "add datasets to it")
     whole.part("trigger_word", "data.trigger")
+    common.left_out_captions(whole)
     _train(parts["train"], parts["network"], made.tree)
     _network(parts["network"], parts["train"])
     _sample(parts["sample"], trigger)

@@ -181,6 +181,24 @@ def schedule(account: Account, option: str, given: str, warmup: tuple[str, float
         account.dropped(place, "a share of a number of steps that the data decide: set schedule.warmup_steps yourself")
 
 
+def left_out_captions(account: Account) -> None:
+    """What a caption that is left out becomes: in other trainers the empty one, whose embedding is not the zeros of
+    SDXL's own pipeline, and so of ours."""
+    if any(data.get("caption_dropout") or data.get("tag_dropout") for data in account.tree["data"]):
+        why = "what is left of a caption that is left out is encoded there: '' and not zeros"
+        account.assumed("text.dropped_caption", "empty", why)
+
+
+def pyramid(account: Account) -> None:
+    """Multi-resolution noise. The first level of sd-scripts is of full size: more of the noise that is there anyway."""
+    name, levels = "multires_noise_iterations", int(account.number("multires_noise_iterations", 0) or 0)
+    if levels > 1:
+        why = "the first one there is of full size; without it the coarser ones weigh 1.4 times as much"
+        account.changed(name, "objective.pyramid_levels", levels - 1, why)
+    elif levels:
+        account.dropped(name, "one level is of full size, and changes nothing")
+
+
 def kronecker(account: Account, options: Account, factor: str = "factor", whole: str = "full_matrix") -> None:
     """LoKr's factor, a second factor that is whole, and no alpha that would do nothing; once rank, alpha and targets
     are known. `options` are those that hold `factor` and `whole`."""

@@ -17,7 +17,6 @@ _KEPT = {
     "noise_offset": "objective.noise_offset",
     "noise_offset_random_strength": "objective.noise_offset_random",
     "adaptive_noise_scale": "objective.noise_offset_adaptive",
-    "multires_noise_iterations": "objective.pyramid_levels",
     "multires_noise_discount": "objective.pyramid_discount",
     "ip_noise_gamma": "objective.input_perturbation",
     "ip_noise_gamma_random_strength": "objective.input_perturbation_random",
@@ -112,6 +111,7 @@ def fill(
     _model(account)
     batch = kohya_data.datasets(account, data)
     kohya_data.prior_weight(account)
+    common.left_out_captions(account)
     _batch(account, batch, launcher or {})
     steps = _length(account)
     rate = float(account.number("learning_rate", 2e-6))
@@ -223,6 +223,7 @@ def _schedule(account: Account, steps: int | None) -> None:
 def _objective(account: Account) -> None:
     _prediction(account)
     _loss(account)
+    common.pyramid(account)
     least, most = account.number("min_timestep", 0) or 0, account.number("max_timestep", 1000) or 1000
     if least > 0 or most < 1000:
         account.put("timesteps", {"bias": "range", "begin": int(least), "end": int(most), "multiplier": 1e9})

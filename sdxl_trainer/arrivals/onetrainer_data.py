@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer.arrivals import reading
+from sdxl_trainer.arrivals import common, reading
 from sdxl_trainer.arrivals.account import Account
 from sdxl_trainer.errors import UserError
 
@@ -39,6 +39,7 @@ def concepts(made: Account, path: Path, data: Path | None) -> None:
         made.part("masked_training", "data.mask = file: a-masklabel.png beside a.jpg")
         made.part("unmasked_weight", "data.unmasked_weight")
     made.drop_all({"unmasked_weight": "", "masked_training": "", "normalize_masked_area_loss": "no masks"})
+    common.left_out_captions(made)
 
 
 def _concept(concept: Account, index: int, sides: list[int], bucketed: bool, made: Account) -> int:
