@@ -49,7 +49,9 @@ def job(folder: Path, options: argparse.Namespace, sections: dict[str, Any], dat
     from sdxl_trainer import blueprint, setup
     from sdxl_trainer.configfile import validated
     from sdxl_trainer.run import CONTINUE
+    from sdxl_trainer.threads import keep_freed_memory
 
+    keep_freed_memory()  # as `train.train` does before it makes its job
     data = data or toyworld.write_folder(folder / "pictures", 64, seed=0)
     captions = [json.loads(line)["text"] for line in (data / "metadata.jsonl").read_text("utf-8").splitlines()]
     tree = {

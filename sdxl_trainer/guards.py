@@ -93,8 +93,7 @@ class Spikes:
     def height(self, loss: float) -> float | None:
         """How many times the usual loss this is, if it is a spike; the loss is among the usual ones from now on."""
         spike = None
-        if len(self.recent) >= ENOUGH:
-            usual = statistics.median(self.recent)
+        if len(self.recent) >= ENOUGH and loss > (usual := statistics.median(self.recent)):
             spread = 1.4826 * statistics.median(abs(other - usual) for other in self.recent)
             if loss > usual + SPIKE * max(spread, 0.01 * usual):
                 spike = loss / usual

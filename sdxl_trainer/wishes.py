@@ -1,6 +1,7 @@
 """What a run is asked for while it goes on: a checkpoint or pictures, now, or to pause. A wish is an empty file in the
 run's folder, so that anything that can write there can ask: another terminal, another machine, the studio."""
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -59,13 +60,12 @@ def asked_to_pause(folder: Path) -> bool:
 
 def granted(folder: Path) -> set[str]:
     """The wishes that are waiting in a folder. All but the one to pause are taken away."""
-    found = {"pause"} if asked_to_pause(folder) else set()
-    for name in WISHES.keys() - {"pause"}:
+    found = {name for name, file in WISHES.items() if os.access(f"{folder}/{file}", os.F_OK)}
+    for name in found - {"pause"}:
         try:
             (folder / WISHES[name]).unlink()
         except OSError:
-            continue
-        found.add(name)
+            found.discard(name)
     return found
 
 
