@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import distributed, finish, intervals, keyed, noise, optim
+from sdxl_trainer import checkpoint, distributed, finish, intervals, keyed, noise, optim
 from sdxl_trainer.config import Objective
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch, Samples
+from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.run import Job
 
@@ -202,6 +203,15 @@ def history(path: Path, step: int, averaged: bool) -> list[tuple[int, float]]:
     kind = "ema" if averaged else "raw"
     sets = [name for name in NAMES if any(row["set"] == name for row in rows)]
     return [(row["step"], row["loss"]) for row in rows if row["weights"] == kind and row["set"] == sets[0]]
+
+
+def refuse_lost(job: Job) -> None:
+    """UserError if the best model so far, which would be the result, was not kept: `keep_best` came later."""
+    if job.run.config.validation.keep_best and job.state.best is not None:
+        kept = job.output / f"{checkpoint.PREFIX}{job.state.best}"
+        if not kept.is_dir():
+            what = f"validation.keep_best: the loss was lowest after step {job.state.best}, which has no checkpoint"
+            raise UserError(what, str(kept), "remove keep_best, or begin a new run with it in another output_dir")
 
 
 def new_best(job: Job) -> bool:

@@ -111,6 +111,7 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
             return output
         stop.gently = True
         try:
+            distributed.decided(job.run.accelerator, lambda: held_out.refuse_lost(job))
             job.saver.prune(job.state.step, job.to_keep)  # an interruption may have come before that
             job.pulse.begin()
             _loop(job, stop)

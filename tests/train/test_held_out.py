@@ -10,6 +10,7 @@ import pytest
 
 from sdxl_trainer import checkpoint
 from sdxl_trainer.config import Optimizer
+from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.train import train
 from tests.conftest import draw_folder
@@ -234,6 +235,18 @@ def test_the_best_model_of_an_optimizer_that_shows_other_weights_than_it_trains(
     assert best < max(measures(output))
     result, then = (checkpoint.read_weights(folder / "unet") for folder in (output, output / f"checkpoint-{best}"))
     assert all(torch.equal(result[name], then[name]) for name in then)
+
+
+def test_keep_best_that_comes_too_late_is_refused_before_anything_is_trained(
+    worsening: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The checkpoint that would be the result is not there, which was found when all was done."""
+    output = train(worsening("late"))
+    assert not (output / f"checkpoint-{lowest(output)}").exists()
+    longer = worsening("late", keep_best=True)
+    longer = longer.model_copy(update={"train": longer.train.model_copy(update={"steps": 14})})
+    with pytest.raises(UserError, match=f"lowest after step {lowest(output)}, which has no checkpoint"):
+        train(longer)
 
 
 def test_an_interrupted_run_measures_and_chooses_alike(
