@@ -20,3 +20,6 @@ if "OMP_NUM_THREADS" not in os.environ and cpus.allowed() < cpus.bound():
     os.environ["OMP_NUM_THREADS"] = str(cpus.allowed())
 # On CPUs bitsandbytes tells of a faster kernel that it could have from a hub; nothing here asks for one.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
+# What is left out of the data is said once, by the first of several processes.
+if os.environ.get("RANK", "0") != "0":
+    logging.getLogger("sdxl_trainer").setLevel(logging.ERROR)

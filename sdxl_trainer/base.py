@@ -87,11 +87,10 @@ def resolve(options: Model, cache: Path) -> Base:
     folder = _folder(options, cache)
     if not (folder / "model_index.json").is_file():
         listed = shortened(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise UserError(
-            f"there is no diffusers model here (no model_index.json; found: {listed})",
-            str(folder),
-            "give a folder written by save_pretrained, a hub id, or a .safetensors file",
-        )
+        fix = "give a folder written by save_pretrained, a hub id, or a .safetensors file"
+        if (folder / "pytorch_lora_weights.safetensors").is_file():
+            fix = "this is an adapter: give the base it was made for as model.path, and this folder as adapter.start"
+        raise UserError(f"there is no diffusers model here (no model_index.json; found: {listed})", str(folder), fix)
     vae = _vae_folder(options) if options.vae else folder / "vae"
     base = Base(folder, vae, options.variant)
     random = options.init == "random"
@@ -141,7 +140,11 @@ def _vae_folder(options: Model) -> Path:
     if path.is_file():
         raise UserError(f"'{path}' is a file", "model.vae", "give a diffusers folder or a hub id")
     folder = path if path.is_dir() else _from_hub(options.vae, options.vae_revision, "model.vae")
-    return folder if (folder / "config.json").is_file() else folder / "vae"
+    found = next((place for place in (folder, folder / "vae") if (place / "config.json").is_file()), None)
+    if found is None:
+        fix = "give a folder or hub id with the config.json of a VAE, or remove model.vae to use the model's own"
+        raise UserError(f"there is no VAE in '{options.vae}'", "model.vae", fix)
+    return found
 
 
 def _from_hub(name: str, revision: str | None, where: str, unread: Sequence[str] = ()) -> Path:

@@ -260,9 +260,12 @@ _DERIVED = {
 
 
 def _user_error(error: ValidationError, where: str) -> UserError:
-    first = error.errors(include_url=False)[0]
+    # A list whose entries are wrong is said to be empty too. An unknown key comes first: it may be what is missing.
+    found = [e for e in error.errors(include_url=False) if e["type"] != "too_short" or not e["input"]]
+    first = min(found, key=lambda e: e["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
-    more = f" ({error.error_count() - 1} more problems after this one)" if error.error_count() > 1 else ""
+    others = len(found) - 1
+    more = f" ({others} more {'problem' if others == 1 else 'problems'} after this one)" if others else ""
     if first["type"] == "extra_forbidden":
         name, fields = str(first["loc"][-1]), _fields(first["loc"][:-1])
         return UserError(f"unknown key '{key}'{more}", where, _DERIVED.get(key) or closest(name, fields))
@@ -282,7 +285,8 @@ def _fix(error: Any) -> str:
     kind, given, name = error["type"], error["input"], error["loc"][-1]
     if kind == "literal_error" and isinstance(given, str):
         options = error["ctx"]["expected"].replace("' or '", "', '").strip("'").split("', '")
-        return f"{closest(given, options)} (allowed: {', '.join(options)})"
+        allowed, near = f"allowed: {', '.join(options)}", closest(given, options)
+        return allowed if near.startswith("allowed") else f"{near} ({allowed})"
     if kind == "multiple_of":
         step = error["ctx"]["multiple_of"]
         below = given // step * step

@@ -17,6 +17,7 @@ from sdxl_trainer.config import Config, Data
 from sdxl_trainer.data import sources
 from sdxl_trainer.data.records import Record
 from sdxl_trainer.data.sources.extras import KOHYA
+from sdxl_trainer.data.sources.tree import PICTURES
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats.folder import MICRO
 from sdxl_trainer.presets import Preset
@@ -42,6 +43,8 @@ class Wish:
             value = getattr(self, option)
             if value is not None and not path.exists():
                 raise UserError(f"there is no folder '{path}'", "command line", "give the folder of your pictures")
+            if value is not None and path.suffix.lower() in PICTURES:
+                raise UserError(f"'{path}' is one picture", "command line", f"give its folder: {path.parent}")
             if value is not None:
                 what = f"--{option} is for beginning from a folder, and '{path}' is none"
                 raise UserError(what, "command line", f'write {place}="{value}" in the place of --{option}')

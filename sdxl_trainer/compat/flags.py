@@ -81,8 +81,10 @@ def _value(flag: Flag, text: str) -> Any:
         value = flag.type(text)
     except ValueError:
         kind = {int: "a whole number", float: "a number", truth: "true or false"}[flag.type]
-        raise UserError(f"{flag.name} = {text} is not {kind}", WHERE, f"default: {flag.default}") from None
+        fix = f"give {kind}" if flag.default is None else f"default: {flag.default}"
+        raise UserError(f"{flag.name} = {text} is not {kind}", WHERE, fix) from None
     if flag.choices and value not in flag.choices:
-        fix = f"{closest(value, flag.choices)} (allowed: {', '.join(flag.choices)})"
+        allowed, near = f"allowed: {', '.join(flag.choices)}", closest(value, flag.choices)
+        fix = allowed if near.startswith("allowed") else f"{near} ({allowed})"
         raise UserError(f"{flag.name} = {text} is not allowed", WHERE, fix)
     return value

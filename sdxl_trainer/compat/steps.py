@@ -16,6 +16,7 @@ NAMES = {
     "train.epochs": "--num_train_epochs",
     "train.workers": "--dataloader_num_workers",
     "log.project": "--report_to",
+    "validation.prompts": "--validation_prompt",
 }
 
 

@@ -271,7 +271,7 @@ def lines(found: Captions) -> list[tuple[str, str]]:
         ("captions", f"{found.captions} distinct, {found.prompts} with their variants"),
         ("tokens", ", ".join(f"{name} {count}" for name, count in found.tokens.items())),
         ("chunks", ", ".join(f"{count} prompts of {number}" for number, count in found.chunks.items())),
-        ("most frequent", ", ".join(f"{tag[:30]} {count}" for tag, count in found.tags[:12]) or "nothing"),
+        ("most frequent", ", ".join(f"{tag[:30]} ({count})" for tag, count in found.tags[:12]) or "nothing"),
     ]
     for finding in found.findings:
         shown = "; ".join(f"{picture}: {' '.join(seen.split())[:60]!r}" for picture, seen in finding.examples[:2])

@@ -66,6 +66,9 @@ def about(path: Path | str) -> About:
     )
 
 
+_IS_ADAPTER = "this is an adapter: give the base it was made for as model.path, and this file as adapter.start"
+
+
 def read(path: Path | str) -> Components:
     """The state dict of each component under its published diffusers names.
 
@@ -81,7 +84,9 @@ def read(path: Path | str) -> Components:
         raise UserError(
             f"the file holds no {' and no '.join(missing)}; it begins with {shortened(sorted(names), 2) or 'nothing'}",
             str(path),
-            "use a full SDXL checkpoint (about 6.9 GB in half precision), or a diffusers folder",
+            _IS_ADAPTER
+            if any("lora" in name or "lokr" in name or "hada" in name for name in names)
+            else "use a full SDXL checkpoint (about 6.9 GB in half precision), or a diffusers folder",
         )
     return components
 

@@ -41,7 +41,7 @@ def _problem(tree: Mapping[str, Any]) -> str | None:
     try:
         configfile.validated(dict(tree), "")
     except UserError as error:
-        return re.sub(r" \(\d+ more problems after this one\)$", "", error.what)
+        return re.sub(r" \(\d+ more problems? after this one\)$", "", error.what)
     return None
 
 

@@ -21,6 +21,12 @@ ROWS = [
         "'learning_rate'",
         options={"train.learning_rat": 1},
     ),
+    Bad(
+        "unknown key where another is missing",
+        r"unknown key 'token.0.nam' \(1 more problem after this one\)",
+        "'name'",
+        options={"token": [{"nam": "<x>"}]},
+    ),
     Bad("unknown key in a list", "unknown key 'data.0.resolutoin'", "'resolution'", options={"data.0.resolutoin": 64}),
     Bad(
         "unknown size of a UNet",

@@ -3,6 +3,7 @@
 import json
 
 import torch
+from safetensors.torch import save_file
 
 from tests.bad_inputs.place import Bad, Place
 
@@ -40,8 +41,6 @@ def checkpoint_file(place: Place) -> None:
 
 def not_all(place: Place) -> None:
     """One safetensors file that is no SDXL."""
-    from safetensors.torch import save_file
-
     save_file({"lora.weight": torch.zeros(2)}, place / "part.safetensors")
     place.set("model.path", "part.safetensors")
 
@@ -78,6 +77,11 @@ def override(place: Place, **config: object) -> None:
     place.set("model.vae", "other")
 
 
+def adapter_file(place: Place, name: str) -> None:
+    place.put(name, "")
+    save_file({"lora_unet_mid_block.lora_down.weight": torch.zeros(4, 8)}, place / name)
+
+
 HEADER_LONGER = b"\xff\xff\0\0\0\0\0\0{}"
 ROWS = [
     Bad(
@@ -106,6 +110,30 @@ ROWS = [
         "found: nothing",
         "save_pretrained",
         make=lambda p: ((p / "empty").mkdir(), p.set("model.path", "empty")),
+    ),
+    Bad(
+        "an adapter as the base",
+        "holds no UNet",
+        "as adapter.start",
+        "sks.safetensors",
+        make=lambda p: adapter_file(p, "sks.safetensors"),
+        options={"model.path": "sks.safetensors"},
+    ),
+    Bad(
+        "a run's adapter as the base",
+        "no model_index.json",
+        "as adapter.start",
+        "other",
+        make=lambda p: adapter_file(p, "other/pytorch_lora_weights.safetensors"),
+        options={"model.path": "other"},
+    ),
+    Bad(
+        "a folder without a VAE as the VAE",
+        "there is no VAE in 'other'",
+        "remove model.vae",
+        "model.vae",
+        make=lambda p: (p / "other").mkdir(),
+        options={"model.vae": "other"},
     ),
     Bad("part missing", "no 'text_encoder_2'", "complete SDXL", make=lambda p: p.remove("base/text_encoder_2")),
     Bad(

@@ -55,6 +55,13 @@ ROWS = [
         command=(*START, "--trigger", "sks cat"),
     ),
     Bad("a name with a slash", "'a/b' cannot be the name", "slashes", command=(*START, "--name", "a/b")),
+    Bad(
+        "a picture as pictures",
+        "is one picture",
+        "give its folder: pictures",
+        make=lambda p: p.put("pictures/one.png", b""),
+        command=("train", "pictures/one.png", "--trigger", "sks"),
+    ),
     Bad("no such folder", "there is no folder 'photoz'", "pictures", command=("train", "photoz", "--trigger", "sks")),
     Bad(
         "a trigger beside a config",

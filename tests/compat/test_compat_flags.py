@@ -290,6 +290,7 @@ NOTES: list[tuple[tuple[str, ...], str]] = [
     (("--timestep_bias_multiplier=2",), "--timestep_bias_multiplier has no effect: --timestep_bias_strategy is 'none'"),
     (("--max_train_steps=3", "--num_train_epochs=2"), "--num_train_epochs has no effect: --max_train_steps decides"),
     (("--hub_model_id=me/mine",), "--hub_model_id has no effect"),
+    (("--validation_epochs=2",), "--validation_epochs has no effect: --validation_prompt is empty"),
     (("--image_interpolation_mode=nearest_exact",), "is nearest"),
     (("--scale_lr",), "the learning rate is 0.0016"),
     (("--validation_prompt=a", "--num_validation_images=0"), "no validation pictures"),

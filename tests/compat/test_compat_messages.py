@@ -38,6 +38,7 @@ ERRORS: list[tuple[list[str], str, str]] = [
     ([*BASE, *RANGE, "--timestep_bias_begin=600", "--timestep_bias_end=500"], "--timestep_bias_begin = 600", "begin"),
     ([*BASE, "--report_to=tensorbord"], "--report_to = tensorbord", "did you mean 'tensorboard'?"),
     ([*BASE, "--report_to=wandb", "--hub_token=x"], "--hub_token with wandb", "hf auth login"),
+    ([*BASE, "--max_train_samples=1.5"], "--max_train_samples = 1.5 is not a whole number", "give a whole number"),
     ([*BASE, "--report_to=all", "--hub_token=x"], "--hub_token with wandb", "hf auth login"),
 ]
 
@@ -48,6 +49,19 @@ def test_mistakes_name_the_flag_and_the_fix(argv: list[str], what: str, fix: str
         translate(argv, {}, lambda: 1)
     assert what in caught.value.what
     assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize("flag", ["--prediction_type=x", "--mixed_precision=x", "--lr_scheduler=x"])
+def test_what_is_allowed_is_said_once(flag: str) -> None:
+    with pytest.raises(UserError) as caught:
+        translate([*BASE, flag], {}, lambda: 1)
+    assert caught.value.fix.count("allowed: ") == 1
+
+
+def test_one_mistake_is_not_two() -> None:
+    with pytest.raises(UserError) as caught:
+        translate([*BASE, "--resolution=0"], {}, lambda: 1)
+    assert caught.value.what == "--resolution = 0 is not allowed"
 
 
 def test_a_mistake_is_three_lines_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,9 @@ import io
 import logging
 import os
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +162,38 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
         "README": "",
         "a-masklabel.png": None,
     }
-    with caplog.at_level(logging.INFO, "sdxl_trainer"):
+    # Warnings reach the terminal although nothing sets logging up; lines below them do not.
+    with caplog.at_level(logging.WARNING, "sdxl_trainer"):
         assert len(records(write(tmp_path, files))) == 1
     assert "1 pictures" in caplog.text
     for part in ["hidden 4", ".psd 1", ".md 1", "no extension 1", "masks 1", "caption files not used 1"]:
         assert part in caplog.text
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_the_first_of_several_processes_says_it(tmp_path: Path, rank: str, lines: int) -> None:
+    write(tmp_path, {"a.png": None, "a.txt": "x", "b.psd": b"x"})
+    code = f"from folders import records; from pathlib import Path; records(Path({str(tmp_path)!r}))"
+    environment = {**os.environ, "RANK": rank, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stderr.count("1 pictures, 0 captioned by metadata; skipped: .psd 1") == lines
+
+
+def test_photographs_that_cannot_be_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(records(write(tmp_path, {"a.png": None, "a.txt": "x", "IMG_1.HEIC": b"x"}))) == 1
+    assert "convert .heic to JPEG or PNG" in caplog.text
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=re.escape("1 .heic")) as caught:
+        records(tmp_path)
+    assert "convert .heic to JPEG or PNG" in caught.value.fix
+
+
+def test_endings_of_captions_may_be_upper_case(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (found,) = records(write(tmp_path, {"a.JPG": None, "a.TXT": "x"}))
+    assert found.captions == ("x",)
+    assert "not used" not in caplog.text
 
 
 # Splits and subsets

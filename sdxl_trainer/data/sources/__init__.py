@@ -52,7 +52,7 @@ def records(
     if data.max_samples is None:
         return found
     if data.max_samples > len(found):
-        log.info("%s: max_samples is %d, there are %d pictures: all are used", where, data.max_samples, len(found))
+        log.warning("%s: max_samples is %d, there are %d pictures: all are used", where, data.max_samples, len(found))
     if notes is not None:
         notes.skipped[where]["not drawn (max_samples)"] += len(found) - data.max_samples
     return found.take(np.array(subset(len(found), data.max_samples, seed)))

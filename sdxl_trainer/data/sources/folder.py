@@ -4,6 +4,7 @@ import logging
 import os
 import posixpath
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -12,7 +13,7 @@ from sdxl_trainer.config import Data
 from sdxl_trainer.data.problems import Notes, refuse, total
 from sdxl_trainer.data.records import Mask, Record
 from sdxl_trainer.data.sources import extras, metadata
-from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES, Tree, natural, read_file
+from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES, UNREAD, Tree, natural, read_file
 from sdxl_trainer.errors import UserError, shortened
 
 # Sub-folders that may lie beside the one of the wanted split. Any other name there may be a subject's.
@@ -132,8 +133,15 @@ def _no_pictures(tree: Tree, place: str) -> UserError:
     return UserError(
         f"no pictures in the folder or below, no dataset written by save_to_disk, no parquet files; found: {seen}",
         place,
-        f"give a folder with pictures ({' '.join(sorted(PICTURES))}), a dataset folder or the id of a hub dataset",
+        _to_convert(tree.skipped).removeprefix("; ")
+        or f"give a folder with pictures ({' '.join(sorted(PICTURES))}), a dataset folder or the id of a hub dataset",
     )
+
+
+def _to_convert(skipped: Iterable[str]) -> str:
+    """What to do with pictures of kinds that are not read."""
+    kinds = sorted(UNREAD.intersection(skipped))
+    return f"; convert {' and '.join(kinds)} to JPEG or PNG to train on them" if kinds else ""
 
 
 def _in_split(tree: Tree, split: str, place: str) -> list[str]:
@@ -230,7 +238,8 @@ def _listed_captions(
 def _beside(data: Data, fallback: str | None, tree: Tree, name: str, problems: dict[str, list[str]]) -> tuple[str, ...]:
     """The caption in the text file beside a picture; else the one for all."""
     stem = posixpath.splitext(name)[0]
-    path = next((stem + suffix for suffix in CAPTIONS if stem + suffix in tree.captions), None)
+    endings = (stem + written for suffix in CAPTIONS for written in (suffix, suffix.upper()))
+    path = next((name for name in endings if name in tree.captions), None)
     text = ""
     if path is not None:
         try:
@@ -261,7 +270,9 @@ def _tell(data: Data, tree: Tree, found: list[Record], place: str, listed: set[s
     left = {kind: skipped[kind] for kind in sorted(skipped, key=natural) if skipped[kind]}
     counted = ", ".join(f"{kind} {count}" for kind, count in left.items())
     rows = sum(record.name in listed for record in found)
-    log.info("%s: %d pictures, %d captioned by metadata; skipped: %s", place, len(found), rows, counted or "nothing")
+    level = logging.WARNING if counted else logging.INFO  # what is left out is said; the rest is in the report
+    text = "%s: %d pictures, %d captioned by metadata; skipped: %s%s"
+    log.log(level, text, place, len(found), rows, counted or "nothing", _to_convert(left))
     if not data.kohya_folders and any(extras.kohya(record.name, tree.root.name) for record in found):
-        log.info("%s: folders named like 10_words are plain folders here; kohya_folders = true reads repeats", place)
+        log.warning("%s: folders named like 10_words are plain folders here; kohya_folders = true reads repeats", place)
     return left

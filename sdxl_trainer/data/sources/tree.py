@@ -12,6 +12,8 @@ from sdxl_trainer.data.problems import Found, Notes, refuse
 from sdxl_trainer.errors import UserError
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+# Pictures of other kinds: phones' and cameras' own, and of programs that draw.
+UNREAD = {".heic", ".heif", ".jxl", ".jp2", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
 # In order of preference where both lie beside a picture.
 CAPTIONS = (".txt", ".caption")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
