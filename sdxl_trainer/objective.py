@@ -122,6 +122,15 @@ class Objective:
         by_default = None if self.schedule.levels is None else "sample"
         return self.options.weighting or ("min_snr" if self.options.snr_gamma else by_default)
 
+    @property
+    def neglected(self) -> str | None:
+        """What to say of a weighting that leaves out the timestep at which drawing begins."""
+        last = torch.tensor([len(self.schedule) - 1], device=self.schedule.alpha.device)
+        if not self.schedule.zero_terminal_snr or float(self.weight(last)) > 0:
+            return None
+        what = f"weighted by {self.weighting} the last timestep, where drawing begins, counts for nothing"
+        return f"zero terminal SNR: {what}, and those before it for next to nothing"
+
     def loss(
         self,
         prediction: Tensor,

@@ -336,9 +336,10 @@ def _model(
     if config.adapter or config.token:
         narrow.pack(sdxl, precision if config.train.frozen == "auto" else config.train.frozen, DTYPES[precision])
     inject(sdxl, config, base, at)
-    line = model.use_attention(sdxl, config.model.attention, accelerator.device)
-    if line:
-        console.say(line)
+    goal = objective.Objective(noise, prediction, config.objective)
+    for line in (model.use_attention(sdxl, config.model.attention, accelerator.device), goal.neglected):
+        if line:
+            console.say(line)
     groups = parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
     if not optim.rounds(config.optimizer) and any(p.dtype == torch.bfloat16 for g in groups for p in g.parameters):
         what = f"{config.optimizer.name} rounds bf16 weights to the nearest: small steps are lost"
@@ -357,7 +358,6 @@ def _model(
             accelerator.scaler.load_state_dict(at.state()["scaler"])
         console.say(f"continuing after step {at.step} ({at.path})")
     scale = model.latent_scale(base.config("vae")).to(accelerator.device)
-    goal = objective.Objective(noise, prediction, config.objective)
     # Under autocast the inputs stay fp32 and each layer casts; bf16 weights want bf16 inputs.
     inputs = torch.float32 if precision == "fp32" else weights
     prior = None

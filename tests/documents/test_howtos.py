@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from sdxl_trainer import configfile
+from sdxl_trainer import configfile, objective, schedule
+from sdxl_trainer.config import Objective
 from sdxl_trainer.train import train
-from tests.documents.test_documents import PAGES, blocks, name
+from tests.documents.test_documents import PAGES, ROOT, blocks, name
+
+SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 WHOLE = [
     pytest.param(text, id=f"{name(page)}-{number}")
@@ -59,3 +63,20 @@ def small(tree: dict[str, Any], base: Path, photos: Path, tmp_path: Path) -> dic
     if "validation" in tree:
         made["validation"] = {**tree["validation"], "steps": 1, "images": 1}
     return made
+
+
+EXAMPLES = [pytest.param(p.read_text(encoding="utf-8"), id=p.name) for p in sorted((ROOT / "examples").glob("*.toml"))]
+
+
+@pytest.mark.parametrize("text", [*WHOLE, *EXAMPLES])
+def test_zero_terminal_snr_is_not_weighted_away(text: str) -> None:
+    """Drawing begins at the last timestep: what has no weight there is not learned, and the rescaling has no effect."""
+    chosen = Objective.model_validate_json(json.dumps(tomllib.loads(text).get("objective", {})))
+    if not chosen.zero_terminal_snr:
+        return
+    made = schedule.from_scheduler_config(SDXL, zero_terminal_snr=True)
+    weights = objective.Objective(made, str(chosen.prediction), chosen).weight(torch.arange(1000))
+    assert weights[900:].sum() / weights.sum() == pytest.approx(0.1, rel=1e-3)
+    told = chosen.model_copy(update={"snr_gamma": 5.0})  # what the page says of it
+    weights = objective.Objective(made, str(chosen.prediction), told).weight(torch.arange(1000))
+    assert weights[900:].sum() / weights.sum() == pytest.approx(0.0003, abs=5e-5)

@@ -197,6 +197,16 @@ def test_what_has_no_meaning_for_edm_is_refused(
         setup.noise_schedule(made, bases.resolve(made.model, tmp_path))
 
 
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_a_weighting_that_undoes_zero_terminal_snr_is_told(
+    config: Callable[..., Any], capsys: pytest.CaptureFixture[str], gamma: float | None
+) -> None:
+    objective = {"prediction": "v_prediction", "zero_terminal_snr": True, "snr_gamma": gamma}
+    train(config(objective=objective, train={"steps": 1, "checkpoint_every": 0}))
+    said = "weighted by min_snr the last timestep, where drawing begins, counts for nothing"
+    assert (said in capsys.readouterr().err) == (gamma is not None)
+
+
 def test_what_one_file_cannot_say_is_not_written_as_one(config: Callable[..., Any], edm: Path, tmp_path: Path) -> None:
     """Its readers would take the model for one that predicts the noise of SDXL's own schedule."""
     one = {"export": {"formats": ["single"]}, "train": {"steps": 1, "checkpoint_every": 0}}
