@@ -187,7 +187,9 @@ def _disk(config: Config, saved: int) -> list[tuple[str, str]]:
     weights = _BYTES[config.train.weights]
     per_weight = weights + optim.state_bytes(config.optimizer, weights) + 4 * config.ema.enabled
     checkpoint = saved * per_weight
-    return [("each checkpoint", f"up to {dataset.size(checkpoint)}"), ("free", f"{dataset.size(free)} at {existing}")]
+    short = ": a checkpoint may not fit; free some space, or choose another output_dir" if free < checkpoint else ""
+    rows = [("each checkpoint", f"up to {dataset.size(checkpoint)}")]
+    return [*rows, ("free", f"{dataset.size(free)} at {existing}{short}")]
 
 
 def _table(title: str, rows: list[tuple[str, Any]]) -> None:

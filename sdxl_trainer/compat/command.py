@@ -23,12 +23,14 @@ _BEGIN: dict[str, Any] = {"data": [{}], "text": {"long_captions": "cut"}, "optim
 
 @dataclass(frozen=True)
 class Job:
-    """What a command line asks for. `token` is kept apart from the config, which is written to files."""
+    """What a command line asks for. `token` is kept apart from the config, which is written to files. `flagged` makes
+    a message about the config one about the flags."""
 
     config: "Config"
     start: "Start"
     notes: tuple[str, ...]
     token: str | None = None
+    flagged: Callable[[str], str] = str
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Command:
         self.tree[section].pop(name, None)
 
     def flagged(self, text: str) -> str:
-        """A message about the config as one about the flags."""
+        """A message about the config as one about the flags; an option that no flag sets keeps its name."""
         names = {**self.script.names, **{flag.to: flag.name for flag in self.script.flags if flag.to}}
         for path, name in names.items():
             # A path without a dot is also a word, and an option only before its value.
@@ -95,7 +97,7 @@ def translate(script: Script, argv: Sequence[str], environment: Mapping[str, str
     from sdxl_trainer.compat import differences
 
     case = differences.Case(script.name, config, flags, given, command.processes)
-    return Job(config, start, (*command.notes, *differences.lines(case)), flags["hub_token"])
+    return Job(config, start, (*command.notes, *differences.lines(case)), flags["hub_token"], command.flagged)
 
 
 def _config(command: Command) -> "Config":

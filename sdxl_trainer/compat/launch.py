@@ -48,7 +48,7 @@ def _run(job: Job) -> int:
     try:
         train(job.config, job.start)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(UserError(*map(job.flagged, (error.what, error.where, error.fix))), file=sys.stderr)
         return 2
     except Interrupted as stop:
         _say("interrupted: add --resume_from_checkpoint=latest to continue from the last checkpoint")

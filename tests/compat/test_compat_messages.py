@@ -86,6 +86,11 @@ def test_the_token_goes_to_the_environment_alone(monkeypatch: pytest.MonkeyPatch
     assert "secret" not in str(sys.argv) + seen[0].model_dump_json()
 
 
+def test_what_the_run_finds_names_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--pretrained_model_name_or_path=no/such/model", *BASE[1:], "--lr_scheduler=linear"]) == 2
+    assert "   at: --pretrained_model_name_or_path\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143)])
 def test_an_interruption_says_how_to_continue(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, status: int
