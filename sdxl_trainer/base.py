@@ -74,6 +74,10 @@ class Base:
         """Whether the pipeline's unconditional embeddings are zeros, and not those of the empty caption."""
         return bool(self.config("model_index").get("force_zeros_for_empty_prompt", True))
 
+    def mark(self) -> str:
+        """What tells one UNet from another."""
+        return key(*[files.sampled(p) for p in sorted(self.part("unet").glob("*.safetensors"))])
+
     def hash(self, part: str, memo: Memo) -> str:
         """SHA-256 over a part's files: two models that encode alike have one hash."""
         paths = sorted(

@@ -61,7 +61,8 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
     stock = prepare.take_stock(config, base, precision, notes)
     setup.refuse_trackers(config)
     order = prepare.order(config, stock)
-    begin = resume.starting_point(config, CONTINUE, Path(config.output_dir).expanduser(), stock, order, lines.append)
+    output = Path(config.output_dir).expanduser()
+    begin = resume.starting_point(config, base, CONTINUE, output, stock, order, lines.append)
     if begin.done:
         lines.append(f"already done: {begin.steps} steps, in {config.output_dir}")
     elif begin.checkpoint:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sdxl_trainer import checkpoint, files, mirror
+from sdxl_trainer.base import Base
 from sdxl_trainer.checkpoint import Checkpoint, Damaged
 from sdxl_trainer.config import Config
 from sdxl_trainer.data.plan import Plan
@@ -52,7 +53,7 @@ class Begin:
 
 
 def starting_point(
-    config: Config, start: Start, output: Path, stock: Stock, order: Plan, say: Callable[[str], None]
+    config: Config, base: Base, start: Start, output: Path, stock: Stock, order: Plan, say: Callable[[str], None]
 ) -> Begin:
     """Choose the checkpoint, verify it, and refuse to continue another run's."""
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
@@ -74,6 +75,9 @@ def starting_point(
     state = chosen.state()
     if start.mode == "continue":
         _refuse_another(state["config"], state["data"], config, data_hash, str(chosen.path))
+        if state.get("unet") not in {None, unet_beside(config, base)}:
+            what = "the base's UNet is not the one that this run began with"
+            raise UserError(what, str(chosen.path), "set model.path back, or choose another output_dir for this base")
     else:
         found = differences(state["config"], config)
         _refuse_other_state(found, str(chosen.path))
@@ -82,6 +86,12 @@ def starting_point(
             say(f"not an exact continuation, since these changed: {shortened(changed)}")
     # At its last step a run is not done: its pipeline may not have been written yet.
     return Begin(chosen, max(steps, chosen.step + start.at_least_one_step), False, data_hash)
+
+
+def unet_beside(config: Config, base: Base) -> str | None:
+    """The mark of the base's UNet, where that is not in the checkpoint and what learns depends on it."""
+    needed = config.adapter or config.token or any(data.prior_prediction for data in config.data)
+    return base.mark() if needed else None
 
 
 def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:

@@ -75,7 +75,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     kinds.refuse(config, base)
     order = prepare.order(config, stock)
     begin = distributed.decided(
-        accelerator, lambda: resume.starting_point(config, start, output, stock, order, console.say)
+        accelerator, lambda: resume.starting_point(config, base, start, output, stock, order, console.say)
     )
     if begin.done:
         console.say(f"already done: {begin.steps} steps, in {output}")

@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer import checkpoint, distributed, finish, guards, held_out, lock, optim, parameters, setup, wishes
+from sdxl_trainer import (
+    checkpoint,
+    distributed,
+    finish,
+    guards,
+    held_out,
+    lock,
+    optim,
+    parameters,
+    resume,
+    setup,
+    wishes,
+)
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch
@@ -318,6 +330,7 @@ def _save(job: Job) -> None:
             "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
             "config": run.config.model_dump(mode="json"),
             "data": job.data_hash,
+            "unet": resume.unet_beside(run.config, job.base),
             "skipped": state.skipped,
         }
         optimizer = run.optimizer.optimizer

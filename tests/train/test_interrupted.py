@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sdxl_trainer import checkpoint, files
 from sdxl_trainer.configfile import dumps
@@ -164,3 +166,25 @@ def test_a_named_checkpoint_is_refused_to_another_optimizer(
         train(other, Start("checkpoint", "checkpoint-1"))
     train(config(train={**sizes, "steps": 2, "learning_rate": 2e-6}), Start("checkpoint", "checkpoint-1"))
     assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "beside", [{"adapter": {"rank": 2}}, {"data": [{}, {"prior_prediction": True}]}], ids=["adapter", "prior"]
+)
+def test_what_learns_beside_a_unet_does_not_go_on_beside_another(
+    config: Callable[..., Any], base: Path, tmp_path: Path, beside: dict[str, Any]
+) -> None:
+    """Its checkpoints do not hold the base, which may move but not change: fine-tuned ones often share all else."""
+    first, moved, other = (tmp_path / name for name in ("first", "moved", "other"))
+    for place in (first, moved, other):
+        shutil.copytree(base, place)
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
+
+    def run(place: Path, steps: int) -> Any:
+        return config(model={"path": str(place)}, train={"steps": steps, "checkpoint_every": 1}, **beside)
+
+    train(run(first, 1))
+    with pytest.raises(UserError, match="UNet is not the one that this run began with"):
+        train(run(other, 2))
+    assert read_metrics(train(run(moved, 2)) / "metrics.jsonl")[-1]["step"] == 2
