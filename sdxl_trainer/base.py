@@ -1,8 +1,11 @@
 """The base model on disk: a diffusers folder, wherever it came from. No weights are loaded here."""
 
 import json
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +42,24 @@ class Base:
         """The JSON config of a part; of the whole for part "model_index"."""
         if part == "unet" and self.unet is not None:
             return dict(self.unet)
-        names = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
-        path = self.folder / names[part] if part in names else self.part(part) / "config.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"the file cannot be read: {error.strerror}", str(path), "make it readable") from None
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise UserError("this file is not valid JSON of a config", str(path), "copy the model again")
+        if part not in self._configs:
+            names = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
+            self._configs[part] = _read(self.folder / names[part] if part in names else self.part(part) / "config.json")
+        return dict(self._configs[part])
+
+    @cached_property
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    @cached_property
+    def _files(self) -> dict[str, dict[str, tuple[str, int]]]:
+        """The files of each part and of the whole, as `_stamps` gives them."""
+        whole = os.path.realpath(self.folder)
+        found = {"": _stamps(whole)}
+        for part in PARTS:
+            path = self.part(part)
+            elsewhere = part == "vae" or path.is_symlink()
+            found[part] = _stamps(os.path.realpath(path) if elsewhere else f"{whole}/{part}")
         return found
 
     @property
@@ -80,14 +91,14 @@ class Base:
 
     def hash(self, part: str, memo: Memo) -> str:
         """SHA-256 over a part's files: two models that encode alike have one hash."""
-        paths = sorted(
-            p for p in self.part(part).iterdir() if p.is_file() and p.suffix in {".safetensors", ".json", ".txt"}
-        )
-        return key(*[[path.name, _file_hash(path, memo)] for path in paths])
+        kinds, whole = (".safetensors", ".json", ".txt"), sorted(self._files[part].items())
+        hashed = [(name, stamp) for name, (stamp, _) in whole if name.endswith(kinds)]
+        return key(*[[name, _file_hash(self.part(part) / name, stamp, memo)] for name, stamp in hashed])
 
 
-def resolve(options: Model, cache: Path) -> Base:
-    """Find, download or unpack the base, and check that every part is there."""
+def resolve(options: Model, cache: Path, memo: Memo | None = None) -> Base:
+    """Find, download or unpack the base, and check that every part is there and whole. With `memo` files that were
+    checked are not opened again while they stay as they are."""
     folder = _folder(options, cache)
     if not (folder / "model_index.json").is_file():
         listed = shortened(sorted(p.name for p in folder.iterdir())) or "nothing"
@@ -98,12 +109,19 @@ def resolve(options: Model, cache: Path) -> Base:
     vae = _vae_folder(options) if options.vae else folder / "vae"
     base = Base(folder, vae, options.variant)
     random = options.init == "random"
-    for part in base.parts:
+    began, checked = time.time_ns(), f"configs {key(options.model_dump(mode='json'), base._files)}"
+    known = memo.known.get(checked) if memo is not None else None
+    base._configs.update(known or {})
+    for part in () if known else base.parts:
         if part != "unet" or not random:
             _check_part(base, part)
     if random:
         base = replace(base, unet=_untrained(base, options))
-    _check_fit(base)
+    if not known:
+        _check_fit(base)
+    newest = max(changed for part in base._files.values() for _, changed in part.values())
+    if memo is not None and not known and newest < began - files.COARSE:
+        memo.remember(checked, base._configs)
     return base
 
 
@@ -264,8 +282,34 @@ def _given(base: Base, unet: dict[str, Any]) -> dict[str, int]:
     return {"cross_attention_dim": context, "projection_class_embeddings_input_dim": conditioning}
 
 
-def _file_hash(path: Path, memo: Memo) -> str:
-    stat = path.stat()
-    stamp = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+def _read(path: Path) -> dict[str, Any]:
+    """A config."""
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"the file cannot be read: {error.strerror}", str(path), "make it readable") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError("this file is not valid JSON of a config", str(path), "copy the model again")
+    return found
+
+
+def _stamps(folder: str) -> dict[str, tuple[str, int]]:
+    """The files in a folder that is no link, none where there is no folder: a text that changes with each, by which its
+    hash is known, and when it last changed, in nanoseconds since 1970."""
+    found: dict[str, tuple[str, int]] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_file():
+                    path, status = os.path.realpath(entry.path) if entry.is_symlink() else entry.path, entry.stat()
+                    found[entry.name] = f"{path}:{status.st_size}:{status.st_mtime_ns}", status.st_ctime_ns
+    except OSError:  # the check of the part says what is wrong
+        pass
+    return found
+
+
+def _file_hash(path: Path, stamp: str, memo: Memo) -> str:
     known = memo.known.get(stamp)
     return known if isinstance(known, str) else memo.remember(stamp, files.sha256(path))

@@ -19,6 +19,8 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Nanoseconds within which two changes of a file may have one time: file systems count in steps, of 2 s at most.
+COARSE = 2_000_000_000
 _FIXES = {
     errno.ENOSPC: "free some space, or choose another folder on a larger disk",
     errno.EDQUOT: "free some of your quota, or choose another folder",

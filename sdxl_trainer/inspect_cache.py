@@ -33,8 +33,9 @@ def run(config: Config, *, verify: bool, gc: bool, push: bool = False) -> None:
     for line in notes:
         console.say(line)
     with accelerator.main_process_first():
-        base = bases.resolve(config.model, folder)
-        orders = class_pictures.missing(config, base, open_memo(folder))
+        memo = open_memo(folder)
+        base = bases.resolve(config.model, folder, memo)
+        orders = class_pictures.missing(config, base, memo)
     if orders:
         setup.draw_class_pictures(config, base, orders, precision, accelerator, console)
     with accelerator.main_process_first():

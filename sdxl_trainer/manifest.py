@@ -81,7 +81,7 @@ def end(job: Job) -> None:
     path = job.output / "manifest.json"
     whole = json.loads(path.read_text(encoding="utf-8"))
     seconds = time.monotonic() - job.watch.began
-    phases = {name: round(spent, 3) for name, spent in job.watch.phases.items()}
+    phases = {name: round(spent, 6) for name, spent in job.watch.phases.items()}
     whole |= {"finished": _now(), "seconds": round(seconds, 3), "timings": phases}
     whole["steps_taken"] = job.state.step
     files.write_json(path, whole)

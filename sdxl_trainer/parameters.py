@@ -36,7 +36,7 @@ def text_learns(config: Config, names: Iterable[str]) -> bool:
     if config.adapter is not None or config.token:
         parts = config.adapter.parts if config.adapter else ()
         return bool(config.token) or any(part != "unet" for part in parts)
-    return named(rules(config), names)
+    return bool(config.learn) and named(config.learn, names)  # by default the UNet alone learns
 
 
 def named(rules: Sequence[Learn], names: Iterable[str]) -> bool:

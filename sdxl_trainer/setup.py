@@ -65,13 +65,15 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     for line in notes:
         console.say(line)
     with watch.phase("reading the data"), accelerator.main_process_first():
-        base = bases.resolve(config.model, prepare.cache_folder(config))
-        orders = class_pictures.missing(config, base, open_memo(prepare.cache_folder(config)))
-    if orders:
+        memo = open_memo(prepare.cache_folder(config))
+        base = bases.resolve(config.model, prepare.cache_folder(config), memo)
+        orders = class_pictures.missing(config, base, memo)
+        stock = None if orders else prepare.take_stock(config, base, precision, memo=memo)
+    if stock is None:
         with watch.phase("class pictures"):
             draw_class_pictures(config, base, orders, precision, accelerator, console)
-    with watch.phase("reading the data"), accelerator.main_process_first():
-        stock = prepare.take_stock(config, base, precision)
+        with watch.phase("reading the data"), accelerator.main_process_first():
+            stock = prepare.take_stock(config, base, precision)
     kinds.refuse(config, base)
     order = prepare.order(config, stock)
     begin = distributed.decided(

@@ -1,6 +1,6 @@
 """Prompts to what the UNet attends to: both tokenizers, both encoders, chunks of states, pooled output."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,7 +261,7 @@ def refuse_clip_skip(base: Base, options: TextOptions) -> None:
         raise UserError(what, "text.clip_skip", f"give 1 to {layers}; SDXL was trained with 2")
 
 
-def parameter_names(base: Base) -> list[str]:
+def parameter_names(base: Base) -> Iterator[str]:
     """Names of the encoders' parameters as rules see them, without loading what they would be read from."""
     layer = [f"self_attn.{p}_proj" for p in "qkv"] + [
         "self_attn.out_proj",
@@ -270,11 +270,10 @@ def parameter_names(base: Base) -> list[str]:
         "layer_norm1",
         "layer_norm2",
     ]
-    names = []
     for part in base.encoders:
         layers = [f"encoder.layers.{i}.{m}" for i in range(base.config(part)["num_hidden_layers"]) for m in layer]
         modules = [f"{m}.{kind}" for m in [*layers, "final_layer_norm"] for kind in ("weight", "bias")]
         modules += ["embeddings.token_embedding.weight", "embeddings.position_embedding.weight"]
         # transformers 5 dropped the prefix of the first encoder's names.
-        names += [f"{part}.{prefix}{name}" for prefix in ("", "text_model.") for name in modules]
-    return [*names, "text_encoder_2.text_projection.weight"]
+        yield from (f"{part}.{prefix}{name}" for prefix in ("", "text_model.") for name in modules)
+    yield "text_encoder_2.text_projection.weight"

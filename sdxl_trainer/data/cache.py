@@ -81,6 +81,7 @@ class Store:
     table: Table = field(default_factory=lambda: empty(COLUMNS))
     shards: list[str] = field(default_factory=list)
     kinds: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    _saved: list[str] = field(default_factory=list)  # the shards of the table that was loaded or saved last
     _opened: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _checked: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
@@ -162,7 +163,8 @@ class Store:
 
     def there(self) -> list[str]:
         """The names of the shards that there are now, sorted."""
-        return sorted(path.name for path in self.folder.glob("*.safetensors"))
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(path.name for path in paths if path.suffix == ".safetensors")
 
     def headers(self, names: Sequence[str]) -> dict[str, list[Described]]:
         """The rows of shards."""
@@ -211,13 +213,15 @@ class Store:
         found = opened(self.index, COLUMNS)
         if found.notes:
             self.table, self.shards = found, json.loads(found.notes["shards"])
+            self._saved = self.shards
             self.kinds = [(dtype, tuple(shape)) for dtype, shape in json.loads(found.notes["kinds"])]
             self._checked = np.zeros(len(self.table), dtype=bool)
 
     def save(self) -> None:
         """Write the table, for the next start to find."""
-        if self.shards and json.loads(opened(self.index, COLUMNS).notes.get("shards", "[]")) != self.shards:
+        if self.shards and self.shards != self._saved:
             self.table.save(self.index)
+            self._saved = self.shards
 
     @property
     def index(self) -> Path:

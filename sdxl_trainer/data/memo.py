@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sdxl_trainer import files
-from sdxl_trainer.data.table import Table, empty, opened
+from sdxl_trainer.data.table import Table, opened
 
 # What is known of a picture's bytes by its stamp: their SHA-256, and height and width in pixels.
 FACTS = {"content": ("u1", (32,)), "size": ("<i4", (2,))}
@@ -23,9 +24,13 @@ class Memo:
 
     path: Path
     known: dict[str, Any] = field(default_factory=dict)
-    facts: Table = field(default_factory=lambda: empty(FACTS))
     changed: bool = False
     learned: list[tuple[np.ndarray, bytes, tuple[int, int]]] = field(default_factory=list)
+
+    @cached_property
+    def facts(self) -> Table:
+        """Memory-mapped when it is first asked for."""
+        return opened(self.table, FACTS)
 
     def recall(self, stamp: str, length: int) -> list[Any] | None:
         """The list that is known under a stamp, None if there is none of that length."""
@@ -80,4 +85,4 @@ def open_memo(folder: Path) -> Memo:
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
         known = {}
-    return Memo(path, known if isinstance(known, dict) else {}, opened(folder / "pictures.table", FACTS))
+    return Memo(path, known if isinstance(known, dict) else {})

@@ -6,13 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
 from sdxl_trainer.config import Config, Data
-from sdxl_trainer.data import images, masks, sources
+from sdxl_trainer.data import images, masks, sources, table
 from sdxl_trainer.data.buckets import Size
 from sdxl_trainer.data.geometry import Geometry, variants
 from sdxl_trainer.data.memo import Memo
@@ -71,8 +71,14 @@ class Pictures(Sequence[Picture]):
 
     def __init__(self, sources: Sequence[Source], targets: Sequence[Size], rows: np.ndarray) -> None:
         self.sources, self.targets, self.rows = tuple(sources), tuple(targets), rows
-        self._made = lru_cache(maxsize=256)(self._make)
-        self._centred = lru_cache(maxsize=4096)(self._of_size)
+
+    @cached_property
+    def _made(self) -> Callable[[int], Picture]:
+        return lru_cache(maxsize=256)(self._make)
+
+    @cached_property
+    def _centred(self) -> Callable[[int, Size, int], tuple[Geometry, ...]]:
+        return lru_cache(maxsize=4096)(self._of_size)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -131,9 +137,11 @@ class Pictures(Sequence[Picture]):
         found = np.empty((len(self), *shape), dtype=values[0].dtype)
         for start in range(0, len(self), BATCH):
             part, rows = found[start : start + BATCH], self.rows[start : start + BATCH]
-            for number in present(rows["source"]):
+            for number in present(rows["source"]) if len(values) > 1 else ():
                 mine = rows["source"] == number
                 part[mine] = values[number][rows["record"][mine]]
+            if len(values) == 1:
+                part[:] = values[0][rows["record"]]
         return found
 
     def measured(self, measure: Callable[[Geometry], float]) -> np.ndarray:
@@ -154,7 +162,7 @@ class Pictures(Sequence[Picture]):
     def _parts(self) -> Iterator[tuple[int, "Pictures"]]:
         """The pictures in runs of a few thousand, and where each begins: what is computed of them stays small."""
         for start in range(0, len(self), BATCH):
-            yield start, self.take(np.arange(start, min(start + BATCH, len(self))))
+            yield start, Pictures(self.sources, self.targets, self.rows[start : start + BATCH])
 
     def distinct_captions(self) -> int:
         """How many different captions the pictures have, if no two have a part of theirs in common."""
@@ -255,8 +263,10 @@ def grouped(kind: str, errors: Iterable[UserError]) -> list[Problem]:
 def _rows(source: Source, targets: dict[Size, int], unfit: list[UserError]) -> np.ndarray:
     """ROW of each picture at each resolution; once where it is too small for two and `no_upscale` gives it one size.
     Sizes are few, and each is looked at once."""
-    sizes, inverse = np.unique(source.size.astype("<i8") @ (1 << 32, 1), return_inverse=True)
-    chosen = [_targets(source.data, divmod(size, 1 << 32)) for size in sizes.tolist()]
+    order, begins = table.grouped(source.size[:, ::-1])
+    inverse = np.empty_like(order)
+    inverse[order] = np.cumsum(begins) - 1
+    chosen = [_targets(source.data, (height, width)) for height, width in source.size[order[begins]].tolist()]
     bad = np.array([isinstance(options, UserError) for options in chosen], dtype=bool)
     for number in np.flatnonzero(bad[inverse]):
         error = chosen[inverse[number]]
@@ -298,7 +308,8 @@ def _source(data: Data, number: int, records: Records, memo: Memo, unreadable: l
         for column, name in ((content, "content"), (size, "size")):
             column[part][there] = memo.facts.columns[name][places[there]]
     let_go([*memo.facts.columns.values(), *records.columns.values()])
-    for index, seen in mapped(lambda i: _look(records[i]), np.flatnonzero(~known).tolist()):
+    new = np.flatnonzero(~known).tolist()
+    for index, seen in mapped(lambda i: _look(records[i]), new) if new else ():
         if isinstance(seen, UserError):
             usable[index] = False
             unreadable.append(seen)

@@ -130,11 +130,13 @@ def cache_folder(config: Config) -> Path:
     return Path(config.cache.path or Path(config.output_dir) / "cache").expanduser()
 
 
-def take_stock(config: Config, base: Base, text_precision: str, notes: Notes | None = None) -> Stock:
+def take_stock(
+    config: Config, base: Base, text_precision: str, notes: Notes | None = None, memo: Memo | None = None
+) -> Stock:
     """Read data sets, sizes and hashes; look up what is cached. Encodes nothing. With `notes` pictures that cannot be
-    used are noted and left out, as long as there are others."""
+    used are noted and left out, as long as there are others. `memo` if it was opened a moment ago."""
     folder = cache_folder(config)
-    memo = open_memo(folder)
+    memo = memo or open_memo(folder)
     if config.cache.mirror:
         mirrored.take_in(folder, config.cache.mirror, memo)
     found = load(config, memo, notes)
@@ -297,7 +299,7 @@ def fill(
     prompts, latents = texts[rank::processes], work[rank::processes]
     mine = stock.missing_masks()[rank::processes]
     hidden = stock.missing_holes()[rank::processes]
-    raise_all(masks.fill(stock.latents, mine, progress))
+    raise_all(masks.fill(stock.latents, mine, progress) if mine else ())
     with encode.explained():
         # The pictures begin to be decoded while the encoders' libraries are imported and captions encoded.
         pictures = encode.decoded(latents, config.cache) if latents else iter(())

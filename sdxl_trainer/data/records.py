@@ -18,7 +18,9 @@ from sdxl_trainer import files
 from sdxl_trainer.data.table import BATCH, keys, open_columns, save_columns
 
 # Part of the name of what is kept: raise it when records would be read or written otherwise.
-VERSION = 1
+VERSION = 2
+# Bytes of the text that are read at a time.
+BLOCK = 1 << 16
 # The columns in which records are kept.
 SHAPES: dict[str, tuple[int, ...]] = {
     "begin": (),
@@ -62,10 +64,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Lasting:
-    """Records that are the same wherever the identity is: then they need not be read again."""
+    """Records of a thing that need not be read again while its stamp stays. `rows` reads them, or what it is that has
+    them. `files`: the stamp changes with the files that pictures are read from, too."""
 
-    identity: Sequence[object]
-    rows: Iterable[Record]
+    of: Sequence[object]
+    stamp: object
+    rows: Callable[[], "Iterable[Record] | Lasting"]
+    files: bool = False
 
 
 # What reads a picture, by name: functions of (arguments as text or numbers ..., name) that give its bytes.
@@ -171,23 +176,42 @@ def packed(records: Iterable[Record], readers: Readers, folder: Path | None = No
         return Records(_Text(file), columns, readers)
 
 
-def kept(records: Lasting, readers: Readers, folder: Path, lasting: Collection[str]) -> tuple[Records, bool]:
-    """The records of the same identity as they were packed before, or packed now, and which of both. They are kept in
-    `folder`, if all of them are read by functions of the names in `lasting`."""
-    identity = hashlib.sha256(json.dumps([VERSION, records.identity]).encode()).hexdigest()
-    place = folder / "records" / identity[:32]
-    text, table = place.with_suffix(".rows"), place.with_suffix(".table")
+def known(lasting: Lasting, readers: Readers, folder: Path) -> Records | None:
+    """The records that are kept in `folder`, if the stamp is what it was."""
+    text, table = _places(lasting, folder)
     found = open_columns(table, SHAPES)
-    if found is not None and text.is_file() and found[1]["text"] == files.sha256(text):
-        with text.open("rb") as file:
-            return Records(_Text(file), found[0], readers), True
-    made = packed(records.rows, readers, folder)
-    if made.read_by() <= set(lasting):
+    if found is None or found[1].get("stamp") != _digest(lasting.stamp) or not text.is_file():
+        return None
+    with text.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(BLOCK):
+            digest.update(block)
+        if found[1]["text"] != digest.hexdigest():
+            return None
+        return Records(_Text(file), found[0], readers)
+
+
+def kept(lasting: Lasting, rows: Iterable[Record], readers: Readers, folder: Path, names: Collection[str]) -> Records:
+    """The records packed, and kept in `folder` in the place of older ones, if functions of these names alone read the
+    pictures."""
+    made = packed(rows, readers, folder)
+    if lasting.files or made.read_by() <= set(names):
+        text, table = _places(lasting, folder)
         with files.explained(text):
             text.parent.mkdir(parents=True, exist_ok=True)
             files.write_atomically(text, made.copy)
-        save_columns(table, made.columns, {"text": files.sha256(text)})
-    return made, False
+        save_columns(table, made.columns, {"text": files.sha256(text), "stamp": _digest(lasting.stamp)})
+    return made
+
+
+def _places(lasting: Lasting, folder: Path) -> tuple[Path, Path]:
+    """Where the text and the columns of records are kept."""
+    place = folder / "records" / _digest(lasting.of)[:32]
+    return place.with_suffix(".rows"), place.with_suffix(".table")
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps([VERSION, value]).encode()).hexdigest()
 
 
 def _written(file: BinaryIO, records: Iterable[Record], names: Mapping[Callable[..., bytes], str]) -> dict[str, Any]:

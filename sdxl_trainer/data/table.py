@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,9 +63,9 @@ def distinct(rows: np.ndarray) -> np.ndarray:
 def let_go(columns: Iterable[np.ndarray]) -> None:
     """Give the pages of memory-mapped columns back to the system: they count as this process's memory once they were
     looked at, and come back when they are looked at again."""
-    for column in columns:
-        mapped = getattr(column.base, "_mmap", None)
-        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+    bases: list[Any] = [column.base for column in columns]
+    for mapped in {id(base): base for base in bases if isinstance(base, mmap.mmap)}.values():
+        if hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
@@ -152,29 +153,26 @@ def open_columns(
     path: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
     """Memory-mapped columns with rows of these shapes, and their notes; None for what is not there or damaged."""
-    if not path.is_file():
-        return None
     try:
-        entries, told = header.described(path, "delete it")
+        with path.open("rb") as file:
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        entries, told, start = header.parsed(lambda a, b: whole[a:b], len(whole), str(path), "delete it")
         notes = json.loads(told["notes"])
-        mapped = {name: _mapped(path, entries[name]) for name in shapes}
-    except (UserError, KeyError, ValueError):
+        found = {name: _column(whole, entries[name], start) for name in shapes}
+    except (OSError, UserError, KeyError, ValueError, TypeError):
         return None
-    fitting = all(mapped[name].shape[1:] == shape for name, shape in shapes.items())
+    fitting = all(found[name].shape[1:] == shape for name, shape in shapes.items())
     digest = notes.pop("sha256", "")
-    found = {name: np.asarray(column) for name, column in mapped.items()}
     if not fitting or digest != _digest([found[name] for name in sorted(found)], notes):
         return None
     return found, notes
 
 
-def _mapped(path: Path, entry: Mapping) -> np.memmap:
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
+def _column(whole: mmap.mmap, entry: Mapping[str, Any], start: int) -> np.ndarray:
     kind, shape = _TYPES[entry["dtype"]], tuple(entry["shape"])
     if 0 in shape:
         raise KeyError("no rows")
-    return np.memmap(path, kind, "r", start + entry["data_offsets"][0], shape)
+    return np.ndarray(shape, kind, whole, start + entry["data_offsets"][0])
 
 
 def _digest(columns: Sequence[np.ndarray], notes: Mapping[str, str]) -> str:
@@ -182,5 +180,6 @@ def _digest(columns: Sequence[np.ndarray], notes: Mapping[str, str]) -> str:
     for column in columns:
         for start in range(0, len(column), BATCH):
             digest.update(np.ascontiguousarray(column[start : start + BATCH]).data)
-        let_go([column])
+        if len(column) > BATCH:
+            let_go([column])
     return digest.hexdigest()

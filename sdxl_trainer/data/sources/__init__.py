@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ import numpy as np
 from sdxl_trainer import keyed
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.problems import Notes
-from sdxl_trainer.data.records import Lasting, Readers, Record, Records, kept, packed
+from sdxl_trainer.data.records import Lasting, Readers, Record, Records, kept, known, packed
 from sdxl_trainer.data.sources import addresses, dataset, folder, shards, tables
-from sdxl_trainer.data.sources.tree import read_file, scan
+from sdxl_trainer.data.sources.tree import read_file, scan, stamp
 from sdxl_trainer.errors import UserError, shortened
 
 READERS: Readers = {
@@ -61,17 +62,21 @@ def records(
 def _packed(
     rows: Iterable[Record] | Lasting, data: Data, where: str, folder: Path | None, notes: Notes | None
 ) -> Records:
-    lasting, each = (rows, rows.rows) if isinstance(rows, Lasting) else (None, rows)
+    # With notes all is read, since the counts of what is left out are wanted too.
+    keep = folder if notes is None else None
+    lasting = None
+    while isinstance(rows, Lasting):
+        before = known(rows, READERS, keep) if keep else None
+        if before is not None:
+            log.info("%s = '%s': %d pictures, as before", where, data.path, len(before))
+            return before
+        lasting, rows = rows, rows.rows()
     if data.caption_only and data.caption is not None:
         alone = (data.caption.strip(),)
-        each = (replace(record, captions=alone, seconds=()) for record in each)
-    # With notes all is read, since the counts of what is left out are wanted too.
-    if lasting is None or folder is None or notes is not None:
-        return packed(each, READERS, folder)
-    found, before = kept(Lasting(lasting.identity, each), READERS, folder, READERS.keys() - {"file"})
-    if before:
-        log.info("%s = '%s': %d pictures, as before", where, data.path, len(found))
-    return found
+        rows = (replace(record, captions=alone, seconds=()) for record in rows)
+    if lasting is None or keep is None:
+        return packed(rows, READERS, folder)
+    return kept(lasting, rows, READERS, keep, READERS.keys() - {"file"})
 
 
 def pictures(folder: Path, place: str, mask_suffix: str) -> list[str]:
@@ -104,7 +109,22 @@ def _records(
         raise UserError(
             f"there is no sub-folder '{data.folder}'", place, f"allowed: {shortened(_folders(path)) or 'none'}"
         )
-    tree = scan(root, place, data.mask_suffix, notes)
+    mark = stamp(root)
+    made = partial(_scanned, data, path, split, place, datasets_dir, index_dir, notes)
+    return made() if mark is None else Lasting([data.model_dump(mode="json"), split], mark, made, files=True)
+
+
+def _scanned(
+    data: Data,
+    path: Path,
+    split: str,
+    place: str,
+    datasets_dir: str | None,
+    index_dir: Path | None,
+    notes: Notes | None,
+) -> Iterable[Record] | Lasting:
+    """What a folder here holds: pictures, a dataset or shards."""
+    tree = scan(path / (data.folder or ""), place, data.mask_suffix, notes)
     if tree.tables and (not tree.pictures or dataset.holds(tree.tables[0], data.image_column)):
         _refuse_folders_only(data, place)
         return dataset.loaded(data, split, place, datasets_dir, path, notes)

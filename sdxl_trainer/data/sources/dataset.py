@@ -175,7 +175,7 @@ def _lasting(
     """The records of a dataset whose Arrow files lie in a folder. `splits` opens it, which maps all of its files and is
     left out where the records are known."""
     there = sorted(path for path in folder.rglob("*") if path.suffix in {".arrow", ".json"})
-    identity = [data.model_dump(mode="json"), split, [_stamp(path) for path in there]]
+    of, stamp = [data.model_dump(mode="json"), split], [_stamp(path) for path in there]
     roots = [root] if root else _caches(datasets_dir)
 
     def parts() -> list[Part]:
@@ -185,7 +185,7 @@ def _lasting(
             require_columns(data, opened[name], place)
         return found
 
-    return Lasting(identity, rows(data, parts, split, place, roots, notes))
+    return Lasting(of, stamp, partial(rows, data, parts, split, place, roots, notes))
 
 
 def rows(

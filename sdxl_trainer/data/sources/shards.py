@@ -40,7 +40,7 @@ Sample = tuple[str, list[tuple[str, int, int]], dict[str, str | None]]
 
 def records(data: Data, found: list[File], place: str, index_dir: Path | None, notes: Notes | None = None) -> Lasting:
     """The samples of all shards, in their order."""
-    return Lasting([data.model_dump(mode="json"), found], _rows(data, found, place, index_dir, notes))
+    return Lasting([data.model_dump(mode="json")], found, partial(_rows, data, found, place, index_dir, notes))
 
 
 def _rows(

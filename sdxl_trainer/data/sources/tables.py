@@ -61,7 +61,8 @@ def records(
             offset += count
         return made
 
-    return Lasting([data.model_dump(mode="json"), names], dataset.rows(data, parts, split, place, [folder], notes))
+    made = partial(dataset.rows, data, parts, split, place, [folder], notes)
+    return Lasting([data.model_dump(mode="json")], names, made)
 
 
 def of_hub(data: Data, split: str, place: str, datasets_dir: str | None) -> tuple[str, list[File]]:
