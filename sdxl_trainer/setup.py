@@ -222,10 +222,8 @@ def noise_schedule(config: Config, base: Base) -> tuple[schedule.Schedule, str]:
     scheduler = base.config("scheduler")
     prediction = config.objective.prediction or scheduler.get("prediction_type", "epsilon")
     if prediction not in objective.PREDICTIONS:
-        allowed = closest(prediction, objective.PREDICTIONS)
-        raise UserError(
-            f"the base predicts '{prediction}'", "scheduler_config.json", f"set objective.prediction; {allowed}"
-        )
+        what, fix = f"the base predicts '{prediction}'", closest(prediction, objective.PREDICTIONS)
+        raise UserError(what, "scheduler_config.json", f"set objective.prediction; {fix}")
     try:
         made = schedule.from_scheduler_config(scheduler, config.objective.zero_terminal_snr)
     except (TypeError, ValueError, RuntimeError, OverflowError, KeyError) as error:

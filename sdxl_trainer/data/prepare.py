@@ -135,8 +135,7 @@ def take_stock(
 ) -> Stock:
     """Read data sets, sizes and hashes; look up what is cached. Encodes nothing. With `notes` pictures that cannot be
     used are noted and left out, as long as there are others. `memo` if it was opened a moment ago."""
-    folder = cache_folder(config)
-    memo = memo or open_memo(folder)
+    folder, memo = cache_folder(config), memo or open_memo(cache_folder(config))
     if config.cache.mirror:
         mirrored.take_in(folder, config.cache.mirror, memo)
     found = load(config, memo, notes)
