@@ -6,7 +6,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -65,12 +65,14 @@ class Record:
 @dataclass(frozen=True)
 class Lasting:
     """Records of a thing that need not be read again while its stamp stays. `rows` reads them, or what it is that has
-    them. `files`: the stamp changes with the files that pictures are read from, too."""
+    them, and adds to `told` what the user is told. `files`: the stamp changes with the files that pictures are read
+    from, too."""
 
     of: Sequence[object]
     stamp: object
     rows: Callable[[], "Iterable[Record] | Lasting"]
     files: bool = False
+    told: list[str] = field(default_factory=list)
 
 
 # What reads a picture, by name: functions of (arguments as text or numbers ..., name) that give its bytes.
@@ -92,8 +94,10 @@ class Records(Sequence[Record]):
     """Records by number. What they say lies in a file, and is read when it is asked for; in memory are a few numbers of
     each: where it lies in that file, 128-bit keys of its stamp and of its captions, its repeats."""
 
-    def __init__(self, text: _Text, columns: Mapping[str, np.ndarray], readers: Readers) -> None:
-        self._text, self.columns, self._readers = text, dict(columns), readers
+    def __init__(
+        self, text: _Text, columns: Mapping[str, np.ndarray], readers: Readers, told: Sequence[str] = ()
+    ) -> None:
+        self._text, self.columns, self._readers, self.told = text, dict(columns), readers, told
 
     def __reduce__(self) -> Any:
         # For worker processes that are not forks: they get the records themselves.
@@ -188,7 +192,7 @@ def known(lasting: Lasting, readers: Readers, folder: Path) -> Records | None:
             digest.update(block)
         if found[1]["text"] != digest.hexdigest():
             return None
-        return Records(_Text(file), found[0], readers)
+        return Records(_Text(file), found[0], readers, json.loads(found[1]["told"]))
 
 
 def kept(lasting: Lasting, rows: Iterable[Record], readers: Readers, folder: Path, names: Collection[str]) -> Records:
@@ -200,7 +204,8 @@ def kept(lasting: Lasting, rows: Iterable[Record], readers: Readers, folder: Pat
         with files.explained(text):
             text.parent.mkdir(parents=True, exist_ok=True)
             files.write_atomically(text, made.copy)
-        save_columns(table, made.columns, {"text": files.sha256(text), "stamp": _digest(lasting.stamp)})
+        notes = {"text": files.sha256(text), "stamp": _digest(lasting.stamp), "told": json.dumps(lasting.told)}
+        save_columns(table, made.columns, notes)
     return made
 
 

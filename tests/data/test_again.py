@@ -68,6 +68,13 @@ def test_a_known_folder_is_not_read_again(
     assert found(folder, **options) == first
 
 
+def test_what_is_left_out_is_said_at_each_start(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        caplog.clear()
+        found(folder)
+        assert f"data.0.path = '{folder}': 4 pictures, 4 captioned by metadata; skipped: .md 1" in caplog.text
+
+
 def same_size_and_date(path: Path, content: str) -> None:
     """An edit that a look at size and date does not show."""
     status = path.stat()

@@ -193,7 +193,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "remove one",
     ),
     "empty folder": ({"x/.keep": b""}, {}, "no pictures in the folder or below", "give a folder"),
-    "other files only": ({"a.psd": b"", "b.psd": b"", "c.txt": "x"}, {}, "2 .psd", "hub dataset"),
+    "other files only": ({"a.svg": b"", "b.svg": b"", "c.txt": "x"}, {}, "2 .svg", "hub dataset"),
     "archives only": ({"all.zip": b"", "more.tar": b""}, {}, "archives: all.zip, more.tar", "unpack"),
     "split that is not there": ({"train/a.png": None}, {"split": "validation"}, "no split 'validation'", "train"),
     "split without pictures": (

@@ -68,7 +68,8 @@ def _packed(
     while isinstance(rows, Lasting):
         before = known(rows, READERS, keep) if keep else None
         if before is not None:
-            log.info("%s = '%s': %d pictures, as before", where, data.path, len(before))
+            for line in before.told:
+                log.warning("%s", line)
             return before
         lasting, rows = rows, rows.rows()
     if data.caption_only and data.caption is not None:
@@ -110,8 +111,10 @@ def _records(
             f"there is no sub-folder '{data.folder}'", place, f"allowed: {shortened(_folders(path)) or 'none'}"
         )
     mark = stamp(root)
-    made = partial(_scanned, data, path, split, place, datasets_dir, index_dir, notes)
-    return made() if mark is None else Lasting([data.model_dump(mode="json"), split], mark, made, files=True)
+    told: list[str] = []
+    made = partial(_scanned, data, path, split, place, datasets_dir, index_dir, notes, told)
+    of = [data.model_dump(mode="json"), split, place]
+    return made() if mark is None else Lasting(of, mark, made, files=True, told=told)
 
 
 def _scanned(
@@ -122,8 +125,9 @@ def _scanned(
     datasets_dir: str | None,
     index_dir: Path | None,
     notes: Notes | None,
+    told: list[str],
 ) -> Iterable[Record] | Lasting:
-    """What a folder here holds: pictures, a dataset or shards."""
+    """What a folder here holds: pictures, a dataset or shards. What the user is told is added to `told`."""
     tree = scan(path / (data.folder or ""), place, data.mask_suffix, notes)
     if tree.tables and (not tree.pictures or dataset.holds(tree.tables[0], data.image_column)):
         _refuse_folders_only(data, place)
@@ -131,7 +135,9 @@ def _scanned(
     if not tree.pictures and tree.archives and all(name.endswith(".tar") for name in tree.archives):
         return _addressed(data, split, place, datasets_dir, index_dir, notes)
     _refuse(data, ("name",), "this is a folder of pictures", place)
-    return folder.records(data, tree, split, place, notes)
+    found = folder.records(data, tree, split, place, notes)
+    told += tree.told
+    return found
 
 
 def _addressed(

@@ -270,9 +270,12 @@ def _tell(data: Data, tree: Tree, found: list[Record], place: str, listed: set[s
     left = {kind: skipped[kind] for kind in sorted(skipped, key=natural) if skipped[kind]}
     counted = ", ".join(f"{kind} {count}" for kind, count in left.items())
     rows = sum(record.name in listed for record in found)
-    level = logging.WARNING if counted else logging.INFO  # what is left out is said; the rest is in the report
-    text = "%s: %d pictures, %d captioned by metadata; skipped: %s%s"
-    log.log(level, text, place, len(found), rows, counted or "nothing", _to_convert(left))
+    if counted:  # what is left out is said; the rest is in the report
+        whole = f"{len(found)} pictures, {rows} captioned by metadata"
+        tree.told.append(f"{place}: {whole}; skipped: {counted}{_to_convert(left)}")
     if not data.kohya_folders and any(extras.kohya(record.name, tree.root.name) for record in found):
-        log.warning("%s: folders named like 10_words are plain folders here; kohya_folders = true reads repeats", place)
+        what = "folders named like 10_words are plain folders here; kohya_folders = true reads repeats"
+        tree.told.append(f"{place}: {what}")
+    for line in tree.told:
+        log.warning("%s", line)
     return left

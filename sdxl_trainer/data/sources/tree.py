@@ -42,6 +42,7 @@ class Tree:
     archives: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    told: list[str] = field(default_factory=list)  # what the user is told of it
 
 
 def natural(name: str) -> list[tuple[list[str | int], str]]:
