@@ -10,6 +10,18 @@ from sdxl_trainer.errors import UserError, closest
 
 WHERE = "command line"
 
+# Flags of the advanced DreamBooth script, which is not one of ours, and what does the same here.
+_PIVOTAL = "begin with examples/pivotal.toml, which learns new words beside a LoRA"
+_BLORA = "begin with examples/blora.toml, which learns the two blocks of B-LoRA"
+ADVANCED = {
+    **dict.fromkeys(("--token_abstraction", "--num_new_tokens_per_abstraction"), _PIVOTAL),
+    **dict.fromkeys(("--train_text_encoder_ti", "--train_text_encoder_ti_frac"), _PIVOTAL),
+    **dict.fromkeys(("--use_blora", "--lora_unet_blocks"), _BLORA),
+    "--train_text_encoder_frac": "set until of a [[learn]] rule in a config file",
+    "--clip_skip": "set text.clip_skip in a config file",
+    "--cache_latents": "leave it out: latents are always cached",
+}
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -54,7 +66,8 @@ def read(argv: Sequence[str], flags: Sequence[Flag], description: str) -> tuple[
         names = [flag.name for flag in flags]
         name = rest[0].partition("=")[0]  # without the value, which may be a secret
         what = f"unknown flag {name}" if name.startswith("-") else f"'{name}' belongs to no flag"
-        raise UserError(what, WHERE, closest(name, names) if name.startswith("--") else "--help lists every flag")
+        near = closest(name, names) if name.startswith("--") else "--help lists every flag"
+        raise UserError(what, WHERE, ADVANCED.get(name, near))
     given = vars(found)
     for flag in flags:
         if flag.required and flag.key not in given:

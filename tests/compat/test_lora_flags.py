@@ -49,6 +49,20 @@ def test_defaults_of_the_dreambooth_script() -> None:
     assert dreambooth("--validation_prompt=a").config.validation.every_epochs == 50
 
 
+@pytest.mark.parametrize(
+    ("flag", "fix"),
+    [
+        ("--train_text_encoder_ti", "examples/pivotal.toml"),
+        ("--use_blora", "examples/blora.toml"),
+        ("--cache_latents", "always cached"),
+    ],
+)
+def test_flags_of_the_advanced_script_say_what_does_the_same(flag: str, fix: str) -> None:
+    with pytest.raises(UserError, match=f"unknown flag {flag}") as caught:
+        dreambooth(flag)
+    assert fix in caught.value.fix
+
+
 EFFECTS: list[tuple[str, str, Any, tuple[str, ...]]] = [
     ("--instance_data_dir=cat", "data.0.path", "cat", ()),
     ("--instance_prompt=a sks cat", "data.0.caption", "a sks cat", ()),
