@@ -104,7 +104,7 @@ def resolve(options: Model, cache: Path, memo: Memo | None = None) -> Base:
         listed = shortened(sorted(p.name for p in folder.iterdir())) or "nothing"
         fix = "give a folder written by save_pretrained, a hub id, or a .safetensors file"
         if (folder / "pytorch_lora_weights.safetensors").is_file():
-            fix = "this is an adapter: give the base it was made for as model.path, and this folder as adapter.start"
+            fix = "this is an adapter: give the base it was made for, and this as adapter.start, or to draw as --lora"
         raise UserError(f"there is no diffusers model here (no model_index.json; found: {listed})", str(folder), fix)
     vae = _vae_folder(options) if options.vae else folder / "vae"
     base = Base(folder, vae, options.variant)

@@ -18,8 +18,8 @@ NAMES = {
     "data.1.max_samples": "--num_class_images",
     "data.1.generate_batch": "--sample_batch_size",
     "data.1.generate_precision": "--prior_generation_precision",
-    "learn.0.learning_rate": "--text_encoder_lr",
-    "learn.0.weight_decay": "--adam_weight_decay_text_encoder",
+    "learn.1.learning_rate": "--text_encoder_lr",
+    "learn.1.weight_decay": "--adam_weight_decay_text_encoder",
 }
 # Flags that mean something only with class pictures.
 _OF_CLASS = (
@@ -108,7 +108,8 @@ def rates(command: Command) -> None:
         _say_idle(command, "text_encoder_lr", "prodigy finds one rate for all")
     elif flags["text_encoder_lr"]:
         rule["learning_rate"] = flags["text_encoder_lr"]
-    command.tree["learn"] = [rule, {"match": ".*"}]
+    # The UNet's first: the learning rate that is shown and recorded is the first rule's.
+    command.tree["learn"] = [{"match": r"unet\..*"}, rule]
 
 
 def optimizer(command: Command) -> None:

@@ -66,7 +66,7 @@ def about(path: Path | str) -> About:
     )
 
 
-_IS_ADAPTER = "this is an adapter: give the base it was made for as model.path, and this file as adapter.start"
+_IS_ADAPTER = "this is an adapter: give the base it was made for, and this as adapter.start, or to draw as --lora"
 
 
 def read(path: Path | str) -> Components:

@@ -93,6 +93,8 @@ def test_text_to_image_lora_checkpoints_total_limit(
 @pytest.mark.parametrize("text", [False, True], ids=["unet", "text encoders"])
 def test_dreambooth_lora(subject: list[str], tmp_path: Path, text: bool) -> None:
     assert_keys(trained(train_dreambooth_lora_sdxl, [*subject, *COMMON, *TWO, *[TEXT] * text], tmp_path / "run"), text)
+    rates = [row["learning_rate"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert rates == [5e-4, 5e-4], "what is recorded is --learning_rate, not the text encoders'"
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["unet", "text encoders"])

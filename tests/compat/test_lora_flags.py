@@ -84,10 +84,10 @@ EFFECTS: list[tuple[str, str, Any, tuple[str, ...]]] = [
     ("--do_edm_style_training", "objective.weighting", "edm", ()),
     ("--output_kohya_format", "export.formats", ("kohya",), ()),
     ("--output_kohya_format", "export.name", "pytorch_lora_weights_kohya", ()),
-    ("--text_encoder_lr=1e-6", "learn.0.learning_rate", 1e-6, TEXT),
-    ("--text_encoder_lr=0", "learn.0.learning_rate", None, TEXT),
-    ("--adam_weight_decay_text_encoder=0.5", "learn.0.weight_decay", 0.5, TEXT),
-    ("--train_text_encoder", "learn.0.learning_rate", 5e-6, ()),
+    ("--text_encoder_lr=1e-6", "learn.1.learning_rate", 1e-6, TEXT),
+    ("--text_encoder_lr=0", "learn.1.learning_rate", None, TEXT),
+    ("--adam_weight_decay_text_encoder=0.5", "learn.1.weight_decay", 0.5, TEXT),
+    ("--train_text_encoder", "learn.1.learning_rate", 5e-6, ()),
     ("--train_text_encoder", "adapter.parts", ("unet", "text_encoder", "text_encoder_2"), ()),
     ("--lr_num_cycles=3", "schedule.cycles", 3, ("--lr_scheduler=cosine_with_restarts",)),
     ("--lr_power=2", "schedule.power", 2.0, ("--lr_scheduler=polynomial",)),
@@ -134,7 +134,7 @@ def test_prodigy_is_the_scripts() -> None:
     config = dreambooth(*PRODIGY, *TEXT).config
     assert config.optimizer.arguments == {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
     assert [rule.learning_rate for rule in config.learn] == [None, None]
-    assert config.learn[0].weight_decay == 1e-3
+    assert config.learn[1].weight_decay == 1e-3
 
 
 def test_an_epoch_goes_through_the_larger_set(tmp_path: Path) -> None:
