@@ -230,11 +230,11 @@ def wrapped(accelerator: "Accelerator", sdxl: SDXL, sharding: Sharding | None) -
     if accelerator.mixed_precision != "no":
         inner = sdxl.forward
 
-        def forward(*tensors: Tensor, **text: Tensor) -> Tensor:
+        def forward(*tensors: Any, **more: Any) -> Tensor:
             with accelerator.autocast():
-                return inner(*tensors, **text).float()
+                return inner(*tensors, **more).float()
 
-        sdxl.forward = forward  # type: ignore[method-assign, assignment]
+        sdxl.forward = forward  # type: ignore[method-assign]
     return sdxl
 
 

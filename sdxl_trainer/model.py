@@ -20,6 +20,17 @@ from sdxl_trainer.formats import pretrained
 TEXT = TextOptions()
 
 
+@dataclass(frozen=True)
+class Dropout:
+    """What decides which inputs adapters drop: keys of the samples in a pass, positions of their text before it is
+    repeated, and keys of its chunks. Plain numbers: wrappers move tensors to the device, where layers would have to
+    wait for them."""
+
+    keys: tuple[int, ...]
+    lengths: tuple[int, ...]
+    chunks: tuple[int, ...] = ()
+
+
 class SDXL(nn.Module):
     """The UNet, and the text encoders if they learn; parameters are named `unet.*`, `text_encoder.*`, ..."""
 
@@ -55,18 +66,16 @@ class SDXL(nn.Module):
         time_ids: Tensor,
         prompt_embeds: Tensor | None = None,
         pooled: Tensor | None = None,
-        keys: Tensor | None = None,
-        lengths: Tensor | None = None,
-        **chunks: Tensor,
+        dropout: Dropout | None = None,
+        **chunks: Any,
     ) -> Tensor:
         """Prediction [B, 4, h, w] from x_t [B, 4, h, w], timesteps [B], integer time_ids [B, 6], whose sinusoids the
-        UNet computes in fp32, and either embeddings [B, L, 2048] and pooled [B, 1280], or what `embed` takes. `keys`
-        and `lengths` [B] decide adapters' dropout."""
+        UNet computes in fp32, and either embeddings [B, L, 2048] and pooled [B, 1280], or what `embed` takes."""
         with self.saving():
             if chunks:
-                prompt_embeds, pooled = self.embed(**chunks, keys=keys)
-            if keys is not None and lengths is not None:
-                self.dropout_keys[:], self.dropout_lengths[:] = keys.tolist(), lengths.tolist()
+                prompt_embeds, pooled = self.embed(**chunks, dropout=dropout)
+            if dropout is not None:
+                self.dropout_keys[:], self.dropout_lengths[:] = dropout.keys, dropout.lengths
             conditions = {"text_embeds": pooled, "time_ids": time_ids}
             return self.unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
 
@@ -76,13 +85,13 @@ class SDXL(nn.Module):
         chunks: Tensor,
         kept: Tensor,
         weights: Tensor | None = None,
-        keys: Tensor | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Embeddings [B, L, 2048] and pooled output [B, 1280] from token ids [C, 2, 77], by the encoders that learn or
         the frozen ones. `chunks` [B, N] names each sample's, `kept` [B, 2] is 0 where an encoder's output is to be
         zeros, `weights` [C, 2, 77] are those of the tokens."""
-        if keys is not None:
-            self.dropout_chunks[:] = _chunk_keys(keys.tolist(), chunks.tolist(), len(tokens))
+        if dropout is not None:
+            self.dropout_chunks[:] = dropout.chunks
         encoders = self.frozen or (self.text_encoder, self.text_encoder_2)
         # Frozen encoders compute in their own type, as they do where captions are cached.
         alone = torch.autocast(tokens.device.type, enabled=False) if self.frozen else nullcontext()
@@ -111,15 +120,6 @@ class SDXL(nn.Module):
         unread = [f"encoder.layers.{layer}." for layer in range(layers + 1 - self.reading.clip_skip, layers)]
         names = [name for name, _ in self.named_parameters() if name.startswith("text_encoder.")]
         return {name for name in names if any(part in name for part in [*unread, "final_layer_norm"])}
-
-
-def _chunk_keys(keys: list[int], chunks: list[list[int]], count: int) -> list[int]:
-    """A key for each of `count` chunks: its sample's for the first one, others derived from it."""
-    found = [0] * count
-    for key, row in zip(keys, chunks, strict=True):
-        for number, chunk in enumerate(dict.fromkeys(row)):
-            found[chunk] = (key + number * 0xD1342543DE82EF95) & ((1 << 63) - 1)
-    return found
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from sdxl_trainer.model import SDXL
 
 # Text that samples refer to by number; everything else has a row for each sample.
 _SHARED = {"tokens", "weights"}
-_DROPOUT = {"keys", "lengths"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Prior:
         if batch.prior is None and not self.together:
             return None
         rows = batch.timesteps.new_zeros(1) if batch.prior is None else batch.prior
-        text = {name: t if name in _SHARED else t[rows] for name, t in batch.text.items() if name not in _DROPOUT}
+        text = {name: t if name in _SHARED else t[rows] for name, t in batch.text.items()}
         with adapters.switched_off(self.adapters), autocast():
             said = self.sdxl(noisy[rows], level[rows], batch.time_ids[rows], **text)
         return None if batch.prior is None else (rows, said)

@@ -27,6 +27,9 @@ SWITCH_SECONDS = 1e-4
 # How much lower the writer's priority is. Not the lowest: while a thread that has to wait for a core holds the
 # interpreter, the training waits too.
 NICE = 10
+# Bytes of page-locked memory that are asked for at once, and of which each tensor's part is a multiple. PyTorch rounds
+# each request up to a power of two, by which SDXL's fp32 tensors would take 31 % more memory, here 5 %.
+SLAB, ALIGNED = 1 << 28, 64
 # Share of the free memory that a copy of the run may take; larger ones are written while the training waits.
 MEMORY_SHARE = 0.5
 
@@ -38,6 +41,7 @@ class Saver:
         self._output, self._say, self._main = output, say, main
         self._limit, self._mirror = config.train.checkpoints_limit, config.train.checkpoint_mirror
         self._buffers: dict[str, Tensor] = {}
+        self._slab = torch.empty(0, dtype=torch.uint8)  # what is left of the last one
         self._writer, self._uploader = (ThreadPoolExecutor(1, name, _yielding) for name in ("checkpoint", "mirror"))
         self._writing: Future[Checkpoint] | None = None
         self._uploads: dict[Path, Future[None]] = {}
@@ -135,10 +139,18 @@ class Saver:
         """A copy in host memory, which the next checkpoint uses again: fresh memory costs more than the copy."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            pinned = tensor.device.type == "cuda"
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            self._buffers[name] = buffer
+            buffer = self._buffers[name] = self._room(tensor)
         return buffer.copy_(sharding.whole(tensor))
+
+    def _room(self, tensor: Tensor) -> Tensor:
+        """Host memory for a tensor, page-locked where a GPU copies into it."""
+        if tensor.device.type != "cuda":
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        size = tensor.numel() * tensor.element_size()
+        if size > len(self._slab):
+            self._slab = torch.empty(max(SLAB, size), dtype=torch.uint8, pin_memory=True)
+        room, self._slab = self._slab[:size], self._slab[-(-size // ALIGNED) * ALIGNED :]
+        return room.view(tensor.dtype).view(tensor.shape)
 
     def _joined(self, name: str, tensor: Tensor) -> Tensor:
         """Another process's part in what the main one keeps."""

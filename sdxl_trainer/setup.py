@@ -214,7 +214,13 @@ def computing(config: Config, notes: list[str]) -> str:
             what = f"train.weights = 'bf16' with train.precision = '{wanted}'"
             raise UserError(what, "train.precision", "bf16 weights compute in bf16: remove train.precision")
         wanted = "bf16"
-    return distributed.precision(wanted, notes.append)
+    found = distributed.precision(wanted, notes.append)
+    if config.train.weights == "bf16" and found == "fp16":
+        what = "train.weights = 'bf16' on a GPU that has no bf16"
+        raise UserError(
+            what, "train.weights", 'set train.weights = "fp32", which computes in fp16 here; or train an adapter'
+        )
+    return found
 
 
 def noise_schedule(config: Config, base: Base) -> tuple[schedule.Schedule, str]:

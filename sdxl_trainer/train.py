@@ -38,8 +38,8 @@ BETWEEN_LOOKS = 0.5  # seconds in which a paused run asks whether it may go on
 def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tuple[Tensor, Tensor, float]:
     """One optimizer step on this process's micro-batches of a step with `images` images over all processes.
 
-    Gives this process's part of the mean loss, the gradient norm, and the learning rate; no sync with the device
-    unless a fused backward pass has a loss scaler.
+    Gives this process's part of the mean loss, the gradient norm, and the learning rate. Fused optimizers make it
+    wait for nothing on the device; for the others the host looks whether the step is finite, and some wait more.
     """
     limit, passes = run.config.train.max_grad_norm or None, partial(_passes, run, state, batches, images)
     learning = [p for g in run.groups for p in g.parameters]
@@ -78,7 +78,7 @@ def _passes(run: Run, state: State, batches: list[Batch], images: int) -> Tensor
             noisy = batch.entering(run.objective.schedule.add_noise(latents, batch.seen_noise, batch.timesteps))
             level = run.objective.schedule.level(batch.timesteps)
             kept = run.prior(batch, noisy.to(run.dtype), level, accelerator.autocast) if run.prior else None
-            prediction = run.model(noisy.to(run.dtype), level, batch.time_ids, **batch.text)
+            prediction = run.model(noisy.to(run.dtype), level, batch.time_ids, dropout=batch.dropout, **batch.text)
             loss = run.objective.loss(prediction, latents, batch.noise, batch.timesteps, batch.mask, kept)  # [B]
             state.each.append(loss.detach())
             loss = (loss * batch.weight).sum() / images

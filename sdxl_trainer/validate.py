@@ -133,7 +133,7 @@ class Validator:
     def _embed(self, prompt: Prompt, sdxl: SDXL) -> sample.Embedded:
         """Embeddings and pooled output: cached, or by the text encoders as they are now."""
         words = self.samples.words
-        text = {name: t.to(self.accelerator.device) for name, t in words.together([prompt]).items()}
+        text: dict[str, Any] = {n: t.to(self.accelerator.device) for n, t in words.together([prompt]).items()}
         if "tokens" in text:
             with self.accelerator.autocast():
                 embeds, pooled = sdxl.embed(**text)

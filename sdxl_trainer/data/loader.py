@@ -20,7 +20,7 @@ from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.pictures import Picture
 from sdxl_trainer.data.places import Places
 from sdxl_trainer.data.words import Text, Words
-from sdxl_trainer.model import LatentScale
+from sdxl_trainer.model import Dropout, LatentScale
 from sdxl_trainer.timesteps import Clock
 
 # Steps prepared ahead of the one that trains.
@@ -40,13 +40,14 @@ class Batch:
     posterior_noise: Tensor  # [B, 4, h, w] fp32
     noise: Tensor  # [B, 4, h, w] fp32
     timesteps: Tensor  # [B] int64
-    text: Text  # of the whole batch, see `Words.together`; keys and lengths [B] for layers that drop
+    text: Text  # of the whole batch, see `Words.together`
     time_ids: Tensor  # [B, 6] int64; of refiners [B, 5] fp32
     weight: Tensor  # [B] fp32: factor on the loss
     mask: Tensor | None = None  # [B, 1, h, w] fp32: factor on the squared error of each latent cell; None: 1 everywhere
     perturbation: Tensor | None = None  # [B, 4, h, w] fp32: noise that the model sees and is not to find
     extra: Tensor | None = None  # [B, 5, h, w] fp32: mask and masked picture, for inpainting models
     prior: Tensor | None = None  # [P] int64: which samples are to stay what the base predicts; None: none
+    dropout: Dropout | None = None  # where layers of the model drop
 
     @property
     def mean(self) -> Tensor:
@@ -77,7 +78,7 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Any) -> "Batch":
-        plain = [f.name for f in fields(self) if f.name not in {"names", "text"}]
+        plain = [f.name for f in fields(self) if f.name not in {"names", "text", "dropout"}]
         text = {name: change(tensor) for name, tensor in self.text.items()}
         tensors = {name: getattr(self, name) for name in plain}
         changed: dict[str, Any] = {name: None if t is None else change(t) for name, t in tensors.items()}
@@ -100,7 +101,7 @@ class Samples:
     scale: LatentScale
     holes: Inpainting | None = None  # how masks are drawn, for inpainting models
     refines: bool = False  # whether an aesthetic score stands in the place of the target size
-    dropout: bool = False  # whether layers of the model drop, by keys that come with the text
+    dropout: bool = False  # whether layers of the model drop
 
     @cached_property
     def places(self) -> Places[Shown]:
@@ -166,9 +167,6 @@ def batch(
 
     texts = [_text(samples, epoch, sample) for sample in own]
     text = samples.words.together(texts)
-    if samples.dropout:
-        draws = [keyed.generator(samples.seed, "adapter", epoch, sample).integers(1 << 63) for sample in own]
-        text |= {"keys": torch.tensor(draws), "lengths": torch.tensor([samples.words.length(t) for t in texts])}
     weights = [
         picture.data.weight * samples.clock.weight(drawn[sample]) if counts else 0.0
         for (picture, _), (sample, counts) in zip(seen, chosen, strict=True)
@@ -187,12 +185,31 @@ def batch(
         perturbation=noise.perturbation(keys, shape, samples.objective),
         extra=_extra(samples, keys, seen) if samples.holes else None,
         prior=torch.tensor(kept) if kept else None,
+        dropout=_dropout(samples, keys, texts, text) if samples.dropout else None,
     )
 
 
 def _tensor(numbers: Sequence[Any], dtype: type) -> Tensor:
     """`torch.tensor` of a list takes three times as long."""
     return torch.from_numpy(np.array(numbers, dtype))
+
+
+def _dropout(samples: Samples, keys: Sequence[noise.Key], texts: Sequence[Prompt | Text], together: Text) -> Dropout:
+    own = [int(keyed.generator(key[0], "adapter", *key[1:]).integers(1 << 63)) for key in keys]
+    lengths = tuple(samples.words.length(text) for text in texts)
+    if "chunks" not in together:
+        return Dropout(tuple(own), lengths)
+    chunks = _chunk_keys(own, together["chunks"].tolist(), len(together["tokens"]))
+    return Dropout(tuple(own), lengths, tuple(chunks))
+
+
+def _chunk_keys(keys: list[int], chunks: list[list[int]], count: int) -> list[int]:
+    """A key for each of `count` chunks: its sample's for the first one, others derived from it."""
+    found = [0] * count
+    for key, row in zip(keys, chunks, strict=True):
+        for number, chunk in enumerate(dict.fromkeys(row)):
+            found[chunk] = (key + number * 0xD1342543DE82EF95) & ((1 << 63) - 1)
+    return found
 
 
 def _shown(samples: Samples, epoch: int, sample: int) -> Shown:

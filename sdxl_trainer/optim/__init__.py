@@ -16,7 +16,7 @@ from torch import nn
 from sdxl_trainer import sharding
 from sdxl_trainer.config import Optimizer, Train
 from sdxl_trainer.errors import UserError, closest
-from sdxl_trainer.optim import muon, rounding
+from sdxl_trainer.optim import adafactor, muon, rounding
 from sdxl_trainer.optim.clipping import clip
 from sdxl_trainer.optim.rates import SHAPES, factor, set_learning_rates
 from sdxl_trainer.parameters import Group
@@ -87,7 +87,9 @@ KINDS: dict[str, Kind] = {
         narrow=("exp_avg", "exp_avg_sq"),
     ),
     # Factored second moments, no first (Shazeer & Stern 2018): almost no memory of its own.
-    "adafactor": Kind("torch.optim:Adafactor", state=(0.02, 0), rounds=True),
+    "adafactor": Kind(
+        "sdxl_trainer.optim.adafactor:Adafactor", state=(0.02, 0), workspace=adafactor.workspace, rounds=True
+    ),
     # Factored as well, with a first moment that is trusted as far as it is steady (Luo et al. 2023). Tensor by tensor:
     # over all at once it and lion would hold copies of all weights for a moment, and they are chosen for their memory.
     "came": Kind("pytorch_optimizer:CAME", "pytorch-optimizer", {"foreach": False}, (1.05, 0), _two, rounds=True),
@@ -200,7 +202,7 @@ def workspace_bytes(options: Optimizer, shapes: Sequence[torch.Size], weight: in
     """Bytes that a step holds for a moment beside weights, gradients and state, if it is of `most` numbers at once."""
     kind = KINDS.get(options.name, Kind(""))
     every = bool(options.arguments.get("foreach", False))
-    own = (_all if every else kind.workspace)(shapes)
+    own = min((_all if every else kind.workspace)(shapes), most)
     if kind.rounds and weight == 2:
         return 4 * (own + rounding.copies(shapes, len(kind.narrow), most))
     return weight * own
