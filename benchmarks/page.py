@@ -266,11 +266,13 @@ def gpu() -> list[str]:
             "limits, attention kernels, full fine-tuning, adapters, low-memory settings, graphs, numerics.",
         ]
     made = ["| what | images/s | share of the measured limit | memory |", "| --- | --- | --- | --- |"]
-    limit = found["limits"]["bf16 product"]["operations_per_second"]
-    for part in ("full", "adapter", "low_memory", "faster"):
+    limit = found.get("limits", {}).get("bf16 product", {}).get("operations_per_second")
+    for part in ("full", "adapter", "low_memory", "graphs", "compiled"):
         for name, one in found.get(part, {}).items():
             if "images_per_second" in one:
-                share = f"{one['operations_per_second'] / limit:.0%}" if "operations_per_second" in one else ""
+                share = (
+                    f"{one['operations_per_second'] / limit:.0%}" if limit and "operations_per_second" in one else ""
+                )
                 made.append(f"| {name} | {one['images_per_second']:.1f} | {share} | {size(one['peak_bytes'])} |")
     return [f"{found['device']['name']}.", "", *made]
 

@@ -208,18 +208,13 @@ def inject(sdxl: model.SDXL, config: Config, base: Base, at: Checkpoint | None) 
 
 def computing(config: Config, notes: list[str]) -> str:
     """The compute type: fp32, fp16 or bf16."""
-    wanted = config.train.precision
-    if config.train.weights == "bf16":
-        if wanted not in {"auto", "bf16"}:
-            what = f"train.weights = 'bf16' with train.precision = '{wanted}'"
-            raise UserError(what, "train.precision", "bf16 weights compute in bf16: remove train.precision")
-        wanted = "bf16"
-    found = distributed.precision(wanted, notes.append)
-    if config.train.weights == "bf16" and found == "fp16":
-        what = "train.weights = 'bf16' on a GPU that has no bf16"
-        raise UserError(
-            what, "train.weights", 'set train.weights = "fp32", which computes in fp16 here; or train an adapter'
-        )
+    wanted, bf16 = config.train.precision, config.train.weights == "bf16"
+    if bf16 and wanted not in {"auto", "bf16"}:
+        what = f"train.weights = 'bf16' with train.precision = '{wanted}'"
+        raise UserError(what, "train.precision", "bf16 weights compute in bf16: remove train.precision")
+    found = distributed.precision("bf16" if bf16 else wanted, notes.append)
+    if bf16 and found == "fp16":
+        raise UserError("bf16 weights on a GPU that has no bf16", "train.weights", 'set train.weights = "fp32"')
     return found
 
 
@@ -336,8 +331,7 @@ def _model(
     folder = at.path if at and not (config.adapter or config.token) else None  # where the whole model lies
     in_step = not (stock.text_learns or stock.text_cached)
     frozen = text.load(base, DTYPES[stock.keys.text_precision], accelerator.device) if in_step else None
-    checkpointing = config.train.gradient_checkpointing
-    learns, seed = stock.text_learns, config.seed
+    checkpointing, learns, seed = config.train.gradient_checkpointing, stock.text_learns, config.seed
     sdxl = model.load(config.model, base, folder, weights, checkpointing, learns, config.text, frozen, seed)
     if config.adapter or config.token:
         narrow.pack(sdxl, precision if config.train.frozen == "auto" else config.train.frozen, DTYPES[precision])

@@ -18,6 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICE = torch.device("cuda", 0)
@@ -144,10 +145,14 @@ class Host(TorchFunctionMode):
             wide = tree_map_only(Tensor, Tensor.float, (args, kwargs))
             with torch.autocast("cpu", enabled=False):
                 return function(*wide[0], **wide[1])
+        if kwargs.pop("pin_memory", False):
+            return pinned(function(*args, **kwargs))
         given = kwargs.get("device")
+        if given is None and function in _device_constructors():
+            given = kwargs["device"] = torch.utils._device.CURRENT_DEVICE  # `with torch.device(...)`
         if given is None or isinstance(first, Tensor):  # like another tensor, which knows where it is
             if given is not None and on_gpu(first) != (torch.device(given).type == "cuda"):
-                raise NotImplementedError(f"{function} across sides")
+                raise RuntimeError(f"{function} across sides")
             if on_gpu(first):
                 kwargs.pop("device", None)
             return function(*args, **kwargs)
@@ -214,7 +219,7 @@ class _Cross(torch.autograd.Function):
 
 def _crossed(tensor: Tensor, non_blocking: bool) -> Tensor:
     if tensor.is_meta:
-        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+        raise RuntimeError("Cannot copy out of meta tensor; no data!")
     if not (non_blocking and getattr(tensor, "is_made_up_pinned", False)):
         which = "to" if on_gpu(tensor) else "from"
         wait(f"a copy {which} the host, {'not pinned' if non_blocking else 'blocking'}")
@@ -242,14 +247,6 @@ def _grouped(lists: Any, with_indices: bool = False) -> Any:
                 into.append(tensors[number])
         indices.append(number)
     return found
-
-
-def _empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
-    made = _EMPTY(*args, **kwargs)
-    return pinned(made) if pin_memory else made
-
-
-_EMPTY = torch.empty
 
 
 class Properties:
@@ -303,7 +300,6 @@ def made_up_gpu() -> Iterator[list[str]]:
         patch.object(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")),
         patch.object(torch.accelerator, "current_stream", lambda device=None: Stream),
         patch.object(torch, "Generator", Generator),
-        patch.object(torch, "empty", _empty),
         patch.object(Tensor, "pin_memory", lambda tensor, *_: pinned(tensor.clone())),
         patch.object(torch, "autocast", Autocast),
         patch.object(torch.amp, "autocast", Autocast),

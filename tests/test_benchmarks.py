@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,18 +20,94 @@ def test_the_gpu_s_runs_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *size, "--results", str(tmp_path)]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert found["left_out"] == []
+    assert [text for text in found["left_out"] if "bitsandbytes" not in text] == []
     assert found["full"]["ours fp32, 64 px, batch 1"]["images_per_second"] > 0
-    assert found["full"].keys() == {f"{n}, 64 px, batch 1" for n in ("ours bf16", "ours fp32", "reference")}
-    assert {"limits", "attention", "full", "adapter", "low_memory", "faster", "drift"} <= found.keys()
+    names = ("ours bf16", "ours fp32", "reference", "reference's loop, our UNet")
+    assert found["full"].keys() == {f"{name}, 64 px, batch 1" for name in names}
+    assert {"limits", "attention", "full", "adapter", "low_memory", "graphs", "drift"} <= found.keys()
     assert '"failed"' not in json.dumps(found)
     assert all(fact["finite"] for fact in found["attention"].values() if "not_here" not in fact)
+
+
+def test_the_gpu_s_goes_on_from_an_earlier_call_and_names_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+    import gpu_step
+
+    rows = {"one": lambda: {"value": 1}, "two": "no library", "three": lambda: {"value": 3}}
+    monkeypatch.setattr(gpu, "BENCHMARKS", {"some": lambda bench: iter(rows.items()), "more": lambda bench: iter(())})
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_step, "find_spec", lambda name: None)
+
+    def called(*options: str) -> dict[str, Any]:
+        given = ["gpu.py", "--device", "cpu", "--size", "tiny", "--results", str(tmp_path), *options]
+        monkeypatch.setattr(sys, "argv", given)
+        gpu.main()
+        return json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+
+    found = called()
+    assert [found["some"][name]["value"] for name in ("one", "three")] == [1, 3]
+    assert found["left_out"] == ["some: two: no library"]
+    rows |= {"one": lambda: {"value": 4}, "two": lambda: {"value": 2}}
+    del rows["three"]
+    found = called("--only", "some")
+    assert [found["some"][name]["value"] for name in ("one", "two", "three")] == [4, 2, 3]
+    assert found["left_out"] == []
+    assert called("--only", "some", "--minutes", "0")["left_out"] == ["some: one: no time", "some: two: no time"]
+    assert "some" in called("--only", "more")
+    assert "some" not in called("--only", "more", "--size", "sdxl")
+    bench = gpu_step.Bench(
+        torch.device("cpu"), json.loads(gpu.CONFIG.read_text("utf-8")) | gpu.TINY, (64,), (1,), 1, time.monotonic() + 60
+    )
+    lacking = {key: why for name in (gpu.full, gpu.adapter) for key, why in name(bench) if isinstance(why, str)}
+    assert set(lacking.values()) == {"no diffusers", "no bitsandbytes"}
+    row = dict(gpu.adapter(bench))["bf16 base, batch 1"]
+    assert not isinstance(row, str)
+    assert row()["layers"] == "like peft's"
+
+
+def test_layers_like_peft_s_compute_what_peft_s_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+    import gpu_step
+
+    bench = gpu_step.Bench(
+        torch.device("cpu"), json.loads(gpu.CONFIG.read_text("utf-8")) | gpu.TINY, (64,), (1,), 1, 0.0
+    )
+    found = []
+    for library in (True, False):
+        monkeypatch.setattr(gpu_step, "find_spec", lambda name, there=library: there or None)
+        model = gpu_step.make_unet(bench, torch.float32).requires_grad_(False)
+        assert gpu_step.add_lora(model, 4) == ("peft's" if library else "like peft's")
+        learning = [p for p in model.parameters() if p.requires_grad]
+        for number, p in enumerate(learning):
+            torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(number))
+        loss = gpu_step.make_passes(model, *gpu_step.make_inputs(bench, 64, 1, torch.float32), torch.float32)()
+        found.append([loss, *(p.grad for p in learning)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_page_shows_a_gpu_whose_limits_were_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import common
+    import page
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    row = {"images_per_second": 25.0, "peak_bytes": 7e9, "operations_per_second": 5e14}
+    found = {"device": {"name": "a GPU"}, "full": {"ours": row, "theirs": {"out_of_memory": True}}}
+    (tmp_path / "gpu.json").write_text(json.dumps(found), encoding="utf-8")
+    assert page.gpu()[-1] == "| ours | 25.0 |  | 7.00 GB |"
+    found["limits"] = {"bf16 product": {"operations_per_second": 1e15}}
+    (tmp_path / "gpu.json").write_text(json.dumps(found), encoding="utf-8")
+    assert page.gpu()[-1] == "| ours | 25.0 | 50% | 7.00 GB |"
 
 
 def test_what_fails_on_a_gpu_is_told_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu
-    import torch
     from gpu_step import Bench
 
     kept = []
