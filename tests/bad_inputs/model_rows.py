@@ -41,7 +41,7 @@ def checkpoint_file(place: Place) -> None:
 
 def not_all(place: Place) -> None:
     """One safetensors file that is no SDXL."""
-    save_file({"lora.weight": torch.zeros(2)}, place / "part.safetensors")
+    save_file({"head.weight": torch.zeros(2)}, place / "part.safetensors")
     place.set("model.path", "part.safetensors")
 
 
