@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.made_up_gpu import made_up_gpu
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -66,6 +68,22 @@ def test_the_gpu_s_goes_on_from_an_earlier_call_and_names_what_it_lacks(
     row = dict(gpu.adapter(bench))["bf16 base, batch 1"]
     assert not isinstance(row, str)
     assert row()["layers"] == "like peft's"
+
+
+def test_the_gpu_s_rows_run_on_a_gpu_that_is_made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+    import gpu_step
+
+    monkeypatch.setattr(gpu_step, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu.Bench, "seconds", lambda bench, step, warm=3: [step() or 1.0])
+    size = ["--size", "tiny", "--sides", "64", "--samples", "1", "--only", "full,adapter"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *size, "--results", str(tmp_path)])
+    with made_up_gpu():
+        gpu.main()
+    text = (tmp_path / "gpu.json").read_text(encoding="utf-8")
+    assert json.loads(text)["device"]["name"] == "a GPU that is made up"
+    assert '"failed"' not in text
 
 
 def test_layers_like_peft_s_compute_what_peft_s_do(monkeypatch: pytest.MonkeyPatch) -> None:
