@@ -57,6 +57,7 @@ def described(job: Job) -> dict[str, str]:
         resolution=(side, side),
         v_prediction=job.scheduler.get("prediction_type") == "v_prediction",
         kind="lora" if config.adapter else "textual-inversion" if config.token else "",
+        architecture=metadata.REFINER if job.samples.refines else metadata.ARCHITECTURE,
     )
     told |= {"modelspec.license": licence} if licence else {}
     if config.adapter:

@@ -10,6 +10,7 @@ from pathlib import Path
 from sdxl_trainer.formats import stream
 
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
+REFINER = "stable-diffusion-xl-v1-refiner"
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 HASH = "modelspec.hash_sha256"
 SD_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
@@ -41,6 +42,7 @@ def modelspec(
     resolution: tuple[int, int] = (1024, 1024),
     v_prediction: bool = False,
     kind: str = "",
+    architecture: str = ARCHITECTURE,
     implementation: str = IMPLEMENTATION,
     date: datetime | None = None,
     **more: str,
@@ -52,7 +54,7 @@ def modelspec(
     """
     entries = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{ARCHITECTURE}/{kind}" if kind else ARCHITECTURE,
+        "architecture": f"{architecture}/{kind}" if kind else architecture,
         "implementation": implementation,
         "title": title,
         "resolution": "{}x{}".format(*resolution),

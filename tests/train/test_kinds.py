@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from sdxl_trainer import checkpoint
 from sdxl_trainer.config import Inpainting
@@ -239,3 +240,10 @@ def test_what_a_finished_refiner_says_of_itself(made: Callable[..., Any]) -> Non
     assert index["_class_name"] == "StableDiffusionXLImg2ImgPipeline"
     assert not (output / "text_encoder").exists()
     assert set(json.loads((output / "manifest.json").read_text())["base"]["hashes"]) == {"vae", "text_encoder_2"}
+
+
+def test_the_file_of_a_refiner_s_adapter_says_whose_it_is(made: Callable[..., Any]) -> None:
+    export = {"formats": ["kohya"], "name": "detail"}
+    output = train(made("refiner", train={"steps": 1}, adapter={"rank": 2}, export=export))
+    with safe_open(output / "detail.safetensors", "pt") as opened:
+        assert opened.metadata()["modelspec.architecture"] == "stable-diffusion-xl-v1-refiner/lora"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdxl_trainer import check, checkpoint, distributed, finish
+from sdxl_trainer import check, checkpoint, distributed, files, finish
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.run import Start
@@ -288,6 +288,14 @@ def test_already_done_is_said_and_nothing_changes(config: Callable[..., Any], ca
     assert train(made) == output
     assert "already done" in capfd.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()} == before
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(config: Callable[..., Any]) -> None:
+    output = train(config(train={"steps": 1, "checkpoint_every": 0}))
+    before = files.tree_hashes(output)
+    with pytest.raises(UserError, match="finished at step 1 and left no checkpoint"):
+        train(config(train={"steps": 2, "checkpoint_every": 0}))
+    assert files.tree_hashes(output) == before
 
 
 def test_a_run_killed_after_its_last_step_is_finished_by_the_same_command(config: Callable[..., Any]) -> None:
