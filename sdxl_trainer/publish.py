@@ -171,7 +171,7 @@ def _gallery(samples: list[dict[str, Any]]) -> str:
 
 def _usage(name: str, config: Config, samples: list[dict[str, Any]]) -> str:
     prompt = samples[0]["prompt"] if samples else "a photograph of a lighthouse at dusk"
-    model = config.model.path if config.adapter or config.token else name
+    model = _short(config.model.path) if config.adapter or config.token else name
     then = (_loading(name, config.adapter) if config.adapter else "") + (_words(name, config) if config.token else "")
     settings = f"num_inference_steps={config.validation.steps}, guidance_scale={config.validation.guidance}"
     averaged = (

@@ -160,9 +160,11 @@ def test_the_licence_is_that_of_a_local_base(tmp_path: Path, head: str, expected
         assert f"[faipl-1.0-sd]({expected['license_link']})" in text
 
 
-def test_local_names_stay_private(tmp_path: Path) -> None:
+@pytest.mark.parametrize("learns", [{}, {"adapter": {"rank": 4}}, {"token": [{"name": "<cat>", "init": "cat"}]}])
+def test_local_names_stay_private(tmp_path: Path, learns: dict[str, Any]) -> None:
     (tmp_path / "photos").mkdir()
-    text = card(tmp_path, config(data=[{"path": str(tmp_path / "photos")}], model={"path": str(tmp_path / "base")}))
+    places = {"data": [{"path": str(tmp_path / "photos")}], "model": {"path": str(tmp_path / "base")}}
+    text = card(tmp_path, config(**places, **learns))
     assert "`photos`" in text
     assert str(tmp_path) not in text
     assert "datasets" not in front_matter(text)
