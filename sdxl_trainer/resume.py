@@ -70,10 +70,9 @@ def starting_point(
         _refuse_another(last["config"], last["data_hash"], config, data_hash, str(output))
         return Begin(None, steps, True, data_hash)
     chosen = _named(output, start, say) if start.mode == "checkpoint" else _newest(output, say)
-    if chosen is None and start.mode == "continue" and last and last.get("finished"):
-        what = f"the run in this folder is finished at step {last['steps']} and left no checkpoint to go on from"
-        raise UserError(what, str(output), "choose another output_dir, or delete this folder if you do not need it")
     if chosen is None:
+        if last and last.get("finished"):
+            say(f"the run in this folder ended at step {last['steps']} without a checkpoint: its steps are taken again")
         return Begin(None, steps, False, data_hash)
     state = chosen.state()
     if start.mode == "continue":
