@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sdxl_trainer.optim.rounding import together
 
 # Elements that are updated together: few launches, and no more memory than the largest tensors of SDXL take alone.
 TOGETHER = 1 << 24
@@ -23,25 +26,10 @@ class Adafactor(torch.optim.Adafactor):
             self._init_group(group, *lists)
             most = {None: TOGETHER, True: math.inf, False: 0}[group["foreach"]]
             rows = list(zip(*lists, strict=True))
-            for some in (
-                *_parts([r for r in rows if r[1].dim() > 1], most),
-                *_parts([r for r in rows if r[1].dim() < 2], most),
-            ):
-                _update([list(column) for column in zip(*some, strict=True)], group)
-
-
-def _parts(rows: list[tuple[Any, ...]], most: float) -> list[list[tuple[Any, ...]]]:
-    """Runs of tensors of one type and device, of at most so many elements (or one tensor)."""
-    parts, size = list[list[tuple[Any, ...]]](), 0
-    for row in rows:
-        p = row[0]
-        alike = parts and (p.dtype, p.device) == (parts[-1][-1][0].dtype, parts[-1][-1][0].device)
-        if not alike or size + p.numel() > most:
-            parts.append([])
-            size = 0
-        parts[-1].append(row)
-        size += p.numel()
-    return parts
+            for factored in (True, False):
+                alike = iter(own := [row for row in rows if (row[1].dim() > 1) is factored])
+                for some in together([row[0] for row in own], most):
+                    _update([list(column) for column in zip(*islice(alike, len(some)), strict=True)], group)
 
 
 def _update(lists: list[list[Any]], group: dict[str, Any]) -> None:

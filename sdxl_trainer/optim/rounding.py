@@ -170,11 +170,12 @@ def copies(shapes: Sequence[torch.Size], narrow: int, most: float) -> int:
     return (2 + narrow) * int(min(every, max(TOGETHER, largest), most))
 
 
-def together(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of tensors of one device, of at most TOGETHER elements (or one tensor)."""
-    some, size = list[Tensor](), 0
+def together(parameters: Sequence[Tensor], most: float | None = None) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one type and device, of at most so many elements (TOGETHER by default), or one tensor."""
+    some, size, most = list[Tensor](), 0, TOGETHER if most is None else most
     for p in parameters:
-        if some and (p.device != some[0].device or size + p.numel() > TOGETHER):
+        alike = not some or (p.dtype, p.device) == (some[0].dtype, some[0].device)
+        if some and (not alike or size + p.numel() > most):
             yield some
             some, size = [], 0
         some.append(p)
