@@ -15,7 +15,7 @@ from sdxl_trainer import cpus, vae
 from sdxl_trainer.base import Base
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Cache, TextOptions
-from sdxl_trainer.data import cache, images, table
+from sdxl_trainer.data import cache, images, resize, table
 from sdxl_trainer.data.captions import Choice
 from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.memo import Memo
@@ -50,7 +50,8 @@ class Keys:
     def described(self) -> list[Any]:
         """All of it, with the versions of what makes the rows."""
         reading = self.reading.model_dump(mode="json")
-        return [self.vae, self.vae_precision, self.text, self.text_precision, reading, images.DECODER, TEXT_VERSION]
+        pixels = [images.DECODER, *map(resize.made_by, resize.FILTERS)]
+        return [self.vae, self.vae_precision, self.text, self.text_precision, reading, *pixels, TEXT_VERSION]
 
     def latent(self, picture: Picture, geometry: Geometry) -> str:
         return cache.key(
@@ -58,7 +59,7 @@ class Keys:
             images.DECODER,
             picture.content,
             geometry.to_json(),
-            picture.data.interpolation,
+            resize.made_by(picture.data.interpolation),
             self.vae,
             self.vae_precision,
         )
@@ -267,7 +268,7 @@ class _Decoder(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[int, list[np.ndarray] | UserError]:
         picture, geometries = self.work[index][0][0], [geometry for _, geometry in self.work[index]]
-        scaled: dict[tuple[int, int], Any] = {}
+        scaled: dict[tuple[int, int], np.ndarray] = {}
         try:
             image = images.decode(picture.record.read(), picture.name)
         except UserError as error:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, UnidentifiedImageError, features
 
+from sdxl_trainer.data import resize
 from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.errors import UserError
 
@@ -30,14 +31,6 @@ DECODER = "1" if features.check("littlecms2") else "1 without ICC"
 MAX_PIXELS = 178_956_970
 # Only what training pictures come in: other plug-ins of Pillow start programs (EPS) or are seldom looked after.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF") + (("AVIF",) if features.check("avif") else ())
-FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "hamming": Image.Resampling.HAMMING,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 # EXIF orientation to what makes the picture upright. From 5 on, height and width change places.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -137,28 +130,26 @@ def _upright(
 
 
 def pixels(image: Image.Image, geometry: Geometry, interpolation: str) -> np.ndarray:
-    """The training picture, uint8 [height, width, 3]: resized with a filter of `FILTERS`, mirrored, then cropped."""
+    """The training picture, uint8 [height, width, 3]: resized with a filter of `resize.FILTERS`, mirrored, cropped."""
     return cut(resized(image, geometry, interpolation), geometry)
 
 
-def resized(image: Image.Image, geometry: Geometry, interpolation: str) -> Image.Image:
-    """The picture in the geometry's resized size, which several crops may share. ValueError if the geometry was not
-    made for this picture."""
-    rows, columns = geometry.resized
+def resized(image: Image.Image, geometry: Geometry, interpolation: str) -> np.ndarray:
+    """uint8 [height, width, 3] of the geometry's resized size, which several crops may share. ValueError if the
+    geometry was not made for this picture."""
     if (image.height, image.width) != geometry.original:
         raise ValueError(f"the picture is {image.height} x {image.width}, its geometry is for {geometry.original}")
-    return image if image.size == (columns, rows) else image.resize((columns, rows), FILTERS[interpolation])
+    return resize.resized(image, geometry.resized, interpolation)
 
 
-def cut(image: Image.Image, geometry: Geometry) -> np.ndarray:
-    """Mirror and crop a resized picture: uint8 [height, width, 3], or [height, width] of a grey one. ValueError if the
-    crop leaves the picture."""
+def cut(picture: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Mirror and crop a resized picture, [rows, columns, 3], or [rows, columns] of a grey one: a copy. ValueError if
+    the crop leaves the picture."""
     (rows, columns), (top, left), (height, width) = geometry.resized, geometry.crop, geometry.target
     if top < 0 or left < 0 or top + height > rows or left + width > columns:
         raise ValueError(f"the crop leaves the picture: {geometry}")
-    if geometry.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(image.crop((left, top, left + width, top + height)))
+    mirrored = picture[:, ::-1] if geometry.flip else picture
+    return mirrored[top : top + height, left : left + width].copy()
 
 
 def _quiet() -> None:

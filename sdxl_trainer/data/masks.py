@@ -58,7 +58,7 @@ def cells(mask: Image.Image, geometry: Geometry) -> Tensor:
     """The share of each latent cell that is white: fp16 [h, w]."""
     rows, columns = geometry.resized
     resized = mask if mask.size == (columns, rows) else mask.resize((columns, rows), Image.Resampling.BOX)
-    pixels = images.cut(resized, geometry).astype(np.float32)
+    pixels = images.cut(np.asarray(resized), geometry).astype(np.float32)
     height, width = (side // CELL for side in geometry.target)
     return torch.from_numpy(pixels.reshape(height, CELL, width, CELL).mean((1, 3)) / 255).half()
 

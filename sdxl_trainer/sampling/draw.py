@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer.data import images
+from sdxl_trainer.data import images, resize
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.model import latent_scale
 from sdxl_trainer.sampling import samplers
@@ -185,7 +185,7 @@ def size(name: str) -> tuple[int, int]:
 
 def _sized(image: "Image", request: Request) -> "Image":
     size = (request.width, request.height)
-    return image if image.size == size else image.resize(size, images.FILTERS["lanczos"])
+    return image if image.size == size else image.resize(size, resize.FILTERS["lanczos"])
 
 
 def _read(name: str, where: str) -> bytes:
