@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -10,93 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from sdxl_trainer import presets, refusals
 from sdxl_trainer.config import Config
-from sdxl_trainer.data import captions, options
-from sdxl_trainer.errors import UserError, closest, shortened
-
-
-def _kind(config: Config) -> str | None:
-    return config.adapter.kind if config.adapter else None
-
-
-# (option, when it does nothing, why): an option that differs from its default but has no effect is refused.
-INERT: list[tuple[str, Callable[[Config], bool], str]] = [
-    ("timesteps.multiplier", lambda c: c.timesteps.bias == "none", "timesteps.bias is 'none'"),
-    (
-        "timesteps.portion",
-        lambda c: c.timesteps.bias not in {"earlier", "later"},
-        "timesteps.bias is not 'earlier' or 'later'",
-    ),
-    ("timesteps.begin", lambda c: c.timesteps.bias != "range", "timesteps.bias is not 'range'"),
-    ("timesteps.end", lambda c: c.timesteps.bias != "range", "timesteps.bias is not 'range'"),
-    ("schedule.warmup_steps", lambda c: c.schedule.name == "constant", "schedule.name is 'constant'"),
-    (
-        "schedule.cooldown_steps",
-        lambda c: c.schedule.name != "constant_with_warmup",
-        "schedule.name is not 'constant_with_warmup'",
-    ),
-    (
-        "schedule.cycles",
-        lambda c: c.schedule.name != "cosine_with_restarts",
-        "schedule.name is not 'cosine_with_restarts'",
-    ),
-    ("schedule.power", lambda c: c.schedule.name != "polynomial", "schedule.name is not 'polynomial'"),
-    ("ema.decay", lambda c: not c.ema.enabled, "ema.enabled is false"),
-    *refusals.INERT,
-    *(
-        (f"adapter.{name}", lambda c: _kind(c) not in {"lora", "dora"}, "it is of kind 'lora' and 'dora'")
-        for name in ("dropout", "rslora", "init")
-    ),
-    *(
-        (f"adapter.{name}", lambda c: _kind(c) in {"oft", "boft"}, "oft and boft rotate blocks of block_size")
-        for name in ("rank", "alpha", "conv_rank", "conv_alpha", "ranks", "alphas")
-    ),
-    ("adapter.factor", lambda c: _kind(c) != "lokr", "it is of kind 'lokr'"),
-    ("adapter.block_size", lambda c: _kind(c) not in {"oft", "boft"}, "it is of kind 'oft' and 'boft'"),
-    *(
-        (f"export.{name}", lambda c: not (c.export.formats or c.adapter or c.token), "export.formats is empty")
-        for name in ("metadata", "trigger", "author", "description", "license")
-    ),
-    *(
-        (f"export.{name}", lambda c: c.export.metadata == "none", "export.metadata is 'none'")
-        for name in ("author", "description", "license")
-    ),
-    *((f"export.{name}", lambda c: not c.export.formats, "export.formats is empty") for name in ("name", "dtype")),
-    (
-        "train.frozen",
-        lambda c: not (c.adapter or c.token or any(d.prior_prediction for d in c.data)),
-        "nothing is frozen without [adapter], [[token]] or prior_prediction",
-    ),
-    ("hub.id", lambda c: not c.hub.push, "hub.push is false"),
-    ("hub.private", lambda c: not c.hub.push, "hub.push is false"),
-    ("model.unet", lambda c: c.model.init == "pretrained", "model.init is 'pretrained'"),
-    ("model.vae_revision", lambda c: c.model.vae is None, "model.vae is not given"),
-    ("log.project", lambda c: not c.log.trackers, "log.trackers is empty"),
-    ("train.validate_every", lambda c: not c.validation.prompts, "validation.prompts is empty"),
-    ("validation.every_epochs", lambda c: not c.validation.prompts, "validation.prompts is empty"),
-    (
-        "validation.loss_every",
-        lambda c: not (c.validation.trained_pictures or any(d.held_out for d in c.data)),
-        "no data set has held_out pictures, and validation.trained_pictures is 0",
-    ),
-    *(
-        (f"validation.{name}", lambda c: c.validation.loss_every is None, "validation.loss_every is not given")
-        for name in ("loss_timesteps", "trained_pictures", "caption_gain", "keep_best", "stop_after")
-    ),
-    (
-        "validation.caption_gain",
-        lambda c: not any(d.held_out for d in c.data),
-        "no data set has held_out pictures",
-    ),
-    *(
-        (f"validation.{name}", lambda c: not c.validation.prompts, "validation.prompts is empty")
-        for name in ("image", "mask")
-    ),
-    ("validation.strength", lambda c: c.validation.image is None, "validation.image is not given"),
-    ("validation.negative", lambda c: not c.validation.prompts, "validation.prompts is empty"),
-    ("text.max_chunks", lambda c: c.text.long_captions == "cut", "text.long_captions is 'cut'"),
-    ("train.checkpoint_mirror", lambda c: c.train.checkpoint_every == 0, "train.checkpoint_every is 0"),
-    ("train.checkpoints_limit", lambda c: c.train.checkpoint_every == 0, "train.checkpoint_every is 0"),
-]
+from sdxl_trainer.errors import UserError, closest, shortened, shown
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -128,7 +42,7 @@ def validated(tree: dict[str, Any], where: str) -> Config:
         config = Config.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise _user_error(error, where) from None
-    _refuse_contradictions(config, where)
+    refusals.refuse(config, where)
     return config
 
 
@@ -276,7 +190,7 @@ def _user_error(error: ValidationError, where: str) -> UserError:
         )
     if first["type"] == "missing":
         return UserError(f"'{key}' is missing{more}", where, f"add {first['loc'][-1]} = ... {_section(first['loc'])}")
-    what = f"{key} = {_shown(first['input'])} is not allowed{more}"
+    what = f"{key} = {shown(first['input'])} is not allowed{more}"
     return UserError(what, where, _fix(first))
 
 
@@ -309,11 +223,6 @@ def _section(location: tuple[Any, ...]) -> str:
     return f"under [[{parents[0]}]]" if parents[0] in {"data", "learn", "token"} else f"under [{parents[0]}]"
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _fields(location: Iterable[Any]) -> list[str]:
     model: type[BaseModel] = Config
     for part in location:
@@ -323,59 +232,3 @@ def _fields(location: Iterable[Any]) -> list[str]:
         candidates = [annotation, *get_args(annotation)]
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return list(model.model_fields)
-
-
-def _refuse_contradictions(config: Config, where: str) -> None:
-    if (config.train.steps is None) == (config.train.epochs is None):
-        both = config.train.steps is not None
-        what = (
-            "train.steps and train.epochs are both given" if both else "neither train.steps nor train.epochs is given"
-        )
-        fix = "give exactly one of them under [train]"
-        raise UserError(what, where, f"{fix}: remove train.epochs, or train.steps" if both else fix)
-    for key, inert, why in INERT:
-        section, name = key.split(".")
-        given = getattr(config, section)
-        if given is not None and getattr(given, name) != type(given).model_fields[name].default and inert(config):
-            raise UserError(f"{key} = {_shown(getattr(given, name))} has no effect: {why}", where, f"remove {key}")
-    options.refuse(config.data, where)
-    refusals.measured(config, where)
-    prompts = [*config.validation.prompts, *([config.validation.negative] if config.validation.negative else [])]
-    captions.refuse(config.data, config.text, prompts, where)
-    _refuse_overwriting(config, where)
-    refusals.beside(config, where)
-    refusals.prior(config, where)
-    _refuse_objective(config, where)
-    refusals.objective(config, where)
-    refusals.optimizer(config, where)
-    refusals.fused_backward(config, where)
-    refusals.export(config, where)
-
-
-def _refuse_overwriting(config: Config, where: str) -> None:
-    output = Path(config.output_dir).expanduser().absolute()
-    for key, path in (("model.path", config.model.path), ("model.vae", config.model.vae)):
-        if path and Path(path).expanduser().absolute() == output:
-            what = f"output_dir and {key} are one folder, '{path}': the base would be overwritten"
-            raise UserError(what, where, "choose another output_dir")
-    for index, data in enumerate(config.data):
-        folder = Path(data.path).expanduser().absolute()
-        if folder.is_dir() and output.is_relative_to(folder):
-            what = f"output_dir lies in data.{index}.path, '{data.path}': the run's pictures would become data"
-            raise UserError(what, where, "choose an output_dir outside of the data")
-
-
-def _refuse_objective(config: Config, where: str) -> None:
-    if config.objective.zero_terminal_snr and config.objective.prediction == "epsilon":
-        what = (
-            "objective.zero_terminal_snr with prediction 'epsilon': at zero SNR the input says nothing of the picture"
-        )
-        raise UserError(what, where, 'set objective.prediction = "v_prediction"')
-    if config.timesteps.bias == "range" and config.timesteps.begin >= config.timesteps.end:
-        what = f"timesteps.begin = {config.timesteps.begin} is not before timesteps.end = {config.timesteps.end}"
-        raise UserError(what, where, "begin is the first timestep, end the one after the last")
-    batch, micro = config.train.batch_size, config.train.micro_batch
-    if micro is not None and micro > batch:
-        what = f"train.micro_batch = {micro} is more than train.batch_size = {batch}"
-        counts = "batch_size counts the images of an optimizer step, micro_batch those of a pass"
-        raise UserError(what, where, f"{counts}; set train.micro_batch = {batch}")

@@ -1,11 +1,16 @@
-"""What of objective, optimizer and exports contradicts itself or does nothing, told before anything is loaded."""
+"""What of a config contradicts itself or does nothing, told before anything is loaded (law 7)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sdxl_trainer.config import OPTIMIZERS, STEP_APART, Config
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.data import options
+from sdxl_trainer.errors import UserError, shown
+
+
+def _kind(config: Config) -> str | None:
+    return config.adapter.kind if config.adapter else None
 
 
 def _lacks(option: str) -> Callable[[Config], bool]:
@@ -16,8 +21,29 @@ def _another_density(density: str) -> Callable[[Config], bool]:
     return lambda config: config.timesteps.density != density
 
 
-# Rows of configfile.INERT.
-INERT: list[tuple[str, Callable[[Config], bool], str]] = [
+# (option, when it does nothing, why)
+_INERT: list[tuple[str, Callable[[Config], bool], str]] = [
+    ("timesteps.multiplier", lambda c: c.timesteps.bias == "none", "timesteps.bias is 'none'"),
+    (
+        "timesteps.portion",
+        lambda c: c.timesteps.bias not in {"earlier", "later"},
+        "timesteps.bias is not 'earlier' or 'later'",
+    ),
+    ("timesteps.begin", lambda c: c.timesteps.bias != "range", "timesteps.bias is not 'range'"),
+    ("timesteps.end", lambda c: c.timesteps.bias != "range", "timesteps.bias is not 'range'"),
+    ("schedule.warmup_steps", lambda c: c.schedule.name == "constant", "schedule.name is 'constant'"),
+    (
+        "schedule.cooldown_steps",
+        lambda c: c.schedule.name != "constant_with_warmup",
+        "schedule.name is not 'constant_with_warmup'",
+    ),
+    (
+        "schedule.cycles",
+        lambda c: c.schedule.name != "cosine_with_restarts",
+        "schedule.name is not 'cosine_with_restarts'",
+    ),
+    ("schedule.power", lambda c: c.schedule.name != "polynomial", "schedule.name is not 'polynomial'"),
+    ("ema.decay", lambda c: not c.ema.enabled, "ema.enabled is false"),
     ("optimizer.betas", _lacks("betas"), "this optimizer has no betas"),
     ("optimizer.eps", _lacks("eps"), "this optimizer has no eps, or its own under other names"),
     (
@@ -55,10 +81,63 @@ INERT: list[tuple[str, Callable[[Config], bool], str]] = [
         lambda c: c.timesteps.sampling == "stratified" and c.train.batch_size == 1,
         "train.batch_size is 1 ('sobol' spreads over steps)",
     ),
+    *(
+        (f"adapter.{name}", lambda c: _kind(c) not in {"lora", "dora"}, "it is of kind 'lora' and 'dora'")
+        for name in ("dropout", "rslora", "init")
+    ),
+    *(
+        (f"adapter.{name}", lambda c: _kind(c) in {"oft", "boft"}, "oft and boft rotate blocks of block_size")
+        for name in ("rank", "alpha", "conv_rank", "conv_alpha", "ranks", "alphas")
+    ),
+    ("adapter.factor", lambda c: _kind(c) != "lokr", "it is of kind 'lokr'"),
+    ("adapter.block_size", lambda c: _kind(c) not in {"oft", "boft"}, "it is of kind 'oft' and 'boft'"),
+    *(
+        (f"export.{name}", lambda c: not (c.export.formats or c.adapter or c.token), "export.formats is empty")
+        for name in ("metadata", "trigger", "author", "description", "license")
+    ),
+    *(
+        (f"export.{name}", lambda c: c.export.metadata == "none", "export.metadata is 'none'")
+        for name in ("author", "description", "license")
+    ),
+    *((f"export.{name}", lambda c: not c.export.formats, "export.formats is empty") for name in ("name", "dtype")),
+    (
+        "train.frozen",
+        lambda c: not (c.adapter or c.token or any(d.prior_prediction for d in c.data)),
+        "nothing is frozen without [adapter], [[token]] or prior_prediction",
+    ),
+    ("hub.id", lambda c: not c.hub.push, "hub.push is false"),
+    ("hub.private", lambda c: not c.hub.push, "hub.push is false"),
+    ("model.unet", lambda c: c.model.init == "pretrained", "model.init is 'pretrained'"),
+    ("model.vae_revision", lambda c: c.model.vae is None, "model.vae is not given"),
+    ("log.project", lambda c: not c.log.trackers, "log.trackers is empty"),
+    ("train.validate_every", lambda c: not c.validation.prompts, "validation.prompts is empty"),
+    ("validation.every_epochs", lambda c: not c.validation.prompts, "validation.prompts is empty"),
+    (
+        "validation.loss_every",
+        lambda c: not (c.validation.trained_pictures or any(d.held_out for d in c.data)),
+        "no data set has held_out pictures, and validation.trained_pictures is 0",
+    ),
+    *(
+        (f"validation.{name}", lambda c: c.validation.loss_every is None, "validation.loss_every is not given")
+        for name in ("loss_timesteps", "trained_pictures", "caption_gain", "keep_best", "stop_after")
+    ),
+    (
+        "validation.caption_gain",
+        lambda c: not any(d.held_out for d in c.data),
+        "no data set has held_out pictures",
+    ),
+    *(
+        (f"validation.{name}", lambda c: not c.validation.prompts, "validation.prompts is empty")
+        for name in ("image", "mask")
+    ),
+    ("validation.strength", lambda c: c.validation.image is None, "validation.image is not given"),
+    ("validation.negative", lambda c: not c.validation.prompts, "validation.prompts is empty"),
+    ("text.max_chunks", lambda c: c.text.long_captions == "cut", "text.long_captions is 'cut'"),
+    ("train.checkpoint_mirror", lambda c: c.train.checkpoint_every == 0, "train.checkpoint_every is 0"),
+    ("train.checkpoints_limit", lambda c: c.train.checkpoint_every == 0, "train.checkpoint_every is 0"),
 ]
-
 # What an optimizer is given by other options of the config.
-ELSEWHERE = {
+_ELSEWHERE = {
     "lr": "train.learning_rate",
     "betas": "optimizer.betas",
     "eps": "optimizer.eps",
@@ -68,7 +147,72 @@ ELSEWHERE = {
 }
 
 
-def measured(config: Config, where: str) -> None:
+def inert(config: Config) -> Iterator[tuple[str, str]]:
+    """(option, why) of the options that do nothing in this config, whatever their values."""
+    return ((option, why) for option, nothing, why in _INERT if nothing(config))
+
+
+def is_default(config: Config, option: str) -> bool:
+    """Whether an option, by its dotted name, has its default, or its section is not there."""
+    section, name = option.split(".")
+    given = getattr(config, section)
+    return given is None or getattr(given, name) == type(given).model_fields[name].default
+
+
+def refuse(config: Config, where: str) -> None:
+    """UserError for the first thing in a config that contradicts another, or does nothing."""
+    _length(config, where)
+    for option, why in inert(config):
+        if not is_default(config, option):
+            section, name = option.split(".")
+            value = shown(getattr(getattr(config, section), name))
+            raise UserError(f"{option} = {value} has no effect: {why}", where, f"remove {option}")
+    options.refuse(config, where)
+    for check in (
+        _measured,
+        _overwriting,
+        _beside,
+        _prior,
+        _objective,
+        _timesteps,
+        _optimizer,
+        _fused_backward,
+        _export,
+    ):
+        check(config, where)
+
+
+def _length(config: Config, where: str) -> None:
+    """Refuse a run without a length or with two, and passes larger than their step."""
+    train = config.train
+    if (train.steps is None) == (train.epochs is None):
+        both = train.steps is not None
+        what = (
+            "train.steps and train.epochs are both given" if both else "neither train.steps nor train.epochs is given"
+        )
+        fix = "give exactly one of them under [train]"
+        raise UserError(what, where, f"{fix}: remove train.epochs, or train.steps" if both else fix)
+    if train.micro_batch is not None and train.micro_batch > train.batch_size:
+        what = f"train.micro_batch = {train.micro_batch} is more than train.batch_size = {train.batch_size}"
+        counts = "batch_size counts the images of an optimizer step, micro_batch those of a pass"
+        raise UserError(what, where, f"{counts}; set train.micro_batch = {train.batch_size}")
+
+
+def _overwriting(config: Config, where: str) -> None:
+    """Refuse an output folder that holds the base, or lies among the pictures."""
+    output = Path(config.output_dir).expanduser().absolute()
+    for key, path in (("model.path", config.model.path), ("model.vae", config.model.vae)):
+        if path and Path(path).expanduser().absolute() == output:
+            what = f"output_dir and {key} are one folder, '{path}': the base would be overwritten"
+            raise UserError(what, where, "choose another output_dir")
+    for index, data in enumerate(config.data):
+        folder = Path(data.path).expanduser().absolute()
+        if folder.is_dir() and output.is_relative_to(folder):
+            what = f"output_dir lies in data.{index}.path, '{data.path}': the run's pictures would become data"
+            raise UserError(what, where, "choose an output_dir outside of the data")
+
+
+def _measured(config: Config, where: str) -> None:
     """Refuse a data set that would be neither trained nor measured."""
     for index, data in enumerate(config.data):
         if data.held_out == 1 and config.validation.loss_every is None:
@@ -76,23 +220,38 @@ def measured(config: Config, where: str) -> None:
             raise UserError(what, where, f"set validation.loss_every = 100, or remove data.{index}")
 
 
-def objective(config: Config, where: str) -> None:
-    """Refuse contradictions of the objective and the timesteps with themselves."""
-    options = config.objective
-    if options.weighting in {"min_snr", "soft_min_snr"} and options.snr_gamma is None:
-        raise UserError(f"objective.weighting = '{options.weighting}' without snr_gamma", where, "set snr_gamma = 5.0")
-    if options.loss != "l2" and options.delta_schedule != "constant" and options.delta >= 1.0:
-        what = f"objective.delta = {options.delta:g}: the schedule '{options.delta_schedule}' goes from 1 down to it"
+def _objective(config: Config, where: str) -> None:
+    """Refuse contradictions of the objective with itself."""
+    objective = config.objective
+    if objective.zero_terminal_snr and objective.prediction == "epsilon":
+        what = (
+            "objective.zero_terminal_snr with prediction 'epsilon': at zero SNR the input says nothing of the picture"
+        )
+        raise UserError(what, where, 'set objective.prediction = "v_prediction"')
+    if objective.weighting in {"min_snr", "soft_min_snr"} and objective.snr_gamma is None:
+        what = f"objective.weighting = '{objective.weighting}' without snr_gamma"
+        raise UserError(what, where, "set snr_gamma = 5.0")
+    if objective.loss != "l2" and objective.delta_schedule != "constant" and objective.delta >= 1.0:
+        schedule = objective.delta_schedule
+        what = f"objective.delta = {objective.delta:g}: the schedule '{schedule}' goes from 1 down to it"
         raise UserError(what, where, 'give less than 1, or delta_schedule = "constant"')
-    if config.timesteps.density == "sigmoid" and config.timesteps.slope == 0.0:
+
+
+def _timesteps(config: Config, where: str) -> None:
+    """Refuse timesteps of which none is left, or of which the density is none."""
+    timesteps = config.timesteps
+    if timesteps.bias == "range" and timesteps.begin >= timesteps.end:
+        what = f"timesteps.begin = {timesteps.begin} is not before timesteps.end = {timesteps.end}"
+        raise UserError(what, where, "begin is the first timestep, end the one after the last")
+    if timesteps.density == "sigmoid" and timesteps.slope == 0.0:
         raise UserError("timesteps.slope = 0 makes the density uniform", where, "remove timesteps.density")
 
 
-def optimizer(config: Config, where: str) -> None:
+def _optimizer(config: Config, where: str) -> None:
     """Refuse contradictions of the optimizer with itself, the rates and the weights' type."""
     options = config.optimizer
-    for name in options.arguments.keys() & ELSEWHERE.keys():
-        raise UserError(f"optimizer.arguments.{name} is not given there", where, f"set {ELSEWHERE[name]}")
+    for name in options.arguments.keys() & _ELSEWHERE.keys():
+        raise UserError(f"optimizer.arguments.{name} is not given there", where, f"set {_ELSEWHERE[name]}")
     expected = OPTIMIZERS.get(options.name, {}).get("betas")
     if options.betas is not None and expected is not None and len(options.betas) != len(expected):
         what = f"optimizer.betas has {len(options.betas)} numbers; {options.name} takes {len(expected)}"
@@ -135,7 +294,7 @@ _REFUSALS: dict[str, Callable[[Config, str], Any]] = {
 }
 
 
-def fused_backward(config: Config, where: str) -> None:
+def _fused_backward(config: Config, where: str) -> None:
     """What needs the gradients of a step together."""
     train = config.train
     if not train.fused_backward:
@@ -154,7 +313,7 @@ def fused_backward(config: Config, where: str) -> None:
         raise UserError("train.fused_backward with learn.until", where, "remove one of them")
 
 
-def export(config: Config, where: str) -> None:
+def _export(config: Config, where: str) -> None:
     """What a run is to leave for other programs: the layouts of what it trains, under a name of a file."""
     formats, name = config.export.formats, config.export.name
     if "kohya" in formats and config.adapter is None:
@@ -168,7 +327,7 @@ def export(config: Config, where: str) -> None:
         raise UserError(what, where, "give a name without folders, such as my-style")
 
 
-def prior(config: Config, where: str) -> None:
+def _prior(config: Config, where: str) -> None:
     """What has no meaning where the base draws or predicts."""
     for index, data in enumerate(config.data):
         option = "prior_prediction" if data.prior_prediction else "generate" if data.generate else ""
@@ -180,7 +339,7 @@ def prior(config: Config, where: str) -> None:
             raise UserError(what, where, "remove it, or add an [adapter]")
 
 
-def beside(config: Config, where: str) -> None:
+def _beside(config: Config, where: str) -> None:
     """What does not go with an adapter or new words."""
     if not (config.adapter or config.token):
         return

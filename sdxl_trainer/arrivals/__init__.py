@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer import configfile, files
+from sdxl_trainer import configfile, files, refusals
 from sdxl_trainer.arrivals import aitoolkit, diffusers, kohya, kohya_gui, onetrainer, reading, simpletuner
 from sdxl_trainer.arrivals.account import Account
 from sdxl_trainer.arrivals.reading import Command
@@ -173,9 +173,9 @@ def _without_effect(account: Account) -> None:
         config = Config.model_validate_json(json.dumps(account.tree, default=str))
     except ValidationError:
         return  # what is wrong is told when it is validated
-    for option, inert, why in configfile.INERT:
+    for option, why in refusals.inert(config):
         section, name = option.split(".")
-        if name in (account.tree.get(section) or {}) and inert(config):
+        if name in (account.tree.get(section) or {}):
             del account.tree[section][name]
             account.undone(option, f"has no effect here: {why}")
 

@@ -1,11 +1,10 @@
 """What becomes of each option of another trainer's config: kept, changed, dropped, or not known."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.errors import UserError, shown
 
 _SECRETS = ("_token", "api_key", "password", "secret")
 _OFF: tuple[Any, ...] = (None, "", False, 0, 0.0, [], {})
@@ -231,5 +230,4 @@ def _off(value: Any) -> bool:
 def _shown(name: str, value: Any) -> str:
     if name.lower().endswith(_SECRETS):
         return "***"
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shown(value, 80)

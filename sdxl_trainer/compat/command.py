@@ -104,19 +104,19 @@ def _config(command: Command) -> "Config":
     """The checked config, without what has no effect; messages speak of flags."""
     from pydantic import ValidationError
 
+    from sdxl_trainer import refusals
     from sdxl_trainer.config import Config
-    from sdxl_trainer.configfile import INERT, validated
+    from sdxl_trainer.configfile import validated
 
     try:
         config = Config.model_validate_json(json.dumps(command.tree))
     except ValidationError:
         config = None  # validated() below says what is wrong
     if config is not None:
-        for path, inert, why in INERT:
+        for path, why in refusals.inert(config):
             section, name = path.split(".")
-            if name in command.tree.get(section, {}) and inert(config):
-                options = getattr(config, section)
-                if getattr(options, name) != type(options).model_fields[name].default:
+            if name in command.tree.get(section, {}):
+                if not refusals.is_default(config, path):
                     _say_dropped(command, path, why)
                 command.drop(path)
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 from sdxl_trainer import keyed
 from sdxl_trainer.chunking import Prompt
-from sdxl_trainer.config import Data, TextOptions
+from sdxl_trainer.config import Data
 from sdxl_trainer.data.records import Record
 from sdxl_trainer.errors import UserError, closest
 
@@ -54,48 +54,6 @@ class Choice:
 
     def prompts(self) -> list[Prompt]:
         return [prompt for variants in self.variants for prompt in variants]
-
-
-# (option of [[data]], when it does nothing, what would give it an effect)
-INERT: list[tuple[str, Callable[[Data], bool], str]] = [
-    ("keep_tags", lambda d: not d.shuffle_tags and not d.tag_dropout, "shuffle_tags or tag_dropout"),
-    ("keep_separator", lambda d: not d.shuffle_tags and not d.tag_dropout, "shuffle_tags or tag_dropout"),
-    (
-        "tag_separator",
-        lambda d: not d.shuffle_tags and not d.tag_dropout and d.trigger is None,
-        "shuffle_tags, tag_dropout or trigger",
-    ),
-    ("wildcards_dir", lambda d: not d.wildcards, "wildcards"),
-    ("caption_variants", lambda d: not draws(d), "shuffle_tags, tag_dropout or wildcards"),
-]
-
-
-def refuse(sets: Sequence[Data], options: TextOptions, prompts: Sequence[str], where: str) -> None:
-    """UserError for caption options that contradict each other or do nothing; `where` is the config's name."""
-    for index, data in enumerate(sets):
-        key = f"data.{index}"
-        for name, inert, needed in INERT:
-            if getattr(data, name) != Data.model_fields[name].default and inert(data):
-                raise UserError(f"{key}.{name} has no effect without {needed}", where, f"remove it, or set {needed}")
-        if data.keep_tags and data.keep_separator is not None:
-            what = f"{key}.keep_tags and {key}.keep_separator are two ways to say which tags are kept"
-            raise UserError(what, where, "give one of them")
-        for name in ("keep_separator", "trigger"):
-            if getattr(data, name) is not None and not getattr(data, name).strip():
-                raise UserError(f"{key}.{name} is empty", where, "remove it, or give its text")
-        if data.keep_separator is not None and data.keep_separator in data.tag_separator:
-            what = f"{key}.keep_separator = '{data.keep_separator}' also stands in every tag_separator"
-            raise UserError(what, where, 'choose a mark that no caption holds otherwise, such as "|||"')
-        if data.caption_weights and not any(data.caption_weights):
-            raise UserError(f"{key}.caption_weights are all zero", where, "give a positive weight to one of them")
-        if data.emphasis and options.emphasis == "off":
-            what = f"{key}.emphasis has no effect: text.emphasis is 'off'"
-            raise UserError(what, where, 'set text.emphasis = "a1111" or "comfyui", or remove it')
-    if options.emphasis != "off" and not prompts and not any(data.emphasis for data in sets):
-        what = (
-            f"text.emphasis = '{options.emphasis}' has no effect: no data set has emphasis = true, no prompt is drawn"
-        )
-        raise UserError(what, where, "set emphasis = true under [[data]], or remove it")
 
 
 class Choices(Sequence[Choice]):

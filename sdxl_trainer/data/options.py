@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from sdxl_trainer.config import Data
+from sdxl_trainer.config import Config, Data
 from sdxl_trainer.data import buckets
+from sdxl_trainer.data.captions import draws
 from sdxl_trainer.errors import UserError
 
 # (option, when it does nothing, what would give it an effect): refused where it differs from its default.
@@ -27,6 +28,17 @@ INERT: list[tuple[str, Callable[[Data], bool], str]] = [
         for name in ("prompts", "steps", "guidance", "batch", "precision")
     ),
     ("no_upscale", lambda d: d.buckets == "none", 'buckets = "area"'),
+    *(
+        (name, lambda d: not d.shuffle_tags and not d.tag_dropout, "shuffle_tags or tag_dropout")
+        for name in ("keep_tags", "keep_separator")
+    ),
+    (
+        "tag_separator",
+        lambda d: not d.shuffle_tags and not d.tag_dropout and d.trigger is None,
+        "shuffle_tags, tag_dropout or trigger",
+    ),
+    ("wildcards_dir", lambda d: not d.wildcards, "wildcards"),
+    ("caption_variants", lambda d: not draws(d), "shuffle_tags, tag_dropout or wildcards"),
     # What is said of training, of pictures that are never trained.
     *(
         (name, lambda d: d.held_out == 1, "held_out below 1")
@@ -38,23 +50,50 @@ INERT: list[tuple[str, Callable[[Data], bool], str]] = [
 ]
 
 
-def refuse(sets: Sequence[Data], where: str) -> None:
-    """UserError for the first contradiction; `where` is the config's name."""
-    for index, data in enumerate(sets):
+def refuse(config: Config, where: str) -> None:
+    """UserError for the first contradiction in a data set or among them; `where` is the config's name."""
+    for index, data in enumerate(config.data):
+        key = f"data.{index}"
         if data.buckets == "sizes" and not data.bucket_sizes:
-            what = f"data.{index}.buckets = 'sizes' without bucket_sizes"
+            what = f"{key}.buckets = 'sizes' without bucket_sizes"
             raise UserError(what, where, "list them: bucket_sizes = [[1024, 1024], [1216, 832]], each width and height")
         for name, inert, needed in INERT:
             if getattr(data, name) != _default(name) and inert(data):
-                what = f"data.{index}.{name} has no effect without {needed}"
-                raise UserError(what, where, f"remove it, or set {needed}")
-        _refuse_buckets(data, f"data.{index}", where)
-        _refuse_masks(data, f"data.{index}", where)
-        _refuse_drawing(data, f"data.{index}", where)
-    if all(data.held_out == 1 for data in sets):
+                raise UserError(f"{key}.{name} has no effect without {needed}", where, f"remove it, or set {needed}")
+        _refuse_buckets(data, key, where)
+        _refuse_masks(data, key, where)
+        _refuse_drawing(data, key, where)
+        _refuse_captions(data, key, where)
+    if all(data.held_out == 1 for data in config.data):
         fix = "give a share such as 0.05, or add the data set to train on"
         raise UserError("data.0.held_out = 1 leaves nothing to train on", where, fix)
-    _refuse_sampling(sets, where)
+    _refuse_sampling(config.data, where)
+    _refuse_emphasis(config, where)
+
+
+def _refuse_captions(data: Data, key: str, where: str) -> None:
+    if data.keep_tags and data.keep_separator is not None:
+        what = f"{key}.keep_tags and {key}.keep_separator are two ways to say which tags are kept"
+        raise UserError(what, where, "give one of them")
+    for name in ("keep_separator", "trigger"):
+        if getattr(data, name) is not None and not getattr(data, name).strip():
+            raise UserError(f"{key}.{name} is empty", where, "remove it, or give its text")
+    if data.keep_separator is not None and data.keep_separator in data.tag_separator:
+        what = f"{key}.keep_separator = '{data.keep_separator}' also stands in every tag_separator"
+        raise UserError(what, where, 'choose a mark that no caption holds otherwise, such as "|||"')
+    if data.caption_weights and not any(data.caption_weights):
+        raise UserError(f"{key}.caption_weights are all zero", where, "give a positive weight to one of them")
+
+
+def _refuse_emphasis(config: Config, where: str) -> None:
+    """Emphasis is read where text.emphasis says how and something says that it is meant: one alone does nothing."""
+    emphasis, marked = config.text.emphasis, [index for index, data in enumerate(config.data) if data.emphasis]
+    if marked and emphasis == "off":
+        what = f"data.{marked[0]}.emphasis has no effect: text.emphasis is 'off'"
+        raise UserError(what, where, 'set text.emphasis = "a1111" or "comfyui", or remove it')
+    if emphasis != "off" and not marked and not config.validation.prompts:
+        what = f"text.emphasis = '{emphasis}' has no effect: no data set has emphasis = true, no prompt is drawn"
+        raise UserError(what, where, "set emphasis = true under [[data]], or remove it")
 
 
 def _refuse_drawing(data: Data, key: str, where: str) -> None:
