@@ -40,25 +40,23 @@ Row = tuple[str, str, str, str]
 
 @dataclass(frozen=True)
 class Target:
-    """What a measure is to reach: at least, or at most, so much in `unit`; `found` is how it came out."""
+    """What a measure is to reach: at least, or at most, so much in `unit`; `found` is how it came out, None if it was
+    not measured."""
 
     label: str
-    found: float
+    found: float | None
     bound: float
     unit: str
     least: bool = False
 
     @property
     def row(self) -> str:
-        met = self.found >= self.bound if self.least else self.found <= self.bound
         side = "≥" if self.least else "≤"
-        cells = (
-            self.label,
-            f"{digits(self.found)}{self.unit}",
-            f"{side} {self.bound:g}{self.unit}",
-            "yes" if met else "**no**",
-        )
-        return f"| {' | '.join(cells)} |"
+        figure, answer = "not measured yet", ""
+        if self.found is not None:
+            met = self.found >= self.bound if self.least else self.found <= self.bound
+            figure, answer = f"{digits(self.found)}{self.unit}", "yes" if met else "**no**"
+        return f"| {self.label} | {figure} | {side} {self.bound:g}{self.unit} | {answer} |"
 
 
 def targets() -> Iterator[Target]:
@@ -100,6 +98,34 @@ def targets() -> Iterator[Target]:
     if memory:
         furthest = max(abs(row["off"]) for row in memory["rows"])
         yield Target(f"memory predicted, furthest off of {len(memory['rows'])} settings", 100 * furthest, 10, " %")
+
+
+def gpu_targets() -> Iterator[Target]:
+    """Of full-size SDXL on one H200."""
+    found = result("gpu")
+    full, low, adapters = (found.get(part, {}) for part in ("full", "low_memory", "adapter"))
+
+    def best(who: str, figure: str = "images_per_second") -> float | None:
+        """The largest of all batches."""
+        return max((row[figure] for name, row in full.items() if name.startswith(who) and figure in row), default=None)
+
+    def ratio(one: float | None, other: float | None) -> float | None:
+        return one / other if one and other else None
+
+    for side, bound in ((1024, 24), (512, 100)):
+        yield Target(f"full fine-tuning at {side} px", best(f"ours bf16, {side}"), bound, " images/s", True)
+    limit = found.get("limits", {}).get("bf16 product", {}).get("operations_per_second")
+    share = ratio(best("ours bf16", "operations_per_second"), limit)
+    yield Target("the same, share of the fastest matrix product", share, 0.6, "", True)
+    times = ratio(best("ours bf16, 1024"), best("reference, 1024"))
+    yield Target("the same at 1024 px, against the reference's loop", times, 1.6, " × as fast", True)
+    levels = [low.get(name, {}) for name in ("bf16, Adafactor, fused backward", "bf16, Adafactor")]
+    least, speeds = levels[0].get("peak_bytes"), [level.get("images_per_second") for level in levels]
+    label = "full fine-tuning at 1024 px, one picture, lowest level"
+    yield Target(f"{label}: memory", least and least / 1e9, 7.5, " GB")
+    yield Target(f"{label}: speed, of that of the next", ratio(*speeds), 0.65, "", True)
+    lora = min((row["peak_bytes"] for row in adapters.values() if "peak_bytes" in row), default=None)
+    yield Target("LoRA of rank 16 at 1024 px, one picture: memory", lora and lora / 1e9, 5, " GB")
 
 
 def compared(found: dict[str, Any], show: Callable[[float], str] = seconds) -> tuple[str, str, str]:
@@ -220,7 +246,8 @@ def page() -> str:
             for r in memory["rows"]
         ]
         lines.append("")
-    lines += ["## On a GPU", "", *gpu()]
+    lines += ["## On a GPU", "", "| measure | figure | target | met |", "| --- | --- | --- | --- |"]
+    lines += [*(target.row for target in gpu_targets()), "", *gpu()]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -263,7 +290,8 @@ def gpu() -> list[str]:
     if not found:
         return [
             "Not measured yet. `python benchmarks/gpu.py` measures full-size SDXL on one GPU in ten minutes:",
-            "limits, attention kernels, full fine-tuning, adapters, low-memory settings, graphs, numerics.",
+            "limits, attention kernels, full fine-tuning, adapters, low-memory settings, graphs, numerics. The targets",
+            "are for one H200.",
         ]
     made = ["| what | images/s | share of the measured limit | memory |", "| --- | --- | --- | --- |"]
     limit = found.get("limits", {}).get("bf16 product", {}).get("operations_per_second")

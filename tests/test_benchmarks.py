@@ -123,6 +123,32 @@ def test_the_page_shows_a_gpu_whose_limits_were_not_measured(tmp_path: Path, mon
     assert page.gpu()[-1] == "| ours | 25.0 | 50% | 7.00 GB |"
 
 
+def test_the_page_tells_what_a_gpu_is_to_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import common
+    import page
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    assert {target.found for target in page.gpu_targets()} == {None}
+    assert all("| not measured yet |" in target.row for target in page.gpu_targets())
+    fast = {"images_per_second": 30.0, "peak_bytes": 40e9, "operations_per_second": 6e14}
+    slow = {"images_per_second": 10.0, "peak_bytes": 7e9}
+    found = {
+        "limits": {"bf16 product": {"operations_per_second": 8e14}},
+        "full": {
+            "ours bf16, 1024 px, batch 4": slow,
+            "ours bf16, 1024 px, batch 8": fast,
+            "ours bf16, 1024 px, batch 16": {"out_of_memory": True},
+            "reference, 1024 px, batch 8": {**slow, "images_per_second": 20.0},
+        },
+        "low_memory": {"bf16, Adafactor, fused backward": slow, "bf16, Adafactor": fast},
+        "adapter": {"fp8 base, batch 1": slow, "bf16 base, batch 4": fast, "nf4 base, batch 1": {"failed": "no"}},
+    }
+    (tmp_path / "gpu.json").write_text(json.dumps(found), encoding="utf-8")
+    figures = [target.found for target in page.gpu_targets()]
+    assert figures == [30.0, None, 0.75, 1.5, 7.0, pytest.approx(1 / 3), 7.0]
+
+
 def test_what_fails_on_a_gpu_is_told_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu
