@@ -350,7 +350,8 @@ def _beside(config: Config, where: str) -> None:
         what = "model.init = 'random' with an adapter or new words: nobody else has this base"
         raise UserError(what, where, "remove model.init")
     names = [word.name for word in config.token]
-    for name in names:
-        if names.count(name) > 1 or any(other != name and other.startswith(name) for other in names):
-            what = f"the new words {', '.join(names)} cannot be told apart: one begins with '{name}'"
+    for index, name in enumerate(names):
+        others = names[:index] + names[index + 1 :]
+        if any(other.lower().startswith(name.lower()) for other in others):
+            what = f"the new words {', '.join(names)} cannot be told apart: one begins with '{name}', in whatever case"
             raise UserError(what, where, "choose words of which none begins with another, such as <a> and <b>")

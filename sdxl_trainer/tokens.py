@@ -60,11 +60,25 @@ def pieces(word: str, vectors: int) -> list[str]:
     return [word, *(f"{word}_{i}" for i in range(1, vectors))]
 
 
+def _bare(word: str) -> bool:
+    """Whether letters beside it would make another word of it, as those of category do of cat."""
+    return re.match(r"\w|.*\w$", word) is not None
+
+
+def in_text(word: str) -> str:
+    """A regular expression that finds a word in a text: in any case, since the encoders read none; not inside others,
+    where brackets do not set it off."""
+    return rf"(?i:(?<!\w){re.escape(word)}(?!\w))" if _bare(word) else f"(?i:{re.escape(word)})"
+
+
 def expand(words: Sequence[Token], caption: str) -> str:
     """A caption with every new word written as its tokens."""
-    for word in sorted(words, key=lambda w: -len(w.name)):
-        caption = caption.replace(word.name, " ".join(pieces(word.name, word.vectors)))
-    return caption
+    if not words:
+        return caption
+    longest = sorted(words, key=lambda word: -len(word.name))
+    written = [" ".join(pieces(word.name, word.vectors)) for word in longest]
+    either = "|".join(f"({in_text(word.name)})" for word in longest)
+    return re.sub(either, lambda found: written[(found.lastindex or 0) - 1], caption)
 
 
 def expanded(words: Sequence[Token], prompt: Prompt) -> Prompt:
@@ -113,14 +127,17 @@ def too_long(
 
 
 def extend(tokenizer: Any, words: Sequence[tuple[str, int]], where: str) -> int:
-    """Add words to a tokenizer; gives the id of the first new token. Words that it has already are refused."""
-    first, known = len(tokenizer), tokenizer.get_vocab()
+    """Add words to a tokenizer, which finds them as `expand` writes them; gives the id of the first new token. Words
+    that it has already, in whatever case, are refused."""
+    from tokenizers import AddedToken
+
+    first, known = len(tokenizer), {token.lower() for token in tokenizer.get_vocab()}
     for word, vectors in words:
         for token in pieces(word, vectors):
-            if token in known or f"{token}</w>" in known or token in tokenizer.get_added_vocab():
+            if {token.lower(), f"{token.lower()}</w>"} & known:
                 what = f"'{token}' is already a token of the vocabulary"
                 raise UserError(what, where, f"choose a word that is none yet, such as <{word.strip('<>')}-new>")
-            tokenizer.add_tokens(token)
+            tokenizer.add_tokens(AddedToken(token, single_word=_bare(word), normalized=False))
     return first
 
 
@@ -128,12 +145,13 @@ def refuse_unread(words: Sequence[Token], captions: Iterable[str]) -> None:
     """Refuse a word that no caption holds: it would learn nothing."""
     unread = dict(enumerate(words))
     for caption in captions:
-        unread = {index: word for index, word in unread.items() if word.name not in caption}
+        unread = {index: word for index, word in unread.items() if not re.search(in_text(word.name), caption)}
         if not unread:
             return
     for index, word in unread.items():
         fix = f"write {word.name} into the captions, for example caption = 'a photo of {word.name}' under [[data]]"
-        raise UserError(f"no caption holds the new word '{word.name}'", f"token.{index}.name", fix)
+        apart = " as a word of its own" if _bare(word.name) else ""
+        raise UserError(f"no caption holds the new word '{word.name}'{apart}", f"token.{index}.name", fix)
 
 
 def inject(sdxl: SDXL, words: Sequence[Token], base: Base, seed: int) -> None:
@@ -258,10 +276,12 @@ def read(path: Path, where: str) -> dict[str, dict[str, Tensor]]:
     return {word: {key: split[key][i] for key in split} for i, (word, _) in enumerate(words)}
 
 
-def attach(pipeline: Any, paths: Sequence[str]) -> None:
-    """Teach a pipeline the words of embeddings' files; it writes a word as its tokens by itself."""
+def attach(pipeline: Any, paths: Sequence[str]) -> list[Token]:
+    """Teach a pipeline the words of embeddings' files, and give them."""
+    words = list[Token]()
     for given in paths:
         found = read(Path(given).expanduser(), "--embedding")
+        words += [Token.model_construct(name=word, vectors=len(rows["clip_l"])) for word, rows in found.items()]
         for part, key in KEYS.items():
             encoder, tokenizer = getattr(pipeline, part), getattr(pipeline, part.replace("text_encoder", "tokenizer"))
             modules = [m for m in encoder.modules() if isinstance(m, Extended)]
@@ -272,4 +292,6 @@ def attach(pipeline: Any, paths: Sequence[str]) -> None:
                     what = f"'{key}' is {rows[key].shape[1]} wide, and the encoder {table.weight.shape[1]}"
                     raise UserError(what, given, "use an embedding made for this base")
                 extend(tokenizer, [(word, len(rows[key]))], "--embedding")
-                table.new[word] = nn.Parameter(rows[key].to(table.weight), requires_grad=False)
+                # A file's name may be what no parameter can be called.
+                table.new[str(len(table.new))] = nn.Parameter(rows[key].to(table.weight), requires_grad=False)
+    return words

@@ -35,7 +35,9 @@ class Adapter(Section):
 
 
 class Token(Section):
-    name: str = Field(description="new word, as it stands in the captions: for example <x>", pattern=r"^[^\s.]+$")
+    name: str = Field(
+        description="new word, as it stands in the captions, in any case: for example <x>", pattern=r"^[^\s.]+$"
+    )
     vectors: Positive = option(1, "how many embeddings the word is; each takes a place of the 75 in a prompt")
     init: Text = option(None, "words (or an earlier new word) whose embeddings it begins with; default: random")
     start: PathText | None = option(None, "file of embeddings, or folder of a run, to begin with")

@@ -12,7 +12,7 @@ from torch import Tensor
 from sdxl_trainer import attach, base, chunking, distributed, text, tokens
 from sdxl_trainer.base import Base
 from sdxl_trainer.chunking import Prompt
-from sdxl_trainer.config import Model, TextOptions
+from sdxl_trainer.config import Model, TextOptions, Token
 from sdxl_trainer.data.encode import DTYPES
 from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.formats import pretrained
@@ -27,13 +27,15 @@ _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 @dataclass
 class Loaded:
-    """A pipeline with its base. `loras` and `embeddings` are what is in it; `known` are prompts that are encoded."""
+    """A pipeline with its base. `loras` and `embeddings` are what is in it, `words` those of the embeddings; `known`
+    are prompts that are encoded."""
 
     base: Base
     pipeline: Any
     scheduler: dict[str, Any]
     loras: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
+    words: list[Token] = field(default_factory=list)
     known: dict[tuple[Any, ...], Embedded] = field(default_factory=dict)
 
     @property
@@ -107,7 +109,7 @@ def dress(loaded: Loaded, loras: tuple[str, ...], embeddings: tuple[str, ...]) -
             loaded.pipeline.unload_lora_weights()
         attach.attach(loaded.pipeline, loras)
     if loaded.embeddings != embeddings:
-        tokens.attach(loaded.pipeline, embeddings)
+        loaded.words = tokens.attach(loaded.pipeline, embeddings)
     loaded.loras, loaded.embeddings = loras, embeddings
     loaded.known.clear()
     return True
@@ -165,9 +167,7 @@ def _embedded(loaded: Loaded, request: Request, first: str, second: str | None) 
         pipeline = loaded.pipeline
         own = [getattr(pipeline, name) for name in _TEXT_PARTS]
         encoding = text.TextEncoders((own[2] or own[3], own[3]), (own[0], own[1]))
-        # A word of several vectors is as many tokens.
-        texts = [None if t is None else pipeline.maybe_convert_prompt(t, own[2] or own[3]) for t in (first, second)]
-        prompt = Prompt(str(texts[0]), texts[1], emphasis=request.emphasis != "off")
+        prompt = tokens.expanded(loaded.words, Prompt(first, second, emphasis=request.emphasis != "off"))
         read = text.tokenize(encoding.tokenizers, [prompt], options)
         for cut in text.cuts(encoding.tokenizers, [prompt], read):
             print(f"'{cut.prompt.text[:40]}' loses its last {cut.tokens} tokens: {cut.text[:80]}", file=sys.stderr)

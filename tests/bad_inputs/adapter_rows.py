@@ -64,7 +64,8 @@ ROWS = [
     Bad("words as one section", "token = ", r"\[\[token\]\]", options={"token": {"name": "<x>"}}),
     Bad("word of the vocabulary", "'a' is already a token", "none yet", options={**NEW, "token": [{"name": "a"}]}),
     Bad("words that begin alike", "cannot be told apart", "none begins",
-        options={"token": [{"name": "<x"}, {"name": "<x2"}]}),
+        options={"token": [{"name": "<x"}, {"name": "<X2"}]}),
     Bad("words to begin with do not fit", "is 4 tokens", "vectors = 4",
-        options={**NEW, "token": [{"name": "circ", "init": "red blue green circle"}]}),
+        options={**NEW, "data.0.caption": "a <x>", "data.0.caption_only": True,
+                 "token": [{"name": "<x>", "init": "red blue green circle"}]}),
 ]  # fmt: skip

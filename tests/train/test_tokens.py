@@ -1,6 +1,7 @@
 """New words: only their rows move, resume is bitwise, and others read them: diffusers, `sdxl sample`."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sdxl_trainer import base as bases
 from sdxl_trainer import sample, text, tokens
@@ -156,6 +157,50 @@ def test_words_begin_as_their_options_say_and_the_end_is_found_by_id(base: Path,
     assert read.ids.max() > both[0].eos_token_id
     for one, two in zip(plain, sdxl.embed(read.ids.long(), **one_chunk), strict=True):
         assert torch.allclose(one, two, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("caption", "written", "rows"),
+    [
+        ("a <mycat> red <MYCAT>,", "a <MyCat> <MyCat>_1 red <MyCat> <MyCat>_1,", ["<MyCat>", "<MyCat>_1"] * 2),
+        ("a<MyCat>'s tail", "a<MyCat> <MyCat>_1's tail", ["<MyCat>", "<MyCat>_1"]),
+        ("a category, Cat, tomcat, (cat:1.2)", "a category, cat cat_1, tomcat, (cat cat_1:1.2)", ["cat", "cat_1"] * 2),
+        ("cats of category", "cats of category", []),
+    ],
+)
+def test_a_word_is_found_in_any_case_and_not_inside_others(
+    base: Path, tmp_path: Path, caption: str, written: str, rows: list[str]
+) -> None:
+    words = (Token(name="<MyCat>", vectors=2), Token(name="cat", vectors=2))
+    assert tokens.expand(words, caption) == written
+    found = bases.resolve(Model(path=str(base)), tmp_path)
+    for own, plain in zip(tokens.tokenizers(found, words), text.tokenizers(found), strict=True):
+        ids = own(written, add_special_tokens=False)["input_ids"]
+        assert own.convert_ids_to_tokens([i for i in ids if i >= len(plain)]) == rows
+        old = " ".join(re.sub(r"<MyCat>_1|<MyCat>|\bcat_1\b|\bcat\b", " ", written).split())
+        assert [i for i in ids if i < len(plain)] == plain(old, add_special_tokens=False)["input_ids"]
+
+
+def test_a_word_of_other_case_or_inside_another_is_no_second_one(base: Path, tmp_path: Path) -> None:
+    found = bases.resolve(Model(path=str(base)), tmp_path)
+    with pytest.raises(UserError, match="'Circle' is already a token"):
+        tokens.tokenizers(found, [Token(name="Circle")])
+    with pytest.raises(UserError, match="no caption holds the new word 'cat' as a word of its own"):
+        tokens.refuse_unread([Token(name="cat")], ["a category", "cats"])
+    tokens.refuse_unread([Token(name="cat"), Token(name="<X>")], ["a Cat", "a<x>"])
+
+
+def test_sample_reads_words_in_any_case_from_files_of_any_name(
+    config: Callable[..., Any], named: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    output = train(config(**named, train={**TRAIN, "steps": 1}))
+    foreign = tmp_path / "My.Cat v2.safetensors"  # a file of others, whose name is the word
+    save_file(load_file(output / "learned_embeds.safetensors"), foreign)
+    settings = {"negative": None, "steps": 2, "guidance": 1.0, "height": 64, "width": 64}
+    prompts = ["a My.Cat v2", "a my.cat V2", "a xMy.Cat v2"]
+    one, two, three = sample.from_disk(str(base), prompts, tmp_path / "s", 1, 5, settings, [], [str(foreign)])
+    assert np.array_equal(pixels(one), pixels(two))
+    assert not np.array_equal(pixels(one), pixels(three))
 
 
 def test_the_header_tells_whose_rows_are_which(config: Callable[..., Any], named: dict[str, Any]) -> None:
