@@ -16,8 +16,9 @@ from sdxl_trainer import configfile, files, presets
 from sdxl_trainer.config import Config, Data
 from sdxl_trainer.data import sources
 from sdxl_trainer.data.records import Record
+from sdxl_trainer.data.sources import beside
 from sdxl_trainer.data.sources.extras import KOHYA
-from sdxl_trainer.data.sources.tree import PICTURES
+from sdxl_trainer.data.sources.tree import PICTURES, scan
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats.folder import MICRO
 from sdxl_trainer.presets import Preset
@@ -110,6 +111,7 @@ def begun(folder: Path, wish: Wish, name: str) -> tuple[dict[str, Any], dict[str
         data |= {"trigger": wish.trigger, "caption": preset.caption.replace("{trigger}", wish.trigger)}
         notes["data.0.trigger"] = "put first where a caption does not hold it"
         notes["data.0.caption"] = "of pictures that have none"
+    _captions(folder, data, notes)
     small = _fit_to_model(model, data, notes)
     records = _records(folder, data, wish)
     count = len(records)
@@ -169,6 +171,17 @@ def _fit_to_model(model: str, data: dict[str, Any], notes: dict[str, str]) -> bo
         if data.get("buckets") == "area":
             data["bucket_step"] = max(8, 64 * side // 1024 // 8 * 8)
     return side < 512
+
+
+def _captions(folder: Path, data: dict[str, Any], notes: dict[str, str]) -> None:
+    """Where the captions are, if none are where they are looked for and one kind of file seems to hold them."""
+    tree = scan(folder, "folder", Data.model_fields["mask_suffix"].default)
+    if tree.metadata or beside.used(Data.model_validate(data), tree, tree.pictures):
+        return
+    found = beside.overlooked(tree, tree.pictures)
+    if len(found) == 1:
+        data[found[0].option] = found[0].value
+        notes[f"data.0.{found[0].option}"] = "captions are there"
 
 
 def _records(folder: Path, data: dict[str, Any], wish: Wish) -> Sequence[Record]:

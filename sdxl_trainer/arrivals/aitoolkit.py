@@ -212,8 +212,8 @@ def _words(data: Account, index: int) -> None:
     data.unused("keep_tokens")
     if data.text("caption_ext", "txt").lstrip(".") in {"txt", "caption"}:
         data.part("caption_ext", ".txt and .caption files are read")
-    else:
-        data.dropped("caption_ext", "captions are read from .txt and .caption files, or metadata.jsonl")
+    elif data.has("caption_ext"):
+        data.kept("caption_ext", f"data.{index}.caption_extension", data.text("caption_ext"))
 
 
 def _train(train: Account, network: Account, tree: dict[str, Any]) -> None:

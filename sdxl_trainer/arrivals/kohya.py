@@ -52,6 +52,7 @@ _ANYWAY = {
     "disable_mmap_load_safetensors": "decided by the loader",
     "skip_until_initial_step": "a resumed run always goes on with the very next pictures",
     "huggingface_repo_type": "a model",
+    "generate_caption_database": "captions are read where they are",
     "lowram": "decided by the loader",
     "highvram": "decided by the loader",
 }

@@ -112,9 +112,12 @@ def _command_line(account: Account) -> int:
         if index:
             inside.entries, inside.off = [], []  # said of the first already
         folder = account.text(place)
-        if account.has("in_json"):
+        if account.has("in_json") and account.look("generate_caption_database"):
             account.kept(place, f"data.{index}.path", folder)
-            account.dropped("in_json", "captions in this JSON are not read: write them as .txt beside the pictures")
+            account.part("in_json", "made there from the caption files beside the pictures, which are read themselves")
+        elif account.has("in_json"):
+            account.kept(place, f"data.{index}.path", folder)
+            account.kept("in_json", f"data.{index}.metadata", account.text("in_json"))
         else:
             account.changed(place, f"data.{index}.path", folder, "its folders named 10_words say repeats and words")
             account.put(f"data.{index}.kohya_folders", True)
@@ -131,9 +134,8 @@ def _subset(account: Account, index: int, known: dict[str, Any]) -> None:
     """One folder of pictures as [[data]] number `index`."""
     to = f"data.{index}."
     if not known:
-        for place in ("image_dir", "metadata_file"):
-            if place == "metadata_file" and account.has(place):
-                account.dropped(place, "captions in this JSON are not read: write them as .txt beside the pictures")
+        if account.has("metadata_file"):
+            account.kept("metadata_file", f"{to}metadata", account.text("metadata_file"))
         if not account.has("image_dir"):
             raise UserError(f"{account.place}image_dir is missing", account.where, "name the folder of the pictures")
         account.kept("image_dir", f"{to}path", account.text("image_dir"))
@@ -168,11 +170,13 @@ def _captions(account: Account, to: str) -> None:
     if account.look("enable_wildcard"):
         account.kept("enable_wildcard", f"{to}wildcards", True)
         account.put(f"{to}caption_per_line", True)
+    if "metadata" in account.tree["data"][int(to.split(".")[1])]:
+        account.unused("caption_extension", "caption_extention")
     for name in ("caption_extension", "caption_extention"):
         if account.has(name) and account.text(name) in {".txt", ".caption", "txt", "caption"}:
             account.part(name, ".txt and .caption files are read")
         elif account.has(name):
-            account.dropped(name, "captions are read from .txt and .caption files: rename them")
+            account.kept(name, f"{to}caption_extension", account.text(name))
 
 
 def _tags(account: Account, to: str) -> None:

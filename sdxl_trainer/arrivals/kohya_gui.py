@@ -69,6 +69,8 @@ _NAMES = {
 }
 # The page for whole models calls some by other names.
 _FINETUNING = {"image_folder": "train_data_dir", "batch_size": "train_batch_size", "train_dir": "work_folder"}
+# That page writes the captions beside the pictures into one file, and may name another for the sizes.
+_METADATA = ("caption_metadata_filename", "latent_metadata_filename")
 # Of the window, not of the training.
 _WINDOW: tuple[str, ...] = (
     "sdxl",
@@ -81,12 +83,7 @@ _WINDOW: tuple[str, ...] = (
     "no_token_padding",
 )
 _WINDOW += ("sdxl_checkbox", "create_buckets", "create_caption", "full_path", "use_latent_files", "work_folder")
-_WINDOW += (
-    "caption_metadata_filename",
-    "latent_metadata_filename",
-    "generate_caption_database",
-    "generate_image_buckets",
-)
+_WINDOW += ("generate_image_buckets",)
 _OTHER_MODELS: tuple[str, ...] = (
     "flux",
     "sd3",
@@ -119,12 +116,12 @@ def options(tree: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str,
         raise UserError("this config does not train SDXL (its box is not ticked)", where, "give one for SDXL")
     method = str(given.pop("LoRA_type", "") or "")
     if not method and "image_folder" in given:
-        given = {_FINETUNING.get(name, name): value for name, value in given.items()}
+        given = _finetuning(given)
     for old, new in _NAMES.items():
         if old in given:
             given[new] = given.pop(old)
     _numbers(given)
-    used = {*_NAMES, *_FINETUNING, "LoRA_type", "epoch", "lr_warmup", "additional_parameters", *_LAUNCHER}
+    used = {*_NAMES, *_FINETUNING, *_METADATA, "LoRA_type", "epoch", "lr_warmup", "additional_parameters", *_LAUNCHER}
     if method:
         network = _network(given, method, where)
         used |= {*network.get("network_args", {}), "LyCORIS_preset"}
@@ -135,6 +132,16 @@ def options(tree: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str,
     unused = {*_WINDOW, *_OF_NETWORKS} | {name for name in given if name.startswith(_OTHER_MODELS)}
     given = {name: value for name, value in given.items() if name not in unused}
     return given, launcher, [name for name in tree if name not in used and name not in given]
+
+
+def _finetuning(tree: dict[str, Any]) -> dict[str, Any]:
+    """The options of the page for whole models under the names of the script."""
+    given = {_FINETUNING.get(name, name): value for name, value in tree.items()}
+    captions, latents = (given.pop(name, "") for name in _METADATA)
+    name = latents if given.pop("use_latent_files", "No") == "Yes" and latents else captions
+    if name:
+        given["in_json"] = f"{given.get('work_folder') or '.'}/{name}"
+    return {"enable_bucket": True, **given}
 
 
 def _network(given: dict[str, Any], method: str, where: str) -> dict[str, Any]:

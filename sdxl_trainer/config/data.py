@@ -18,6 +18,14 @@ class Data(Section):
     )
     image_column: str = option("image", "column holding the picture")
     caption_column: str = option("text", "column holding a caption or a list of captions")
+    metadata: PathText | None = option(
+        None,
+        "captions of a folder of pictures: a .jsonl, .csv or .parquet file, or .json as kohya writes it, in the"
+        " folder or elsewhere; default: metadata.jsonl, .csv or .parquet in it",
+    )
+    caption_extension: str | None = option(
+        None, "ending of the caption files, in the place of .txt and .caption", pattern=r"^\.?[^\s./\\][^\s/\\]*$"
+    )
     caption: Text = option(None, "one caption for all pictures that have none")
     caption_only: bool = option(False, "caption for all pictures, whatever captions they have")
     max_samples: Positive | None = option(None, "use only this many pictures, drawn with the run's seed")

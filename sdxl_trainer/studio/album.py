@@ -4,19 +4,22 @@ import csv
 import io
 import json
 import posixpath
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdxl_trainer import files
-from sdxl_trainer.data.sources import metadata
+from sdxl_trainer.config import Data
+from sdxl_trainer.data.sources import beside, metadata
 from sdxl_trainer.data.sources.tree import CAPTIONS, Tree, scan
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.studio.workspace import inside
 
 LONGEST = 20_000  # characters of a caption; CLIP reads a few hundred
 TEXT, FOCUS = "text", "focus"
+_PLAIN = Data(path=".")
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,7 @@ def open_album(root: Path) -> Album:
             table, row = rows[name]
             entries[name] = Entry(name, _caption(row), table, True, _focus(row.get(FOCUS)))
         else:
-            path = _sidecar(tree, name)
-            text = _read(tree.root / path) if path else ""
-            entries[name] = Entry(name, text or "", path, text is not None)
+            entries[name] = _beside(tree, name)
     return Album(root, tree, entries)
 
 
@@ -92,9 +93,13 @@ def _focus(value: object) -> tuple[float, float] | None:
     return (x, y) if 0 <= x <= 1 and 0 <= y <= 1 else None
 
 
-def _sidecar(tree: Tree, name: str) -> str:
-    stem = posixpath.splitext(name)[0]
-    return next((stem + suffix for suffix in CAPTIONS if stem + suffix in tree.captions), "")
+def _beside(tree: Tree, name: str) -> Entry:
+    """What the file beside a picture says. A .json is not written to: a .txt, which is read before it, will be."""
+    path = beside.path(_PLAIN, tree, name) or ""
+    if path.lower().endswith(beside.JSON):
+        return Entry(name, "\n".join(beside.captions(_PLAIN, "", tree, name, defaultdict(list))), "")
+    text = _read(tree.root / path) if path else ""
+    return Entry(name, text or "", path, text is not None)
 
 
 def _read(path: Path) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sdxl_trainer.data.sources.tree import CAPTIONS, METADATA, PICTURES
+from sdxl_trainer.data.sources.tree import METADATA, PICTURES, SIDECARS
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.studio.workspace import Workspace, checked_name
 
@@ -48,7 +48,7 @@ def done(target: Path, partial: Path) -> dict[str, Any]:
 
 def _for_data(name: str) -> bool:
     suffix = PurePosixPath(name).suffix.lower()
-    return _plain(name) and (suffix in PICTURES or suffix in CAPTIONS or name.lower() in METADATA)
+    return _plain(name) and (suffix in PICTURES or suffix in SIDECARS or name.lower() in METADATA)
 
 
 def _plain(part: str) -> bool:

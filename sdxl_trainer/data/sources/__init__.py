@@ -17,7 +17,7 @@ from sdxl_trainer import keyed
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.problems import Notes
 from sdxl_trainer.data.records import Lasting, Readers, Record, Records, kept, known, packed
-from sdxl_trainer.data.sources import addresses, dataset, folder, shards, tables
+from sdxl_trainer.data.sources import addresses, dataset, folder, metadata, shards, tables
 from sdxl_trainer.data.sources.tree import read_file, scan, stamp
 from sdxl_trainer.errors import UserError, shortened
 
@@ -113,8 +113,14 @@ def _records(
     mark = stamp(root)
     told: list[str] = []
     made = partial(_scanned, data, path, split, place, datasets_dir, index_dir, notes, told)
-    of = [data.model_dump(mode="json"), split, place]
+    of = [data.model_dump(mode="json"), split, place, _stamped(metadata.named(data, root))]
     return made() if mark is None else Lasting(of, mark, made, files=True, told=told)
+
+
+def _stamped(path: Path | None) -> list[int]:
+    """What changes with a file that need not lie in the folder of pictures."""
+    status = path.stat() if path else None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns] if status else []
 
 
 def _scanned(
@@ -197,6 +203,9 @@ def _refuse_folders_only(
 ) -> None:
     if data.kohya_folders:
         raise UserError(f"'kohya_folders' has no effect: {reason}", place, "remove 'kohya_folders'")
+    for option in ("metadata", "caption_extension"):
+        if getattr(data, option) is not None:
+            raise UserError(f"'{option}' has no effect: {reason}", place, f"remove '{option}'")
     if data.caption_per_line and "column" not in masks:
         raise UserError(f"'caption_per_line' has no effect: {reason}", place, "remove 'caption_per_line'")
     if data.mask in masks:

@@ -15,6 +15,8 @@ from sdxl_trainer.errors import UserError
 
 # kohya's convention: repeats, an underscore, words that are the caption of pictures that have none.
 KOHYA = re.compile(r"(\d+)_(.+)")
+# Keys of a picture's JSON file that hold its caption, where there is none under caption_column.
+JSON_CAPTIONS = ("caption", "text")
 PROBLEMS = {
     "mask_missing": ("masks that metadata rows name do not exist", "correct the column, or restore the files"),
     "mask_twice": ("pictures have two masks", "keep one mask for each"),
@@ -43,9 +45,15 @@ def columns(data: Data) -> list[tuple[str, str]]:
 
 
 def refuse_without_files(data: Data, tree: Tree, place: str) -> None:
-    """Columns can only be read from a metadata file, lines only from caption files."""
-    if data.caption_per_line and not tree.captions:
+    """Columns can only be read from a metadata file, lines only from caption files, which must be there."""
+    ending = (data.caption_extension or "").lower()
+    if ending and not any(name.lower().endswith(ending) for name in (*tree.captions, *tree.others)):
+        what = f"caption_extension = '{data.caption_extension}' has no effect: no file ends so"
+        raise UserError(what, place, "correct or remove it")
+    if data.caption_per_line and not tree.captions and data.metadata is None and data.caption_extension is None:
         raise UserError("caption_per_line has no effect: there are no caption files", place, "remove it")
+    if data.metadata is not None:
+        return
     if data.caption_column_2 is not None and not tree.metadata:
         what = "caption_column_2 has no effect: there is no metadata file in the folder"
         raise UserError(what, place, f"add a metadata.jsonl with file_name and '{data.caption_column_2}', or remove it")
@@ -66,6 +74,11 @@ def clean(value: object) -> tuple[str, ...] | None:
     if len(stripped) < len(values):
         return None
     return stripped if all(stripped) else ()
+
+
+def in_json(data: Data, values: Mapping[str, object]) -> object:
+    """What a JSON file of one picture says of its caption; None if nothing."""
+    return next((values[key] for key in (data.caption_column, *JSON_CAPTIONS) if values.get(key)), None)
 
 
 def _whole(text: str) -> bool:
@@ -119,7 +132,7 @@ def named_masks(data: Data, tree: Tree, rows: Mapping[str, Row], problems: dict[
         if value is None or value == "":
             continue
         written = str(value).replace("\\", "/")
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(row.metadata), written))
+        path = posixpath.normpath(posixpath.join(row.folder, written))
         stamp = tree.pictures.get(path) or tree.masks.get(path)
         if stamp is None:
             problems["mask_missing"].append(f"{value} ({row.place})")

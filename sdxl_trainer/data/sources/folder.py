@@ -4,16 +4,17 @@ import logging
 import os
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.problems import Notes, refuse, total
 from sdxl_trainer.data.records import Mask, Record
-from sdxl_trainer.data.sources import extras, metadata
-from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES, UNREAD, Tree, natural, read_file
+from sdxl_trainer.data.sources import beside, extras, metadata
+from sdxl_trainer.data.sources.tree import PICTURES, UNREAD, Tree, natural, read_file
 from sdxl_trainer.errors import UserError, shortened
 
 # Sub-folders that may lie beside the one of the wanted split. Any other name there may be a subject's.
@@ -22,13 +23,13 @@ log = logging.getLogger("sdxl_trainer")
 # What is wrong with the captions of a folder: what is said of the names that are listed, and how to fix it.
 PROBLEMS = {
     "outside": ("metadata rows name files outside of the folder", "move the pictures into the folder"),
-    "unreadable": ("caption files are not UTF-8 text", "save them as UTF-8"),
     "unnamed": ("metadata rows have no file_name", "give the picture's path, relative to the metadata file"),
     "foreign": (
         "metadata rows name files that are not pictures of a known kind",
         f"convert the pictures; known are {' '.join(sorted(PICTURES))}",
     ),
     "missing": ("metadata rows name pictures that do not exist", "correct file_name, or remove the rows"),
+    "several": ("metadata rows name more than one picture", "write the pictures' names with their endings"),
     "twice": ("pictures are named by more than one metadata row", "keep one row for each; captions may be a list"),
     "type": ("captions are not text", "write each caption as a string or a list of strings"),
     "empty": ("captions are empty", "write them, or give 'caption' for all pictures that have none"),
@@ -42,7 +43,8 @@ PROBLEMS = {
         " (kohya_folders = true: the words of folders named 10_words)",
     ),
     "zero": ("pictures are empty (zero bytes)", "restore the files, or take them out of the folder"),
-} | extras.PROBLEMS
+}
+PROBLEMS |= beside.PROBLEMS | extras.PROBLEMS
 
 
 def records(data: Data, tree: Tree, split: str, place: str, notes: Notes | None = None) -> list[Record]:
@@ -54,10 +56,11 @@ def records(data: Data, tree: Tree, split: str, place: str, notes: Notes | None 
     names = _in_split(tree, split, place)
     problems: dict[str, list[str]] = defaultdict(list)
     empty = set(tree.empty)
-    listed = _listed(data, tree, place, problems)
+    tables = metadata.tables(tree, data, place)
+    listed = _listed(data, tree, place, tables, problems)
     masks = extras.named_masks(data, tree, listed, problems)
     used = {mask.name for mask in masks.values()}
-    governed = [posixpath.dirname(name) for name in tree.metadata]
+    governed = [folder for _, _, folder in tables]
     found = []
     for name in names:
         if name in used:
@@ -74,12 +77,12 @@ def records(data: Data, tree: Tree, split: str, place: str, notes: Notes | None 
             problems["unlisted"].append(name)
             continue
         else:
-            captions = _beside(data, fallback, tree, name, problems)
+            captions = beside.captions(data, fallback, tree, name, problems)
         record = Record(name, captions, partial(read_file, tree.root / name, name), tree.pictures[name])
         record = _with_extras(data, record, listed.get(name), masks.get(name), folder, problems)
         if total(problems) == before:
             found.append(record)
-    refuse(problems, PROBLEMS, place, notes)
+    refuse(problems, _hinted(tree, problems), place, notes)
     skipped = _tell(data, tree, found, place, set(listed))
     if notes is not None:
         notes.skipped[place].update(skipped)
@@ -170,14 +173,31 @@ def _in_split(tree: Tree, split: str, place: str) -> list[str]:
     return list(tree.pictures)
 
 
-def _listed(data: Data, tree: Tree, place: str, problems: dict[str, list[str]]) -> dict[str, metadata.Row]:
+def _hinted(tree: Tree, problems: dict[str, list[str]]) -> dict[str, tuple[str, str]]:
+    """PROBLEMS, with what may hold the captions of pictures that have none."""
+    what, fix = PROBLEMS["uncaptioned"]
+    found = [files.fix() for files in beside.overlooked(tree, problems["uncaptioned"])[:3]]
+    return PROBLEMS | {"uncaptioned": (what, "; or ".join((*found, fix)))}
+
+
+def _listed(
+    data: Data, tree: Tree, place: str, tables: Sequence[tuple[str, Path, str]], problems: dict[str, list[str]]
+) -> dict[str, metadata.Row]:
     """The metadata row of each picture that one names."""
     listed: dict[str, metadata.Row] = {}
-    for row in metadata.rows(tree, data, place, extras.columns(data)):
+    stems: dict[str, list[str]] = defaultdict(list)
+    for name in tree.pictures if data.metadata else ():
+        stems[posixpath.splitext(name)[0]].append(name)
+    for row in metadata.rows(tree, data, place, tables, extras.columns(data)):
         if row.file_name is None:
             problems["unnamed"].append(row.place)
             continue
         name, trouble = _resolved(tree, row)
+        if trouble and row.bare and name in stems:
+            (name, *more), trouble = stems[name], None
+            if more:
+                problems["several"].append(f"{row.file_name} ({row.place})")
+                continue
         if trouble:
             problems[trouble].append(_with_hint(tree, row, trouble))
         elif name in listed:
@@ -190,13 +210,16 @@ def _listed(data: Data, tree: Tree, place: str, problems: dict[str, list[str]]) 
 def _resolved(tree: Tree, row: metadata.Row) -> tuple[str, str | None]:
     """The name under which the tree knows a row's picture, and what is wrong with it if it does not."""
     written = row.file_name or ""
-    folder = posixpath.dirname(row.metadata)
     if not _can_be_a_name(written):
         return written, "missing"
     for candidate in (written, written.replace("\\", "/")):
-        if posixpath.isabs(candidate) or candidate[1:3] in {":\\", ":/"}:
+        if posixpath.isabs(candidate) and not Path(candidate).resolve().is_relative_to(tree.root):
             return written, "outside"
-        name = posixpath.normpath(posixpath.join(folder, candidate))
+        if candidate[1:3] in {":\\", ":/"}:
+            return written, "outside"
+        if posixpath.isabs(candidate):
+            candidate = os.path.relpath(candidate, tree.root / row.folder).replace(os.sep, "/")
+        name = posixpath.normpath(posixpath.join(row.folder, candidate))
         if name in tree.pictures:
             return name, None
     # Not met on the walk: hidden, of a foreign kind, below a linked folder, outside of the folder, or nowhere.
@@ -235,38 +258,17 @@ def _listed_captions(
     return ()
 
 
-def _beside(data: Data, fallback: str | None, tree: Tree, name: str, problems: dict[str, list[str]]) -> tuple[str, ...]:
-    """The caption in the text file beside a picture; else the one for all."""
-    stem = posixpath.splitext(name)[0]
-    endings = (stem + written for suffix in CAPTIONS for written in (suffix, suffix.upper()))
-    path = next((name for name in endings if name in tree.captions), None)
-    text = ""
-    if path is not None:
-        try:
-            text = (tree.root / path).read_text(encoding="utf-8-sig").strip()
-        except UnicodeDecodeError:
-            problems["unreadable"].append(path)
-            return ()
-        except OSError as error:
-            problems["unreadable"].append(f"{path} ({error.strerror})")
-            return ()
-    if text and data.caption_per_line:
-        return tuple(line.strip() for line in text.split("\n") if line.strip())
-    if text or fallback is not None:
-        return (text or str(fallback).strip(),)
-    problems["empty" if path else "uncaptioned"].append(path or name)
-    return ()
-
-
 def _below(name: str, folder: str) -> bool:
     return not folder or name.startswith(f"{folder}/")
 
 
 def _tell(data: Data, tree: Tree, found: list[Record], place: str, listed: set[str]) -> dict[str, int]:
-    """One line: how many pictures, where their captions are from, and what was left out, which is also given."""
-    stems = {posixpath.splitext(record.name)[0] for record in found if record.name not in listed}
-    unused = sum(posixpath.splitext(name)[0] not in stems for name in tree.captions)
-    skipped = dict(tree.skipped) | {"caption files not used": unused}
+    """Lines for the user: how many pictures, where their captions are from, and what was left out, which is also
+    given; and what seems to hold captions and is not read."""
+    read = beside.used(data, tree, (record.name for record in found if record.name not in listed))
+    skipped = Counter(tree.skipped)
+    skipped.subtract(posixpath.splitext(name)[1].lower() for name in read & tree.others)
+    skipped["caption files not used"] = len(tree.captions - read)
     left = {kind: skipped[kind] for kind in sorted(skipped, key=natural) if skipped[kind]}
     counted = ", ".join(f"{kind} {count}" for kind, count in left.items())
     rows = sum(record.name in listed for record in found)
@@ -276,6 +278,11 @@ def _tell(data: Data, tree: Tree, found: list[Record], place: str, listed: set[s
     if not data.kohya_folders and any(extras.kohya(record.name, tree.root.name) for record in found):
         what = "folders named like 10_words are plain folders here; kohya_folders = true reads repeats"
         tree.told.append(f"{place}: {what}")
+    own = {posixpath.splitext(name)[0] for name in read}
+    alone = [r.name for r in found if r.name not in listed and not {r.name, posixpath.splitext(r.name)[0]} & own]
+    for files in [] if data.caption_only else beside.overlooked(tree, alone)[:3]:
+        left[f"{files.value} with captions"] = files.pictures
+        tree.told.append(f"{place}: captions that are not read: {files.fix()}")
     for line in tree.told:
         log.warning("%s", line)
     return left

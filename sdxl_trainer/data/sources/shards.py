@@ -26,8 +26,6 @@ from sdxl_trainer.errors import UserError
 
 log = logging.getLogger("sdxl_trainer")
 TEXTS = (*CAPTIONS, ".json")
-# Keys of a sample's JSON file that hold its caption, where there is none under caption_column.
-JSON_CAPTIONS = ("caption", "text")
 PROBLEMS = {
     "twice": ("samples have more than one picture", "keep one picture for each name up to the first dot"),
     "unreadable": ("text files are not UTF-8, or not JSON", "pack the shard once more"),
@@ -169,7 +167,7 @@ def _captions(
     if isinstance(written, str) and data.caption_per_line:
         written = [line for line in written.split("\n") if line.strip()]
     if written is None:
-        written = next((values[key] for key in (data.caption_column, *JSON_CAPTIONS) if values.get(key)), None)
+        written = extras.in_json(data, values)
     captions = extras.clean(written)
     if not captions and captions is not None and data.caption is not None:
         captions = (data.caption.strip(),)

@@ -19,8 +19,9 @@ from sdxl_trainer.errors import UserError
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 # Pictures of other kinds: phones' and cameras' own, and of programs that draw.
 UNREAD = {".heic", ".heif", ".jxl", ".jp2", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
-# In order of preference where both lie beside a picture.
+# In order of preference where several lie beside a picture.
 CAPTIONS = (".txt", ".caption")
+SIDECARS = (*CAPTIONS, ".json")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLES = {".parquet", ".arrow"}
 ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"}
@@ -37,6 +38,7 @@ class Tree:
     masks: dict[str, str] = field(default_factory=dict)  # name -> stamp
     empty: list[str] = field(default_factory=list)  # pictures of zero bytes
     captions: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)  # what is neither picture nor caption, metadata or archive
     metadata: list[str] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
     archives: list[str] = field(default_factory=list)
@@ -148,7 +150,7 @@ def _link(tree: Tree, name: str) -> str | None:
     """What is wrong with a symbolic link; "inside" for a folder that is met at its own place; None: a file inside."""
     path = tree.root / name
     suffix = path.suffix.lower()
-    matters = path.is_dir() or suffix in PICTURES or suffix in CAPTIONS or path.name.lower() in METADATA
+    matters = path.is_dir() or suffix in PICTURES or suffix in SIDECARS or path.name.lower() in METADATA
     if not matters:
         return None
     try:
@@ -186,6 +188,8 @@ def _sort_in(tree: Tree, name: str, entry: os.DirEntry[str], mask_suffix: str) -
             tree.tables.append(tree.root / name)
         elif suffix in ARCHIVES:
             tree.archives.append(name)
+        else:
+            tree.others.add(name)
         tree.skipped[suffix or "no extension"] += 1
 
 
