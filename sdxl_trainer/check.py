@@ -14,6 +14,7 @@ from sdxl_trainer import (
     class_pictures,
     distributed,
     files,
+    kinds,
     model,
     optim,
     overview,
@@ -48,6 +49,7 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
     lines: list[str] = []
     precision = setup.computing(config, lines)
     base = bases.resolve(config.model, prepare.cache_folder(config))
+    kinds.refuse(config, base)
     setup.noise_schedule(config, base)
     optim.refuse(config.optimizer, config.train, torch.device(distributed.device_type()))
     orders = class_pictures.missing(config, base, open_memo(prepare.cache_folder(config)))

@@ -6,12 +6,15 @@ from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config, Data, Inpainting
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import single_file
+from sdxl_trainer.sampling import samplers
 
 Refusal = tuple[bool, str, str, str]
 
 
 def refuse(config: Config, base: Base) -> None:
     """UserError for the first option that the base cannot obey."""
+    if config.validation.prompts:
+        samplers.refuse_lacking(base.config("scheduler"))
     for wrong, what, where, fix in _all(config, base):
         if wrong:
             raise UserError(what, where, fix)

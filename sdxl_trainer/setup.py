@@ -69,12 +69,12 @@ def prepare_job(config: Config, start: Start) -> Job | None:
         base = bases.resolve(config.model, prepare.cache_folder(config), memo)
         orders = class_pictures.missing(config, base, memo)
         stock = None if orders else prepare.take_stock(config, base, precision, memo=memo)
+    kinds.refuse(config, base)
     if stock is None:
         with watch.phase("class pictures"):
             draw_class_pictures(config, base, orders, precision, accelerator, console)
         with watch.phase("reading the data"), accelerator.main_process_first():
             stock = prepare.take_stock(config, base, precision)
-    kinds.refuse(config, base)
     order = prepare.order(config, stock)
     begin = distributed.decided(
         accelerator, lambda: resume.starting_point(config, base, start, output, stock, order, console.say)

@@ -73,6 +73,7 @@ def load(name: str, offload: str | None = None) -> Loaded:
             found.folder,
             variant=base.weights_file(found, "unet"),
             dtype={"vae": torch.float32, "default": dtype},
+            scheduler=None,  # each request has its own
             use_safetensors=True,
             add_watermarker=False,
         )

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from sdxl_trainer.errors import UserError, closest
@@ -41,6 +42,12 @@ SPACINGS: dict[str, tuple[dict[str, Any], str]] = {
     "Exponential": ({"use_exponential_sigmas": True}, "exponential"),
     "SGM Uniform": ({"timestep_spacing": "trailing"}, "sgm_uniform"),
 }
+# Packages that diffusers asks for when it makes one of these.
+_NEEDS = {
+    "LMSDiscreteScheduler": "scipy",
+    "DPMSolverSDEScheduler": "torchsde",
+    "CosineDPMSolverMultistepScheduler": "torchsde",
+}
 _EDM = {"Euler": "EDMEulerScheduler", "DPM++ 2M": "EDMDPMSolverMultistepScheduler"}
 
 
@@ -62,6 +69,7 @@ def scheduler(config: dict[str, Any], name: str | None) -> Any:
     import diffusers
 
     if name is None:
+        refuse_lacking(config)
         kind: Any = diffusers.EDMEulerScheduler if is_edm(config) else _own(config)
         return kind.from_config(config)
     sampler, spacing = split(name)
@@ -80,6 +88,16 @@ def scheduler(config: dict[str, Any], name: str | None) -> Any:
     # Whether noise levels are Karras's and the like is the name's to say, not the config's.
     own = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "algorithm_type"}
     return kind.from_config({key: value for key, value in config.items() if key not in own}, **options)
+
+
+def refuse_lacking(config: dict[str, Any]) -> None:
+    """Refuse a model's own sampler that cannot be made for want of a package."""
+    name = config.get("_class_name", "")
+    for package in [_NEEDS.get(name), "scipy" if config.get("use_beta_sigmas") else None]:
+        if package and find_spec(package) is None:
+            what = f"the base's own sampler {name} needs {package}, which is not installed"
+            fix = f"pip install {package}; or name another: _class_name there (EulerDiscreteScheduler), or --sampler"
+            raise UserError(what, "scheduler_config.json", fix)
 
 
 def _own(config: dict[str, Any]) -> Any:

@@ -39,6 +39,14 @@ def checkpoint_file(place: Place) -> None:
     place.set("model.path", "model.ckpt")
 
 
+def without_scipy(place: Place) -> None:
+    """A base whose own sampler diffusers makes by way of a package that is not there."""
+    place.edit("base/scheduler/scheduler_config.json", _class_name="LMSDiscreteScheduler")
+    index = json.loads((place / "base/model_index.json").read_text())
+    place.edit("base/model_index.json", **index | {"scheduler": ["diffusers", "LMSDiscreteScheduler"]})
+    place.patch.setattr("sdxl_trainer.sampling.samplers.find_spec", lambda package: None)
+
+
 def not_all(place: Place) -> None:
     """One safetensors file that is no SDXL."""
     save_file({"head.weight": torch.zeros(2)}, place / "part.safetensors")
@@ -299,11 +307,44 @@ ROWS = [
         make=lambda p: p.edit("base/unet/config.json", in_channels=9),
     ),
     Bad(
+        "check of a mask that no base here takes",
+        r"\[inpainting\] has no effect",
+        "9 channels",
+        "inpainting",
+        options={"inpainting.whole": 0.5},
+        command=("check", "config.toml"),
+    ),
+    Bad(
         "scheduler unknown",
         "beta_schedule 'sigmoid'",
         "scaled_linear",
         "scheduler_config.json",
         make=lambda p: p.edit("base/scheduler/scheduler_config.json", beta_schedule="sigmoid"),
+    ),
+    Bad(
+        "scheduler without its package",
+        "LMSDiscreteScheduler needs scipy",
+        "pip install scipy",
+        "scheduler_config.json",
+        make=without_scipy,
+        options={"validation.prompts": ["a red circle"], "output_dir": "other"},
+    ),
+    Bad(
+        "check of a scheduler without its package",
+        "LMSDiscreteScheduler needs scipy",
+        "pip install scipy",
+        "scheduler_config.json",
+        make=without_scipy,
+        options={"validation.prompts": ["a red circle"]},
+        command=("check", "config.toml"),
+    ),
+    Bad(
+        "sample by a scheduler without its package",
+        "LMSDiscreteScheduler needs scipy",
+        "--sampler",
+        "scheduler_config.json",
+        make=without_scipy,
+        command=("sample", "base", "--prompt", "a", "--out", "drawn"),
     ),
     Bad(
         "VAE override missing",

@@ -1,5 +1,6 @@
 """Every way of drawing equals the call of the stock pipeline of diffusers, pixel for pixel."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,20 @@ def test_text_to_image(draw: Draw, base: Path) -> None:
     (found,) = draw(base)
     expected = pipeline(PROMPT, height=64, width=64, generator=seeded(), **PLAIN).images[0]
     assert (found == np.asarray(expected)).all()
+
+
+def test_a_named_sampler_does_without_what_the_model_s_own_needs(
+    draw: Draw, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LMSDiscreteScheduler needs scipy; diffusers reads it with the pipeline."""
+    monkeypatch.setattr("sdxl_trainer.sampling.samplers.find_spec", lambda package: None)
+    other = shutil.copytree(base, tmp_path / "other")
+    for name, old in (("model_index.json", "EulerDiscrete"), ("scheduler/scheduler_config.json", "EulerDiscrete")):
+        text = (other / name).read_text()
+        assert old in text
+        (other / name).write_text(text.replace(old, "LMSDiscrete"))
+    (found,), (expected,) = (draw(model, sampler="Euler") for model in (other, base))
+    assert (found == expected).all()
 
 
 def test_everything_that_a_prompt_can_be_told(draw: Draw, base: Path) -> None:
