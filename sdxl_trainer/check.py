@@ -14,6 +14,7 @@ from sdxl_trainer import (
     class_pictures,
     distributed,
     files,
+    hub,
     kinds,
     model,
     optim,
@@ -24,6 +25,7 @@ from sdxl_trainer import (
     setup,
     text,
     tokens,
+    trackers,
 )
 from sdxl_trainer import memory as memories
 from sdxl_trainer.base import Base
@@ -61,7 +63,8 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
         print("\n".join(lines))
         return
     stock = prepare.take_stock(config, base, precision, notes)
-    setup.refuse_trackers(config)
+    trackers.refuse(config.log)
+    hub.refuse_name(Path(config.output_dir).expanduser(), config.hub)
     order = prepare.order(config, stock)
     output = Path(config.output_dir).expanduser()
     begin = resume.starting_point(config, base, CONTINUE, output, stock, order, lines.append)

@@ -69,6 +69,20 @@ def planned(folder: Path, hub: Hub, left_out: Sequence[str] = ()) -> Plan:
     return Plan(hub.id or folder.resolve().name, hub.private, sizes, bool(get_token()))
 
 
+def refuse_name(output_dir: Path, hub: Hub) -> None:
+    """Refuse a name that no repository can have. It asks nobody."""
+    if not hub.push:
+        return
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name = hub.id or output_dir.resolve().name
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise _explained(error, name, "nothing has been trained yet") from None
+
+
 def repository(output_dir: Path, hub: Hub) -> str:
     """Make sure, before anything is spent, that the result can be uploaded; the full name of its repository."""
     return _repository(output_dir, hub, "nothing has been trained yet")
@@ -123,9 +137,10 @@ def _explained(error: Exception, name: str, safe: str) -> UserError:
     elif isinstance(cause, OfflineModeIsEnabled):
         what, fix = "the hub is switched off by HF_HUB_OFFLINE", "unset HF_HUB_OFFLINE"
     elif isinstance(cause, HFValidationError):
-        what, fix = f"'{name}' cannot be the name of a repository", "set hub.id to 'you/name' (letters, digits, -_.)"
+        what = f"'{name}' cannot be the name of a repository"
+        fix = "set hub.id to 'you/name': letters, digits, and single - _ . between them, at most 96"
     elif isinstance(cause, HTTPError | ConnectionError) and status is None:
         what, fix = f"the hub cannot be reached ({reason})", "check the network"
     else:
         what, fix = f"the hub refused '{name}' ({status or reason})", "try again"
-    return UserError(what, "hub.push", f"{fix}; {safe}")
+    return UserError(what, "hub.id" if isinstance(cause, HFValidationError) else "hub.push", f"{fix}; {safe}")

@@ -31,6 +31,7 @@ from sdxl_trainer import (
     schedule,
     text,
     tokens,
+    trackers,
 )
 from sdxl_trainer import base as bases
 from sdxl_trainer import prior as priors
@@ -46,7 +47,6 @@ from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.log import Console, Metrics
 from sdxl_trainer.run import Job, Run, Start, State, Watch
 from sdxl_trainer.saver import Saver
-from sdxl_trainer.trackers import Trackers
 from sdxl_trainer.validate import Validator
 
 
@@ -56,7 +56,8 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     with files.explained(output):
         output.mkdir(parents=True, exist_ok=True)
     precision = computing(config, notes)
-    refuse_trackers(config)
+    trackers.refuse(config.log)
+    hub.refuse_name(output, config.hub)
     if config.log.trackers:
         with files.explained(output / config.log.dir):
             (output / config.log.dir).mkdir(parents=True, exist_ok=True)
@@ -291,7 +292,7 @@ def _assemble(
         stock,
     )
     folder, main = output / config.log.dir, accelerator.is_main_process
-    trackers = Trackers(config.log.trackers, config.log.project, folder, console.say, main)
+    told = trackers.Trackers(config.log.trackers, config.log.project, folder, console.say, main)
     state.measures += held_out.history(measures, state.step, config.ema.enabled)
     return Job(
         run=run,
@@ -300,13 +301,13 @@ def _assemble(
         samples=samples,
         measured=prepare.measured_samples(config, base, stock, len(noise)),
         order=order,
-        validator=Validator(config, accelerator, base, samples, scheduler, run.dtype, console.say, trackers),
+        validator=Validator(config, accelerator, base, samples, scheduler, run.dtype, console.say, told),
         scheduler=scheduler,
         pulse=guards.Pulse(accelerator, config.train.hang_timeout),
         saver=Saver(config, output, console.say, accelerator.is_main_process),
         metrics=Metrics(output / "metrics.jsonl", state.step, accelerator.is_main_process),
         validation=Metrics(measures, state.step or -1, main and config.validation.loss_every is not None),
-        trackers=trackers,
+        trackers=told,
         console=console,
         watch=watch,
         output=output,
@@ -381,20 +382,3 @@ def _frozen_copy(
     if precision == "fp32" and own != torch.float32:
         model.compute_in_fp32(copy)  # what is not packed, as in the model that learns
     return copy.to(accelerator.device)
-
-
-def refuse_trackers(config: Config) -> None:
-    """Refuse trackers that do not exist or are not installed."""
-    if not config.log.trackers:
-        return
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import LoggerType
-
-    known = [str(kind.value) for kind in LoggerType if kind != LoggerType.ALL]
-    available = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
-    for tracker in config.log.trackers:
-        if tracker not in known:
-            raise UserError(f"there is no tracker '{tracker}'", "log.trackers", closest(tracker, known))
-        if tracker not in available:
-            what = f"the tracker '{tracker}' is not installed"
-            raise UserError(what, "log.trackers", f"pip install {tracker}, or remove it from log.trackers")

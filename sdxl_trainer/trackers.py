@@ -12,8 +12,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdxl_trainer.config import Log
+from sdxl_trainer.errors import UserError, closest
+
 PATIENCE = 30.0  # seconds that the end of a run waits for what is still to be sent
 WAITING = 2000  # calls that may wait for a slow tracker; what comes then is left out, and counted
+
+
+def refuse(log: Log) -> None:
+    """Refuse trackers that do not exist or are not installed."""
+    if not log.trackers:
+        return
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [str(kind.value) for kind in LoggerType if kind != LoggerType.ALL]
+    available = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
+    for tracker in log.trackers:
+        if tracker not in known:
+            raise UserError(f"there is no tracker '{tracker}'", "log.trackers", closest(tracker, known))
+        if tracker not in available:
+            what = f"the tracker '{tracker}' is not installed"
+            raise UserError(what, "log.trackers", f"pip install {tracker}, or remove it from log.trackers")
 
 
 class Caught:

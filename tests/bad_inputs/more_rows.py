@@ -32,7 +32,25 @@ def pipe(place: Place, name: str) -> None:
 CHECK = ("check", "config.toml")
 SAMPLE = ("sample", "base", "--prompt", "a red circle", "--out", "drawn")
 PICTURES = {"validation.prompts": ["a red circle"], "validation.images": 1, "validation.steps": 1}
+REPOSITORY = {"hub.push": True, "hub.id": "a b/c d"}
 ROWS = [
+    Bad("a repository of no name", "'a b/c d' cannot be the name", "you/name", "hub.id", options=REPOSITORY),
+    Bad(
+        "check of a repository of no name",
+        "'a b/c d' cannot be",
+        "you/name",
+        "hub.id",
+        options=REPOSITORY,
+        command=CHECK,
+    ),
+    Bad(
+        "an output folder that no repository can be called by",
+        "'my run' cannot be",
+        "set hub.id",
+        "hub.id",
+        options={"hub.push": True, "output_dir": "my run"},
+        command=CHECK,
+    ),
     Bad(
         "a file in place of a checkpoint",
         "cannot write: not a directory|cannot write: file exists",
