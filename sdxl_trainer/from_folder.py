@@ -199,7 +199,7 @@ def _kohya(folder: Path) -> bool:
     """Whether the folder, or every folder in it and nothing else, is named in kohya's way."""
     inside = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     named = [_repeats(entry.name) for entry in inside if entry.is_dir()]
-    beside = any(entry.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"} for entry in inside)
+    beside = any(entry.suffix.lower() in PICTURES for entry in inside)
     return _repeats(folder.resolve().name) or (bool(named) and all(named) and not beside)
 
 

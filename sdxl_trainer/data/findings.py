@@ -18,7 +18,7 @@ from sdxl_trainer.text import Cut, Tokens
 # How many examples of a finding are kept, and how many tags are listed.
 EXAMPLES = 5
 TAGS = 24
-PICTURES = r"\.(?:jpe?g|png|webp|bmp|gif|tiff?|avif)"
+PICTURES = r"\.(?:jpe?g|png|webp|bmp|gif|tiff?|avif|hei[cf])"
 
 
 @dataclass(frozen=True)

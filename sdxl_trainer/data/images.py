@@ -16,7 +16,8 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,10 @@ DECODER = "1" if features.check("littlecms2") else "1 without ICC"
 MAX_PIXELS = 178_956_970
 # Only what training pictures come in: other plug-ins of Pillow start programs (EPS) or are seldom looked after.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF") + (("AVIF",) if features.check("avif") else ())
+# Photographs of phones, with an extra: its plug-in is asked for these alone, and only once there is one.
+HEIC = find_spec("pillow_heif") is not None
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
+GET_HEIC = "pip install 'sdxl-trainer[heic]'"
 # EXIF orientation to what makes the picture upright. From 5 on, height and width change places.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -70,8 +75,8 @@ FOREIGN = (
     (0, b"%!PS", "a PostScript document", CONVERT),
     (0, b"8BPS", "a Photoshop document", CONVERT),
     (0, b"PK\x03\x04", "a zip archive", "unpack it"),
-    (4, b"ftyphei", "a HEIC photo", CONVERT),
-    (4, b"ftypmif", "a HEIC photo", CONVERT),
+    (4, b"ftyphe", "a damaged HEIC photo", CONVERT),
+    (4, b"ftypmif", "a HEIF picture that is neither HEIC nor AVIF", CONVERT),
     (4, b"ftypavif", "a damaged AVIF picture, or one that this Pillow cannot read", CONVERT),
     (4, b"ftyp", "a video", "take the frames out of it"),
     (0, b"\xff\x0a", "a JPEG XL picture", CONVERT),
@@ -164,7 +169,7 @@ def _open(content: bytes, name: str) -> Image.Image:
     if not content:
         raise UserError("the picture is empty (zero bytes)", name, REPLACE)
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=_formats(content, name))
     except UnidentifiedImageError:
         raise _unidentified(content, name) from None
     except Image.DecompressionBombError:
@@ -174,6 +179,27 @@ def _open(content: bytes, name: str) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(f"{image.width} x {image.height}, more", name)
     return image
+
+
+def _formats(content: bytes, name: str) -> tuple[str, ...]:
+    """Under which plug-ins of Pillow to look for the picture's own. UserError for a HEIC photo without the extra."""
+    size = int.from_bytes(content[:4]) if content[4:8] == b"ftyp" else 0
+    brands = {content[at : at + 4] for at in (8, *range(16, min(size, 256), 4))}
+    if not size or not brands & HEIC_BRANDS:
+        return FORMATS
+    if not HEIC:
+        what = "not a picture that can be read without an extra package, but a HEIC photo"
+        raise UserError(what, name, f"{GET_HEIC}, or {CONVERT}")
+    _open_heic()
+    return ("HEIF",)
+
+
+@cache
+def _open_heic() -> None:
+    """The whole picture is decoded, never the thumbnail in its file, and by the thread that asks for it."""
+    import pillow_heif
+
+    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 
 
 def _unidentified(content: bytes, name: str) -> UserError:
@@ -196,8 +222,8 @@ def _damaged(error: Exception, name: str) -> UserError:
 
 def _orientation(image: Image.Image, content: bytes) -> int:
     """The EXIF (or XMP) orientation 1 to 8 that is still to be applied; 1 when there is none or it is unreadable."""
-    if image.format == "TIFF":
-        return 1  # Pillow turns TIFF files itself and gives their size turned.
+    if image.format in {"TIFF", "HEIF"}:
+        return 1  # These are turned as they are read, and their size is given turned.
     if image.format == "PNG" and "exif" not in image.info:
         if not any(mark in content for mark in PNG_METADATA):
             return 1

@@ -136,9 +136,9 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "move",
     ),
     "row names another kind of file": (
-        {"a.png": None, "b.heic": b"x", "metadata.jsonl": jsonl(row("a.png"), row("b.heic"))},
+        {"a.png": None, "b.dng": b"x", "metadata.jsonl": jsonl(row("a.png"), row("b.dng"))},
         {},
-        "not pictures of a known kind: b.heic",
+        "not pictures of a known kind: b.dng",
         "convert",
     ),
     "caption column wrong": (

@@ -182,12 +182,12 @@ def test_the_first_of_several_processes_says_it(tmp_path: Path, rank: str, lines
 
 
 def test_photographs_that_cannot_be_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert len(records(write(tmp_path, {"a.png": None, "a.txt": "x", "IMG_1.HEIC": b"x"}))) == 1
-    assert "convert .heic to JPEG or PNG" in caplog.text
+    assert len(records(write(tmp_path, {"a.png": None, "a.txt": "x", "IMG_1.DNG": b"x"}))) == 1
+    assert "convert .dng to JPEG or PNG" in caplog.text
     (tmp_path / "a.png").unlink()
-    with pytest.raises(UserError, match=re.escape("1 .heic")) as caught:
+    with pytest.raises(UserError, match=re.escape("1 .dng")) as caught:
         records(tmp_path)
-    assert "convert .heic to JPEG or PNG" in caught.value.fix
+    assert "convert .dng to JPEG or PNG" in caught.value.fix
 
 
 def test_endings_of_captions_may_be_upper_case(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from sdxl_trainer.config import Data
+from sdxl_trainer.data import images
 from sdxl_trainer.data.problems import Notes, refuse, total
 from sdxl_trainer.data.records import Mask, Record
 from sdxl_trainer.data.sources import beside, extras, metadata
@@ -144,7 +145,8 @@ def _no_pictures(tree: Tree, place: str) -> UserError:
 def _to_convert(skipped: Iterable[str]) -> str:
     """What to do with pictures of kinds that are not read."""
     kinds = sorted(UNREAD.intersection(skipped))
-    return f"; convert {' and '.join(kinds)} to JPEG or PNG to train on them" if kinds else ""
+    heic = f", or for .heic {images.GET_HEIC}" if {".heic", ".heif"}.intersection(kinds) else ""
+    return f"; convert {' and '.join(kinds)} to JPEG or PNG to train on them{heic}" if kinds else ""
 
 
 def _in_split(tree: Tree, split: str, place: str) -> list[str]:

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdxl_trainer import files
+from sdxl_trainer.data import images
 from sdxl_trainer.data.problems import Found, Notes, refuse
 from sdxl_trainer.errors import UserError
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-# Pictures of other kinds: phones' and cameras' own, and of programs that draw.
+PICTURES |= {".heic", ".heif"} if images.HEIC else set()
+# Pictures of other kinds: cameras' own, and of programs that draw; phones' where they cannot be read.
 UNREAD = {".heic", ".heif", ".jxl", ".jp2", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
 # In order of preference where several lie beside a picture.
 CAPTIONS = (".txt", ".caption")

@@ -50,7 +50,7 @@ const walk = async (browser, path, from) => {
 
 const dropping = (go) => {
   const name = h("input", { type: "text", value: "my-pictures", autocomplete: "off" });
-  const file = h("input", { type: "file", multiple: true, accept: "image/*,.txt,.caption,.jsonl,.csv,.zip" });
+  const file = h("input", { type: "file", multiple: true, accept: "image/*,.heic,.heif,.txt,.caption,.json,.jsonl,.csv,.zip" });
   const bar = h("progress", { hidden: true, max: "1", value: 0, "aria-label": "Copied" });
   const send = trying(async (found) => {
     let folder = "";
