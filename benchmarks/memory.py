@@ -20,6 +20,7 @@ from torch import nn
 from sdxl_trainer import adapters, blueprint, configfile, ema, memory, model, optim, parameters
 from sdxl_trainer import unet as unets
 from sdxl_trainer.config import Config
+from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.optim import backward
 
 # The C library's own: blocks from this size on are mapped, and unmapped when they are freed.
@@ -137,7 +138,7 @@ def measured(unet: dict[str, Any], setting: dict[str, Any]) -> float:
 
 def _train(unet: dict[str, Any], setting: dict[str, Any]) -> None:
     config = described(setting)
-    dtype, kind = memory.DTYPES[config.train.weights], memory.DTYPES[precision(setting)]
+    dtype, kind = DTYPES[config.train.weights], DTYPES[precision(setting)]
     with torch.device("meta"):
         made: Any = unets.UNet(unet)
     made = made.to(dtype).to_empty(device="cpu")

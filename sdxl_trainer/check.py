@@ -31,15 +31,14 @@ from sdxl_trainer import memory as memories
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import findings, ledger, mirrored, plan, prepare, problems
-from sdxl_trainer.data.encode import DTYPES
 from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.data.table import present
+from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.report import dataset
 from sdxl_trainer.run import CONTINUE
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Pictures whose captions are read.
 LOOKED_AT = 20_000
 
@@ -190,7 +189,7 @@ def _disk(config: Config, saved: int) -> list[tuple[str, str]]:
     existing = next(p for p in (output, *output.absolute().parents) if p.exists())
     with files.explained(output):
         free = shutil.disk_usage(existing).free
-    weights = _BYTES[config.train.weights]
+    weights = DTYPES[config.train.weights].itemsize
     per_weight = weights + optim.state_bytes(config.optimizer, weights) + 4 * config.ema.enabled
     checkpoint = saved * per_weight
     short = ": a checkpoint may not fit; free some space, or choose another output_dir" if free < checkpoint else ""

@@ -21,8 +21,8 @@ from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Config, Data, Model
 from sdxl_trainer.data import sources
 from sdxl_trainer.data.cache import key
-from sdxl_trainer.data.encode import DTYPES
 from sdxl_trainer.data.memo import Memo
+from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.formats import pretrained
 from sdxl_trainer.log import Console

@@ -22,12 +22,12 @@ from sdxl_trainer import adapters, guards, kernels, model, narrow, optim
 from sdxl_trainer import unet as unets
 from sdxl_trainer.config import Config
 from sdxl_trainer.config.section import bytes_of
+from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.optim import backward
 from sdxl_trainer.parameters import Group
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What CUDA with its libraries takes for itself, and oneDNN for the kernels that it compiles.
 _LIBRARIES = {"cuda": 0.6e9, "cpu": 40e6}
 

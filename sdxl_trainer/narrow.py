@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.model import SDXL
 
@@ -73,7 +74,6 @@ PACKINGS: dict[str, Callable[[Tensor], Packed]] = {
     "int8": _int8,
     "nf4": _nf4,
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Bytes per weight, for estimates.
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.57}
 

@@ -12,13 +12,13 @@ from sdxl_trainer import pace
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import findings, picture_findings
-from sdxl_trainer.data.encode import DTYPES
 from sdxl_trainer.data.ledger import cut_off, enlarged
 from sdxl_trainer.data.pictures import Picture, Pictures
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.data.problems import Notes
 from sdxl_trainer.data.survey import Survey, near_copies, survey, thumbnails
+from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.log import Console
 from sdxl_trainer.model import SDXL
 

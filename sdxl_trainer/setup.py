@@ -39,10 +39,10 @@ from sdxl_trainer.base import Base
 from sdxl_trainer.checkpoint import Checkpoint
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import plan, prepare
-from sdxl_trainer.data.encode import DTYPES
 from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.data.table import present
+from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.log import Console, Metrics
 from sdxl_trainer.run import Job, Run, Start, State, Watch

@@ -11,6 +11,7 @@ import torch
 from sdxl_trainer import base as bases
 from sdxl_trainer import blueprint, memory, model, optim, parameters, setup, text
 from sdxl_trainer import unet as unets
+from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.optim import backward
@@ -69,7 +70,7 @@ def test_a_pass_of_fake_tensors_takes_what_a_real_one_takes(
 ) -> None:
     chosen = config(**CASES[name])
     sdxl, _ = skeleton(chosen)
-    dtype = memory.DTYPES[chosen.train.weights]
+    dtype = DTYPES[chosen.train.weights]
     setting = memory.Step((2, 8, 6), chosen.train.weights, "cpu")
     found = memory.working(chosen, sdxl, setting)
     base = bases.resolve(chosen.model, tmp_path)

@@ -22,7 +22,20 @@ SOURCES = sorted(
 
 # Lower layers first: a module imports only from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "files", "addresses", "lock", "wishes", "sharding", "keyed", "config", "chunking", "threads", "cpus"],
+    [
+        "errors",
+        "files",
+        "addresses",
+        "lock",
+        "wishes",
+        "sharding",
+        "keyed",
+        "config",
+        "chunking",
+        "threads",
+        "cpus",
+        "dtypes",
+    ],
     [
         "schedule",
         "noise",

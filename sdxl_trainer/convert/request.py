@@ -4,18 +4,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.formats.lora_names import KOHYA
-
-if TYPE_CHECKING:
-    import torch
 
 # Strength of an adapter by part of the model.
 Strengths = dict[str, float]
 
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _FLAGS = {"entries": "--set", "metadata": "--metadata", "loras": "--lora", "extract_from": "--extract-from"}
 _NEVER = ("source", "target", "to", "overwrite")
 ENTRIES = ("title", "author", "description", "license", "usage_hint", "tags", "trigger_phrase", "merged_from", "date")
@@ -57,16 +56,14 @@ class Request:
                 flag = _FLAGS.get(entry.name, f"--{entry.name}")
                 raise UserError(f"{flag} has no effect on {what}", flag, f"remove {flag}")
 
-    def torch_dtype(self) -> "torch.dtype | None":
-        import torch
-
-        return getattr(torch, _DTYPES[self.dtype]) if self.dtype else None
+    def torch_dtype(self) -> torch.dtype | None:
+        return DTYPES[self.dtype] if self.dtype else None
 
 
 def checked(**given: Any) -> Request:
     """A request from the words of a command line; UserError for values that cannot be."""
-    if given["dtype"] is not None and given["dtype"] not in _DTYPES:
-        raise UserError(f"there is no dtype '{given['dtype']}'", "--dtype", closest(given["dtype"], _DTYPES))
+    if given["dtype"] is not None and given["dtype"] not in DTYPES:
+        raise UserError(f"there is no dtype '{given['dtype']}'", "--dtype", closest(given["dtype"], DTYPES))
     kinds = ("folder", "single", "kohya", "diffusers", "embedding", "learned")
     if given["to"] is not None and given["to"] not in kinds:
         raise UserError(f"there is no kind '{given['to']}'", "--to", closest(given["to"], kinds))

@@ -21,6 +21,7 @@ from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.memo import Memo
 from sdxl_trainer.data.pictures import Picture, Pictures
 from sdxl_trainer.data.problems import raise_all
+from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 # Part of every embedding's key: raise it when captions would be encoded otherwise.
 TEXT_VERSION = 2
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Pixels that are decoded ahead of what encodes them, over all processes that decode.
 AHEAD_BYTES = 32 << 20

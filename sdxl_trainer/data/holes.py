@@ -21,6 +21,7 @@ from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.masks import CELL
 from sdxl_trainer.data.pictures import Picture, Pictures
 from sdxl_trainer.data.problems import raise_all
+from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.model import LatentScale
 
@@ -98,7 +99,7 @@ def fill(
     progress: Progress,
 ) -> None:
     """Encode masked pictures into the store. Every picture that cannot be decoded is named, after the rest is done."""
-    encoder = vae.load(base, encode.DTYPES[cached.vae_precision], device)
+    encoder = vae.load(base, DTYPES[cached.vae_precision], device)
     writer, problems = cache.Writer(store), list[UserError]()
     try:
         for done, item in enumerate(encode.decoded(work, cached), start=1):

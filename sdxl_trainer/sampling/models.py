@@ -13,7 +13,7 @@ from sdxl_trainer import attach, base, chunking, distributed, text, tokens
 from sdxl_trainer.base import Base
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Model, TextOptions, Token
-from sdxl_trainer.data.encode import DTYPES
+from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError, closest
 from sdxl_trainer.formats import pretrained
 from sdxl_trainer.sampling import checkpoints, draw
