@@ -164,7 +164,7 @@ def fill(config: Config, base: Base, stock: Stock, accelerator: Any, console: Co
         console.say,
         accelerator.process_index,
         accelerator.num_processes,
-        accelerator.wait_for_everyone,
+        distributed.gathered,
     )
 
 

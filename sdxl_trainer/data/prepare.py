@@ -290,9 +290,9 @@ def fill(
     say: Callable[[str], None],
     rank: int = 0,
     processes: int = 1,
-    wait: Callable[[], None] = lambda: None,
+    gathered: Callable[[list[Any]], list[Any]] = list,
 ) -> None:
-    """Encode what is missing; several processes share the work and meet in `wait`."""
+    """Encode what is missing. Several processes share the work and meet in `gathered`, which gives all their rows."""
     # All lists come first: rows that other processes have already written must not shift the shares.
     texts, work = stock.missing_texts(), stock.missing_latents()
     prompts, latents = texts[rank::processes], work[rank::processes]
@@ -302,9 +302,12 @@ def fill(
     with encode.explained():
         # The pictures begin to be decoded while the encoders' libraries are imported and captions encoded.
         pictures = encode.decoded(latents, config.cache) if latents else iter(())
+        cut: list[tuple[int, list[text.Cut]]] = []
         if prompts:
-            cut = encode.fill_texts(base, config.cache, stock.texts, stock.keys, prompts, device, progress)
-            _say_cut(*cut, config.text, say)
+            cut = [encode.fill_texts(base, config.cache, stock.texts, stock.keys, prompts, device, progress)]
+        found = gathered(cut)
+        first = [one for _, some in found for one in some][: text.SHOWN]
+        _say_cut(sum(count for count, _ in found), first, config.text, say)
         if not stock.text_cached:
             _say_cut(*tokens.too_long(base, config.token, config.text, stock.prompts), config.text, say)
         if latents:
@@ -312,7 +315,7 @@ def fill(
             encode.fill_latents(base, config.cache, stock.latents, stock.keys, count, pictures, device, progress)
         if hidden and stock.holes:
             holes.fill(base, config.cache, stock.latents, stock.keys, hidden, stock.holes, device, progress)
-    wait()
+    gathered([])
     for store in (stock.texts, stock.latents):
         store.refresh()
         if rank == 0:

@@ -139,6 +139,29 @@ def test_processes_that_do_not_share_a_folder_are_told(
     assert len(stock().missing_latents()) == 3, "its own are there"
 
 
+def test_captions_that_are_cut_off_are_counted_over_all_processes(
+    stock: Callable[..., Stock], config: Any, tmp_path: Path
+) -> None:
+    """The first of two processes, which alone says something, after the second one."""
+    options = {"text": {"long_captions": "cut"}, "data": [{"caption_prefix": "word " * 90}]}
+    first, second = stock(**options), stock(**options)
+    made = config(text=options["text"], cache={"path": str(tmp_path / "cache")})
+    base = bases.resolve(made.model, tmp_path)
+    theirs: list[Any] = []
+    said: list[str] = []
+
+    def fill(taken: Stock, rank: int, gathered: Callable[[list[Any]], list[Any]]) -> None:
+        prepare.fill(made, base, taken, torch.device("cpu"), lambda *_: None, said.append, rank, 2, gathered)
+
+    with pytest.raises(UserError, match="what other processes encoded"):
+        fill(second, 1, lambda rows: theirs.extend(rows) or rows)
+    said.clear()
+    fill(first, 0, lambda rows: rows + theirs if rows else rows)
+    assert len(said) == 1
+    assert said[0].startswith("6 captions have more than 75 tokens, the rest is cut off: 'word word")
+    assert said[0].endswith(" and 3 more")
+
+
 def test_a_row_does_not_depend_on_what_is_encoded_beside_it(stock: Callable[..., Stock], tmp_path: Path) -> None:
     """Batches of a part of a cache are others than those of all of it: an interrupted filling goes on bitwise."""
     options: dict[str, Any] = {"data": [{"resolution": 96}]}
