@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ _PATIENCE = timedelta(hours=12)
 
 def device_type() -> str:
     """Kind of device that accelerate will choose."""
-    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in {"1", "true", "yes"}:
+    if _on(os.environ.get("ACCELERATE_USE_CPU", "false")):
         return "cpu"
     found = torch.accelerator.current_accelerator(check_available=True)
     return found.type if found is not None else "cpu"
@@ -148,14 +149,16 @@ def gathered(rows: list[Any]) -> list[Any]:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Memory that the run takes, in GB: the most so far on a GPU, else what the process holds now."""
+    """Memory that the run takes, in GB: the most so far on a GPU, else what the process holds now, or the most that it
+    held where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
         pages = int(os.pread(_statm(os.getpid()), 100, 0).split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
     except (OSError, ValueError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 @cache
@@ -172,7 +175,8 @@ def _launcher_shards() -> bool:
 
 
 def _on(value: str) -> bool:
-    return value.lower() in {"1", "true", "yes", "y", "on"}
+    """Whether a switch is on, in any of the words that accelerate takes."""
+    return value.lower() in {"1", "true", "t", "yes", "y", "on"}
 
 
 def sharding(config: Config, say: Callable[[str], None]) -> Sharding | None:

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_trainer.errors import UserError
 
-# How much is read of a file to tell it from another, and where.
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16
-
 if TYPE_CHECKING:
     from torch import Tensor
 
+# In how many places a file is read to tell it from another, and how much at each.
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 # Nanoseconds within which two changes of a file may have one time: file systems count in steps, of 2 s at most.
 COARSE = 2_000_000_000
 _FIXES = {
@@ -130,9 +129,10 @@ def sampled(path: Path) -> str:
 
 
 def forget(path: Path) -> None:
-    """Let the system drop its copy of a synced file, so that it is read from the disk next."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    """Let the system drop its copy of a synced file, so that it is read from the disk next; macOS cannot be told to."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def tree_hashes(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:

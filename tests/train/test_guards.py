@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_trainer import files, guards
+from sdxl_trainer import distributed, files, guards
 from sdxl_trainer import train as training
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
@@ -181,3 +181,16 @@ def test_a_process_that_hangs_is_named_by_the_others(monkeypatch: pytest.MonkeyP
 def test_who_hangs() -> None:
     assert guards.told([7, 7], 1, 60).endswith("all are in step 8")
     assert "process 0 (in step 1), process 2 (in step 0) did not begin step 9" in guards.told([0, 8, -1], 1, 60)
+
+
+@pytest.mark.parametrize(("system", "most"), [("linux", 2_000_000), ("darwin", 2_048_000_000)])
+def test_memory_is_told_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch, system: str, most: int) -> None:
+    """Then it is the most so far, in kilobytes, and on macOS in bytes."""
+
+    def absent(*_: Any) -> bytes:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(os, "pread", absent)
+    monkeypatch.setattr(distributed.sys, "platform", system)
+    monkeypatch.setattr(distributed.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=most))
+    assert distributed.memory_gb(torch.device("cpu")) == pytest.approx(2.048)

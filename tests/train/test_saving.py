@@ -1,6 +1,7 @@
 """Checkpoints beside the training, the lock of an output folder, and copies on a mirror."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -129,6 +130,17 @@ def test_the_older_one_stays_if_the_next_cannot_be_verified(tmp_path: Path, monk
     with pytest.raises(UserError, match=r"optimizer\.safetensors is damaged"):
         made.close()
     assert checkpoint.verify(checkpoint.found(tmp_path)[0]).step == 1
+
+
+def test_checkpoints_are_verified_where_the_system_cannot_drop_its_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS has no posix_fadvise."""
+    monkeypatch.delattr(os, "posix_fadvise")
+    made = Saver(options(limit=1), tmp_path, print)
+    made.save(some(1))
+    made.close()
+    assert [checkpoint.verify(c).step for c in checkpoint.found(tmp_path)] == [1]
 
 
 def test_a_failure_beside_the_training_ends_it(
