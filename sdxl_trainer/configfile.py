@@ -155,6 +155,17 @@ def put(tree: dict[str, Any], key: str, value: Any) -> None:
         node[last] = value
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Values of plain data by the names that `put` takes: section.key, section.0.key in a list of sections."""
+    if isinstance(tree, dict):
+        pairs = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list) and tree and all(isinstance(entry, dict) for entry in tree):
+        pairs = [(str(index), entry) for index, entry in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    return {k: v for key, part in pairs for k, v in flat(part, f"{prefix}.{key}" if prefix else key).items()}
+
+
 def _child(node: Any, part: str, text: str) -> Any:
     if isinstance(node, list):
         if not part.isdigit() or int(part) >= len(node):

@@ -78,7 +78,7 @@ def _continued(path: Path, folder: Path, wish: Wish, name: str, overrides: Seque
     given = tomllib.loads(path.read_text(encoding="utf-8"))
     told = Wish(wish.trigger or there.data[0].trigger, wish.preset or there.preset, wish.model or there.model.path)
     tree, _ = begun(folder, told, name)
-    wanted, found = _flat(tree), _flat(given)
+    wanted, found = configfile.flat(tree), configfile.flat(given)
     said = {"data.0.path": folder, "data.0.trigger": wish.trigger, "preset": wish.preset, "model.path": wish.model}
     for option in [option for option, value in said.items() if value is not None]:
         if found.get(option) != wanted.get(option):
@@ -227,26 +227,13 @@ def _text(tree: dict[str, Any], notes: dict[str, str], name: str) -> str:
 
 def _settings(tree: dict[str, Any], notes: dict[str, str]) -> list[str]:
     """Every value that is written, with its reason, and the effective learning rate."""
-    flat = _flat(tree)
+    flat = configfile.flat(tree)
     width = max(len(option) for option in flat)
     reasons = {option: f"   ({notes[option]})" if option in notes else "" for option in flat}
     words = {option: json.dumps(value, ensure_ascii=False) for option, value in flat.items()}
     lines = [f"{option:<{width}}  {words[option]}{reasons[option]}" for option in flat]
     rate = presets.effective_rate(configfile.validated(tree, "folder"))
     return lines + ([f"effective learning rate {rate[0]:g} = {rate[1]}"] if rate else [])
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    """Options by their dotted names."""
-    rows: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            rows |= {f"{name}.{key}": inner for key, inner in value.items()}
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            rows |= {f"{name}.{i}.{key}": inner for i, entry in enumerate(value) for key, inner in entry.items()}
-        else:
-            rows[name] = value
-    return rows
 
 
 def _say(line: str) -> None:

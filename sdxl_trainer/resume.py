@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from sdxl_trainer import checkpoint, files, mirror
+from sdxl_trainer import checkpoint, configfile, files, mirror
 from sdxl_trainer.base import Base
 from sdxl_trainer.checkpoint import Checkpoint, Damaged
 from sdxl_trainer.config import Config
@@ -62,7 +62,7 @@ def starting_point(
     if start.mode == "new" and (last or checkpoint.found(output)):
         fix = "choose another output_dir, or delete this folder if you do not need it"
         raise UserError("--fresh: this folder already holds a run", str(output), fix)
-    if start.mode == "restart" or start.mode == "new":
+    if start.mode in {"restart", "new"}:
         return Begin(None, steps, False, data_hash)
     if not checkpoint.found(output) and not (last and last.get("finished")) and config.train.checkpoint_mirror:
         mirror.newest(config.train.checkpoint_mirror, output, say)
@@ -98,7 +98,7 @@ def unet_beside(config: Config, base: Base) -> str | None:
 
 def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:
     """(option, then, now) of the options that decide what a step computes."""
-    then, now = dict(_flat(_completed(old))), dict(_flat(config.model_dump(mode="json")))
+    then, now = configfile.flat(_completed(old)), configfile.flat(config.model_dump(mode="json"))
     keys = [k for k in {**then, **now} if not k.startswith(FREE) and not PLACE.fullmatch(k)]
     return [(k, then.get(k), now.get(k)) for k in keys if then.get(k) != now.get(k)]
 
@@ -185,14 +185,3 @@ def _named(output: Path, start: Start, say: Callable[[str], None]) -> Checkpoint
     names = [c.path.name for c in checkpoint.found(output)]
     there = f"there are: {shortened(names)}" if names else "there is none yet"
     raise UserError(f"there is no checkpoint '{start.checkpoint}'", str(output), f"name one that exists; {there}")
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else key)
-    elif isinstance(tree, list) and tree and isinstance(tree[0], dict):
-        for index, value in enumerate(tree):
-            yield from _flat(value, f"{prefix}.{index}")
-    else:
-        yield prefix, tree

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trainer import files
+from sdxl_trainer.configfile import flat
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.report import charts, lines, pictures, records, sections, validation
 from sdxl_trainer.report.frame import document
@@ -90,11 +91,11 @@ def _measured(run: Run) -> tuple[str, str]:
 
 def _differences(runs: Sequence[Run], called: Sequence[str]) -> str:
     """One row for each option that is not the same in all of them."""
-    flat = [dict(_flat(run.config)) for run in runs]
-    options = [name for name in dict.fromkeys(name for own in flat for name in own) if not name.startswith(_IGNORED)]
+    each = [flat(run.config) for run in runs]
+    options = [name for name in dict.fromkeys(name for own in each for name in own) if not name.startswith(_IGNORED)]
     missing = object()
-    differing = [name for name in options if len({repr(own.get(name, missing)) for own in flat}) > 1]
-    rows = [[f"<code>{safe(name, 120)}</code>", *(_value(own.get(name)) for own in flat)] for name in differing]
+    differing = [name for name in options if len({repr(own.get(name, missing)) for own in each}) > 1]
+    rows = [[f"<code>{safe(name, 120)}</code>", *(_value(own.get(name)) for own in each)] for name in differing]
     if not rows:
         return "<p>Nothing: their settings are the same.</p>"
     return grid("Settings that differ", ["option", *(safe(name, 120) for name in called)], rows)
@@ -104,14 +105,6 @@ def _value(value: Any) -> str:
     """As a config file says it, words without their quotes."""
     told = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return "–" if value is None else safe(told, 300)
-
-
-def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        return [pair for key, value in tree.items() for pair in _flat(value, f"{prefix}.{key}" if prefix else str(key))]
-    if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
-        return [pair for i, item in enumerate(tree) for pair in _flat(item, f"{prefix}.{i}")]
-    return [(prefix, tree)]
 
 
 def _curves(runs: Sequence[Run], called: Sequence[str]) -> list[str]:

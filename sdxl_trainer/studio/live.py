@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer import report, wishes
+from sdxl_trainer import configfile, report, wishes
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.report import pictures, records, sections, use
 from sdxl_trainer.report.words import number, part
@@ -79,7 +79,8 @@ def helpful(workspace: Workspace, queue: jobs.Jobs, job: Job) -> str:
     versions = [f"{name} {_version(name)}" for name in known]
     path = settings.source(workspace, job.name)
     tree = settings.parsed(settings.read(path), "")[0] if path.is_file() else {}
-    options = [f"{k} = {'(left out)' if PRIVATE.search(k) else json.dumps(v)}" for k, v in settings.flat(tree).items()]
+    values = configfile.flat(tree).items()
+    options = [f"{k} = {'(left out)' if PRIVATE.search(k) else json.dumps(v)}" for k, v in values]
     command = " ".join(["sdxl", *job.arguments[:1], "..."])
     output = queue.output(job, 8000)
     for folder in (workspace.folder, Path.home()):

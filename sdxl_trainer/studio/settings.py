@@ -200,19 +200,8 @@ def _origin(workspace: Workspace, name: str) -> Path:
     return workspace.state / "origins" / f"{name}.toml"
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """section.key to value."""
-    if isinstance(tree, dict):
-        pairs = tree.items()
-    elif isinstance(tree, list) and tree and isinstance(tree[0], dict):
-        pairs = enumerate(tree)  # type: ignore[assignment]
-    else:
-        return {prefix: tree}
-    return {k: v for key, part in pairs for k, v in flat(part, f"{prefix}.{key}" if prefix else str(key)).items()}
-
-
 def changes(began: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
     """What differs between two configs, by option."""
-    old, new = flat(began), flat(now)
+    old, new = configfile.flat(began), configfile.flat(now)
     keys = [*old, *(key for key in new if key not in old)]
     return [{"key": k, "was": old.get(k), "is": new.get(k)} for k in keys if old.get(k) != new.get(k)]
