@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sdxl_trainer import configfile, files, from_folder, presets
 from sdxl_trainer.errors import UserError
@@ -167,3 +168,15 @@ def test_folders_named_like_kohya_s_are_read_so(name: str, kohya: bool, photos: 
     Path("inside").rename(f"photos/{name}")
     tree, _ = from_folder.begun(Path("photos"), Wish(trigger="sks dog", model=str(base)), "run")
     assert tree["data"][0].get("kohya_folders", False) is kohya
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp", "tiff"])
+def test_pictures_beside_such_a_folder_make_it_a_plain_one(ending: str, photos: Path, base: Path) -> None:
+    """Of any kind that is read: as a folder of kohya's it would be refused for them."""
+    photos.rename("inside")
+    Path("photos").mkdir()
+    Path("inside").rename("photos/10_sks dog")
+    first = next(Path("photos/10_sks dog").glob("*.png"))
+    Image.open(first).save(f"photos/beside.{ending}")
+    tree, _ = from_folder.begun(Path("photos"), Wish(trigger="sks dog", model=str(base)), "run")
+    assert "kohya_folders" not in tree["data"][0]
