@@ -20,10 +20,12 @@ from sdxl_trainer.run import Start
 
 # Options that may change when a run continues: they do not decide what a step computes.
 FREE = (
+    "preset",
     "output_dir",
     "cache.",
     "validation.",
     "log.",
+    "export.",
     "hub.",
     "train.steps",
     "train.epochs",

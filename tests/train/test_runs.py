@@ -344,6 +344,14 @@ def test_another_run_is_not_continued(config: Callable[..., Any], change: dict[s
         train(config(**change))
 
 
+def test_what_decides_no_step_may_change(config: Callable[..., Any]) -> None:
+    from sdxl_trainer.resume import differences
+
+    old = config(adapter={}).model_dump(mode="json") | {"preset": "lora-character@1"}
+    more = {"export": {"formats": ["kohya"], "author": "me"}, "validation": {"prompts": ["a dog"]}, "log": {"every": 3}}
+    assert differences(old, config(adapter={}, train={"checkpoint_every": 7}, **more)) == []
+
+
 def test_options_that_are_newer_than_a_checkpoint_stand_at_their_defaults(config: Callable[..., Any]) -> None:
     from sdxl_trainer.resume import differences
 
