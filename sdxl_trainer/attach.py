@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sdxl_trainer.adapter_files import FILE, FOLDER
 from sdxl_trainer.adapters import quiet
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, sentence, shortened
 from sdxl_trainer.formats import header
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -87,7 +87,8 @@ def load_folder(pipeline: Any, folder: Path, weight: float) -> None:
                 f"the adapter cannot be loaded: {said}", str(own), "use the base it was made for"
             ) from error
         if missing:
-            what = f"{len(missing)} tensors are for layers that this model has not: {shortened(missing, 2)}"
+            what = sentence(len(missing), "tensors are for layers that this model has not")
+            what += f": {shortened(missing, 2)}"
             raise UserError(what, str(own), "use the base it was made for")
         if weight != 1.0:
             _scale(module, weight, own)

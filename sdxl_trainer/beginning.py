@@ -11,7 +11,7 @@ from torch import Tensor
 from sdxl_trainer.adapter_files import FOLDER, tensors_of, told
 from sdxl_trainer.adapters import NAME
 from sdxl_trainer.attach import AGAIN, located, read_folder, refuse_foreign, refuse_unfit, renamed
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, plural, shortened
 from sdxl_trainer.formats import header, lora
 from sdxl_trainer.formats.lora_names import Layout
 from sdxl_trainer.model import SDXL
@@ -34,7 +34,7 @@ def load(sdxl: SDXL, start: str) -> None:
     found, alpha_of = (_folders if path.is_dir() else _file)(path, sdxl)
     for names, verb in ((mine.keys() - found.keys(), "lacks"), (found.keys() - mine.keys(), "has, unlike this one,")):
         if names:
-            what = f"the adapter to begin with {verb} {len(names)} tensors: {shortened(sorted(names), 2)}"
+            what = f"the adapter to begin with {verb} {plural(len(names), 'tensor')}: {shortened(sorted(names), 2)}"
             raise UserError(what, str(path), LIKE)
     for name, parameter in mine.items():
         if found[name].shape != parameter.shape:

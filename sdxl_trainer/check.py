@@ -35,7 +35,7 @@ from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.data.table import present
 from sdxl_trainer.dtypes import DTYPES
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, plural, sentence, shortened
 from sdxl_trainer.report import dataset
 from sdxl_trainer.run import CONTINUE
 
@@ -55,7 +55,7 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
     optim.refuse(config.optimizer, config.train, torch.device(distributed.device_type()))
     orders = class_pictures.missing(config, base, open_memo(prepare.cache_folder(config)))
     for lack in orders:
-        lacking = f"{len(lack.numbers)} class pictures of '{lack.prompt(0)}' are to be drawn first"
+        lacking = f"{plural(len(lack.numbers), 'class picture')} of '{lack.prompt(0)}' will be drawn first"
         lines.append(f"{lacking}, into {lack.folder}: the figures are without this data set")
     config = setup.complete(config, orders)
     if not config.data:
@@ -68,7 +68,7 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
     output = Path(config.output_dir).expanduser()
     begin = resume.starting_point(config, base, CONTINUE, output, stock, order, lines.append)
     if begin.done:
-        lines.append(f"already done: {begin.steps} steps, in {config.output_dir}")
+        lines.append(f"already done: {plural(begin.steps, 'step')}, in {config.output_dir}")
     elif begin.checkpoint:
         lines.append(f"continues after step {begin.checkpoint.step} ({begin.checkpoint.path})")
     alone = distributed.one_pass(config, int(os.environ.get("WORLD_SIZE", "1")), len(present(order.group_of)))
@@ -105,7 +105,7 @@ def raise_first(found: list[dict[str, Any]]) -> None:
     """UserError for what stops the run."""
     stops = [finding for finding in found if finding["level"] == "stops"]
     if stops:
-        what = "; ".join(f"{finding['count']} {finding['what']}" for finding in stops)
+        what = "; ".join(sentence(finding["count"], finding["what"]) for finding in stops)
         listed = shortened((name for finding in stops for name, _ in finding["examples"]), 8)
         raise UserError(what, listed, "; ".join(dict.fromkeys(finding["fix"] for finding in stops)))
 
@@ -138,13 +138,17 @@ def _learns(config: Config, groups: list[parameters.Group], unet: int) -> list[t
         [("preset", f"{config.preset}, but {', '.join(others)}" if others else config.preset)] if config.preset else []
     )
     rows += [
-        (group.rule, f"{group.size:,} parameters in {len(group.names)} tensors, learning rate {group.learning_rate:g}")
+        (
+            group.rule,
+            f"{plural(group.size, 'parameter')} in {plural(len(group.names), 'tensor')},"
+            f" learning rate {group.learning_rate:g}",
+        )
         for group in groups
     ]
     frozen = unet - sum(group.size for group in groups)
     rate = presets.effective_rate(config)
     rows += [("effective learning rate", f"{rate[0]:g} = {rate[1]}")] if rate else []
-    return [*rows, ("frozen", f"{frozen:,} parameters of what is in memory while training; the VAE")]
+    return [*rows, ("frozen", f"{plural(frozen, 'parameter')} of what is in memory while training; the VAE")]
 
 
 def _data(config: Config, stock: Stock, order: plan.Plan) -> list[tuple[str, str]]:
@@ -155,9 +159,10 @@ def _data(config: Config, stock: Stock, order: plan.Plan) -> list[tuple[str, str
         for number, data in enumerate(config.data)
     )
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
+    epochs = f"{steps / order.steps_per_epoch:.3g}"
     rows = [
-        ("pictures", f"{len(stock.pictures)}, with {variants} crops and flips"),
-        ("steps", f"{order.steps_per_epoch} per epoch; {steps} in all, {steps / order.steps_per_epoch:.3g} epochs"),
+        ("pictures", f"{len(stock.pictures)}, with {plural(variants, 'crop', 'crops and flips')}"),
+        ("steps", f"{order.steps_per_epoch} per epoch; {steps} in all, {epochs} epoch{'s' * (epochs != '1')}"),
     ]
     return rows + ledger.rows(config, stock, order)
 
@@ -171,7 +176,7 @@ def _cache(config: Config, base: Base, stock: Stock) -> list[tuple[str, str]]:
     ]
     if stock.latents.beyond is not None:
         count, shards = mirrored.size((stock.latents, stock.texts))
-        rows.append(("mirror", f"{config.cache.mirror} holds {count} rows in {shards} files"))
+        rows.append(("mirror", f"{config.cache.mirror} holds {plural(count, 'row')} in {plural(shards, 'file')}"))
     return rows
 
 

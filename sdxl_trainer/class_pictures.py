@@ -23,7 +23,7 @@ from sdxl_trainer.data import sources
 from sdxl_trainer.data.cache import key
 from sdxl_trainer.data.memo import Memo
 from sdxl_trainer.dtypes import DTYPES
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, plural, sentence, shortened
 from sdxl_trainer.formats import pretrained
 from sdxl_trainer.log import Console
 
@@ -75,10 +75,12 @@ def _order(config: Config, base: Base, memo: Memo, index: int, data: Data) -> Or
         drawn |= {int(found[1]): found[2]} if found else {}
         foreign += found is None
     if others := [number for number, other in drawn.items() if other != mark]:
-        what = f"{len(others)} pictures in the folder were drawn otherwise: by another base, prompt, seed or settings"
+        what = sentence(len(others), "pictures in the folder were drawn otherwise")
+        what += ": by another base, prompt, seed or settings"
         raise UserError(what, where, "choose another folder for the new ones, delete the old ones, or set generate = 0")
     if foreign + len(drawn) > data.generate:
-        what = f"data.{index}.generate = {data.generate}, but the folder holds {foreign + len(drawn)} pictures already"
+        there = plural(foreign + len(drawn), "picture")
+        what = f"data.{index}.generate = {data.generate}, but the folder holds {there} already"
         fix = f"set generate = {foreign + len(drawn)}; max_samples = {data.generate} trains on that many of them"
         raise UserError(what, where, fix)
     left = [number for number in range(data.generate) if number not in drawn][: data.generate - foreign - len(drawn)]
@@ -94,7 +96,10 @@ def draw(config: Config, base: Base, orders: Sequence[Order], precision: str, ac
     for order in orders:
         gone = [order.file(number).name for number in order.numbers if not order.file(number).is_file()]
         if gone:
-            what = f"{len(gone)} class pictures that other processes drew are not here: {shortened(gone)}"
+            some = plural(
+                len(gone), "class picture that another process drew is", "class pictures that others drew are"
+            )
+            what = f"{some} not here: {shortened(gone)}"
             raise UserError(what, str(order.folder), "give a folder that all machines share")
         if accelerator.is_main_process:
             for rest in order.folder.glob(f".*-{order.mark}.png.*.tmp"):
@@ -105,7 +110,7 @@ def _draw(config: Config, base: Base, order: Order, precision: str, accelerator:
     mine = order.numbers[accelerator.process_index :: accelerator.num_processes]
     if not mine:
         return
-    say.say(f"drawing {len(order.numbers)} class pictures of '{order.prompt(0)}' into {order.folder}")
+    say.say(f"drawing {plural(len(order.numbers), 'class picture')} of '{order.prompt(0)}' into {order.folder}")
     wanted = order.data.generate_precision
     dtype = DTYPES[precision if wanted == "auto" else distributed.precision(wanted, say.say)]
     with files.explained(order.folder):

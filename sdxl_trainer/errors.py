@@ -1,6 +1,7 @@
 """The one error a user is meant to see."""
 
 import json
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -48,6 +49,24 @@ def shown(value: Any, limit: int = 60) -> str:
     """A value as JSON, no longer than so many characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def plural(amount: float, one: str, many: str | None = None) -> str:
+    """`1 picture`, `2 pictures`, `1,234 pictures`."""
+    return f"{amount:,.0f} {one if amount == 1 else many or one + 's'}"
+
+
+_VERBS = {"are": "is", "were": "was", "have": "has", "do": "does", "cannot": "cannot"}
+_SENTENCE = re.compile(rf"(\w[\w ]*?)s\b(.*?) ({'|'.join(_VERBS)}|hold|lack|lead|lie|look|lose|name)\b(.*)")
+
+
+def sentence(amount: int, what: str) -> str:
+    """How many `pictures have no mask`, as a sentence; of one it is `1 picture has no mask`."""
+    found = _SENTENCE.fullmatch(what) if amount == 1 else None
+    if found is None:
+        return f"{amount:,} {what}"
+    one, more, verb, rest = found.groups()
+    return f"1 {one}{more} {_VERBS.get(verb, f'{verb}s')}{rest}"
 
 
 def _one_line(text: str) -> str:

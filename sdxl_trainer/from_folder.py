@@ -19,7 +19,7 @@ from sdxl_trainer.data.records import Record
 from sdxl_trainer.data.sources import beside
 from sdxl_trainer.data.sources.extras import KOHYA
 from sdxl_trainer.data.sources.tree import PICTURES, scan
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.errors import UserError, plural
 from sdxl_trainer.formats.folder import MICRO
 from sdxl_trainer.presets import Preset
 
@@ -120,7 +120,7 @@ def begun(folder: Path, wish: Wish, name: str) -> tuple[dict[str, Any], dict[str
     if small:
         notes["train.gradient_checkpointing"] = "so small a model needs no saving of memory"
         train["gradient_checkpointing"] = False
-    notes["train.steps"] = f"{count} pictures, each seen {steps * preset.batch / count:.3g} times"
+    notes["train.steps"] = f"{plural(count, 'picture')}, each seen {steps * preset.batch / count:.3g} times"
     every = max(1, steps // 4)
     train |= {"checkpoint_every": every, "checkpoints_limit": 2}
     tree: dict[str, Any] = {

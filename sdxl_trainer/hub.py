@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_trainer.config import Config, Hub
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, plural, shortened
 
 # What stays here: states to resume from, caches, logs, unfinished files (and the old names of such folders), and the
 # page of the check, which shows the pictures that were trained on.
@@ -44,7 +44,7 @@ class Plan:
         return [
             f"to: {where}",
             f"if it is new: {'private' if self.private else 'public'}, {seen}; one that is there stays as it is",
-            f"what: {len(self.files)} files, {total:.1f} MB: {shortened(names, 20)}",
+            f"what: {plural(len(self.files), 'file')}, {total:.1f} MB: {shortened(names, 20)}",
             "not: checkpoints, caches, logs, check.html, which shows your pictures",
             f"token: {token}",
         ]

@@ -7,7 +7,7 @@ from sdxl_trainer import class_pictures, distributed, setup
 from sdxl_trainer.config import Config
 from sdxl_trainer.data import holes, masks, mirrored, prepare, upkeep
 from sdxl_trainer.data.memo import open_memo
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, plural, shortened
 from sdxl_trainer.log import Console
 from sdxl_trainer.threads import keep_freed_memory
 
@@ -48,15 +48,17 @@ def run(config: Config, *, verify: bool, gc: bool, push: bool = False) -> None:
     keep_freed_memory()
     setup.fill(config, base, stock, accelerator, console)
     size = (stock.latents.bytes() + stock.texts.bytes()) / 1e6
-    console.say(f"encoded {new[0]} latents and {new[1]} captions; {folder} holds {size:.1f} MB")
+    console.say(f"encoded {plural(new[0], 'latent')} and {plural(new[1], 'caption')}; {folder} holds {size:.1f} MB")
     if push and mirror and accelerator.is_main_process:
         count, sent = mirrored.push(folder, mirror, stock.memo, console.progress)
-        console.say(f"copied {count} files ({sent / 1e6:.1f} MB) to {mirror}, which holds {_held(folder, mirror)}")
+        console.say(
+            f"copied {plural(count, 'file')} ({sent / 1e6:.1f} MB) to {mirror}, which holds {_held(folder, mirror)}"
+        )
 
 
 def _held(folder: Path, mirror: str) -> str:
     rows, shards = mirrored.size(mirrored.open_stores(folder, mirror))
-    return f"{rows} rows in {shards} files"
+    return f"{plural(rows, 'row')} in {plural(shards, 'file')}"
 
 
 def _verify(folder: Path, mirror: str | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdxl_trainer import configfile, files, hub, lock
 from sdxl_trainer.config import Adapter, Config, Data, Hub, Model
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.errors import UserError, plural
 
 TAGS = ("text-to-image", "diffusers", "diffusers-training", "stable-diffusion-xl", "stable-diffusion-xl-diffusers")
 OPENRAIL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"
@@ -134,7 +134,7 @@ def _widget(row: dict[str, Any]) -> dict[str, Any]:
 def _introduction(config: Config, manifest: dict[str, Any]) -> str:
     data = manifest.get("data")
     pictures = data.get("pictures") if isinstance(data, dict) else None
-    counted = f"{pictures:,} pictures of " if isinstance(pictures, int) else ""
+    counted = f"{plural(pictures, 'picture')} of " if isinstance(pictures, int) else ""
     sets = " and ".join(_linked(item.path, "datasets/") for item in config.data)
     random = config.model.init == "random"
     trained = "trained from random weights of the UNet and the other parts of" if random else "fine-tuned from"
@@ -158,7 +158,7 @@ def _gallery(samples: list[dict[str, Any]]) -> str:
     """The pictures of the last step, in rows; relative paths, so that it shows here and on the hub."""
     if not samples:
         return ""
-    lines = ["## Samples", "", f"Drawn after {samples[0]['step']:,} steps."]
+    lines = ["## Samples", "", f"Drawn after {plural(samples[0]['step'], 'step')}."]
     for prompt in dict.fromkeys(row["prompt"] for row in samples):
         rows = [row for row in samples if row["prompt"] == prompt]
         width = min(COLUMNS, len(rows))
@@ -232,7 +232,7 @@ def _training(config: Config, manifest: dict[str, Any]) -> str:
 
 def _data_settings(data: Data) -> str:
     words = [
-        f"{len(data.bucket_sizes)} sizes" if data.buckets == "sizes" else f"{data.resolution} px",
+        plural(len(data.bucket_sizes), "size") if data.buckets == "sizes" else f"{data.resolution} px",
         f"{data.crop} crop",
     ]
     words += ["aspect-ratio buckets"] if data.buckets != "none" else []

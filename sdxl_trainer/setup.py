@@ -43,7 +43,7 @@ from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.data.table import present
 from sdxl_trainer.dtypes import DTYPES
-from sdxl_trainer.errors import UserError, closest
+from sdxl_trainer.errors import UserError, closest, plural
 from sdxl_trainer.log import Console, Metrics
 from sdxl_trainer.run import Job, Run, Start, State, Watch
 from sdxl_trainer.saver import Saver
@@ -81,7 +81,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
         accelerator, lambda: resume.starting_point(config, base, start, output, stock, order, console.say)
     )
     if begin.done:
-        console.say(f"already done: {begin.steps} steps, in {output}")
+        console.say(f"already done: {plural(begin.steps, 'step')}, in {output}")
         return None
     if accelerator.num_processes == 1 and distributed.sharding(config, console.say):
         console.say("sharded weights (FSDP): there is one process, which keeps everything")

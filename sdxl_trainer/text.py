@@ -12,7 +12,7 @@ from sdxl_trainer import chunking, clip
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.chunking import Prompt, Token
 from sdxl_trainer.config import TextOptions
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.errors import UserError, plural
 from sdxl_trainer.formats import pretrained
 
 # Prompts that are too long of which more is told than their number.
@@ -257,7 +257,7 @@ def refuse_clip_skip(base: Base, options: TextOptions) -> None:
     """Refuse a layer that the encoders do not have."""
     layers = min(base.config(part)["num_hidden_layers"] for part in base.encoders)
     if options.clip_skip > layers:
-        what = f"text.clip_skip = {options.clip_skip}, and a text encoder has {layers} layers"
+        what = f"text.clip_skip = {options.clip_skip}, and a text encoder has {plural(layers, 'layer')}"
         raise UserError(what, "text.clip_skip", f"give 1 to {layers}; SDXL was trained with 2")
 
 

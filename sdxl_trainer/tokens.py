@@ -20,7 +20,7 @@ from sdxl_trainer.base import Base
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import TextOptions, Token
 from sdxl_trainer.data.table import BATCH
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, plural, shortened
 from sdxl_trainer.formats import folder as pipelines
 from sdxl_trainer.formats import header
 from sdxl_trainer.model import SDXL
@@ -204,7 +204,7 @@ def _first_rows(
         return weight.mean(0) + weight.std(0) * torch.from_numpy(draw).float()
     ids = tokenizer(expand(earlier, word.init), add_special_tokens=False)["input_ids"]
     if not ids or len(ids) > word.vectors:
-        what = f"'{word.init}' is {len(ids)} tokens, and '{word.name}' has {word.vectors} vectors"
+        what = f"'{word.init}' is {plural(len(ids), 'token')}, and '{word.name}' has {plural(word.vectors, 'vector')}"
         raise UserError(what, f"token.{index}.init", f"set vectors = {max(1, len(ids))} or more, or use other words")
     return table(torch.tensor(ids)).float()[[i % len(ids) for i in range(word.vectors)]].clone()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trainer.config import Log
-from sdxl_trainer.errors import UserError, closest
+from sdxl_trainer.errors import UserError, closest, plural
 
 PATIENCE = 30.0  # seconds that the end of a run waits for what is still to be sent
 WAITING = 2000  # calls that may wait for a slow tracker; what comes then is left out, and counted
@@ -95,7 +95,9 @@ class Worker:
         finished = self.done.wait(max(0.0, until - time.monotonic()))
         lost = self.failures + self.left + (0 if finished else self.calls.qsize())
         if lost or not finished:
-            self.say(f"the tracker {self.name} lacks {lost} records{'' if finished else ': it does not answer'}")
+            self.say(
+                f"the tracker {self.name} lacks {plural(lost, 'record')}{'' if finished else ': it does not answer'}"
+            )
 
 
 class Trackers:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sdxl_trainer.config import UNet
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.errors import UserError, plural
 from sdxl_trainer.formats import modules
 
 _BY_LEVEL = ("block_out_channels", "transformer_layers_per_block", "attention_head_dim")
@@ -20,7 +20,9 @@ def resized(config: dict[str, Any], sizes: UNet | None) -> dict[str, Any]:
     levels = len(made["down_block_types"])
     for name in _BY_LEVEL:
         if name in changes and len(changes[name]) != levels:
-            what = f"model.unet.{name} has {len(changes[name])} numbers, and the base's UNet has {levels} levels"
+            what = (
+                f"model.unet.{name} has {plural(len(changes[name]), 'number')}, and the base's UNet has {levels} levels"
+            )
             raise UserError(what, "model.unet", f"give {levels} numbers, from the first level to the deepest")
     for name, count in (("norm_num_groups", [made["norm_num_groups"]] * levels), ("attention_head_dim", _heads(made))):
         for channels, part in zip(made["block_out_channels"], count, strict=True):

@@ -123,7 +123,7 @@ def page(base: Path, messy: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         },
         "test.toml",
     )
-    with pytest.raises(UserError, match="pictures have no caption"):
+    with pytest.raises(UserError, match="1 picture has no caption"):
         check.run(made, report=True)
     return out / "check.html"
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from sdxl_trainer.arrivals import common
 from sdxl_trainer.arrivals.account import Account, pairs
-from sdxl_trainer.errors import UserError, closest
+from sdxl_trainer.errors import UserError, closest, plural
 
 # Regular expressions over our layers, for what the networks there put adapters on.
 ATTENTION = r"unet\..*\.attn[12]\..*"
@@ -209,7 +209,7 @@ def _ranks_of_blocks(arguments: Account) -> None:
         given = arguments.look(name)
         values = [kind(value) for value in (given if isinstance(given, list) else str(given).split(","))]
         if len(values) != len(UNET_BLOCKS):
-            what = f"network_args.{name} has {len(values)} values, and the UNet {len(UNET_BLOCKS)} blocks"
+            what = f"network_args.{name} has {plural(len(values), 'value')}, and the UNet {len(UNET_BLOCKS)} blocks"
             raise UserError(what, arguments.where, "give one for each")
         table = {m: v for m, v in zip(UNET_BLOCKS, values, strict=True) if "attentions" in m}
         if min(table.values()) <= 0:
@@ -282,7 +282,7 @@ def _whole(account: Account, rate: float) -> None:
         given = account.options["block_lr"]
         rates = [float(word) for word in (given if isinstance(given, list) else str(given).split(","))]
         if len(rates) != len(UNET_BLOCKS):
-            what = f"block_lr has {len(rates)} rates, and the UNet {len(UNET_BLOCKS)} blocks"
+            what = f"block_lr has {plural(len(rates), 'rate')}, and the UNet {len(UNET_BLOCKS)} blocks"
             raise UserError(what, account.where, "give one for each")
         rules += [{"match": m, "learning_rate": r} for m, r in zip(UNET_BLOCKS, rates, strict=True)]
         account.part("block_lr", "learn, a rule for each block")

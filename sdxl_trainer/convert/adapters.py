@@ -11,7 +11,7 @@ from sdxl_trainer.convert import preview, sources
 from sdxl_trainer.convert.models import dated
 from sdxl_trainer.convert.request import Request
 from sdxl_trainer.convert.sources import LORA_FILE, Source
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, plural, shortened
 from sdxl_trainer.formats import lora, lora_math, lora_names, metadata
 from sdxl_trainer.formats.lora import Adapter, Module
 from sdxl_trainer.formats.lora_math import Reduced
@@ -63,7 +63,7 @@ def together(first: Adapter, request: Request) -> tuple[Adapter, list[str]]:
     if not modules and not reduced:
         raise UserError("all weights are 0: nothing is left", "--weight", "give weights other than 0")
     result = Adapter(modules or _modules(reduced), first.metadata, first.layout)
-    return result, [_residual(reduced)] if reduced else [f"{len(modules)} modules, ranks side by side: exact"]
+    return result, [_residual(reduced)] if reduced else [f"{plural(len(modules), 'module')}, ranks side by side: exact"]
 
 
 def extract(source: Source, request: Request) -> list[str]:
@@ -120,7 +120,7 @@ def write(adapter: Adapter, request: Request, source: Source) -> list[str]:
     if request.preview:
         preview.beside(path, request.preview)
     size = path.stat().st_size / 1e6
-    return [f"wrote {path} ({request.to}, {len(adapter.modules)} modules, {size:.1f} MB)"]
+    return [f"wrote {path} ({request.to}, {plural(len(adapter.modules), 'module')}, {size:.1f} MB)"]
 
 
 def about(adapter: Adapter, name: str, title: str, kept: Mapping[str, str], date: str) -> dict[str, str]:
@@ -194,7 +194,7 @@ def _residual(reduced: Mapping[str, Reduced]) -> str:
     worst = max(reduced, key=lambda name: _share(reduced[name]))
     ranks = _span(found.module.rank for found in reduced.values())
     return (
-        f"rank {ranks} in {len(reduced)} modules; residual {share:.2%} of the change's norm, "
+        f"rank {ranks} in {plural(len(reduced), 'module')}; residual {share:.2%} of the change's norm, "
         f"at most {_share(reduced[worst]):.2%} ({worst})"
     )
 

@@ -10,7 +10,7 @@ from sdxl_trainer import files
 from sdxl_trainer.convert.models import dated
 from sdxl_trainer.convert.request import Request
 from sdxl_trainer.convert.sources import AGAIN, LEARNED, Source
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.errors import UserError, plural
 from sdxl_trainer.formats import folder, header, metadata
 
 # Names of the two encoders' vectors in one file: ours and ComfyUI's first, then those of older scripts.
@@ -33,13 +33,13 @@ def convert(source: Source, request: Request) -> list[str]:
                 folder.write_tensors(target / name, {token: vectors}, dtype=dtype)
 
         files.write_atomically(request.target, write)
-        return [f"wrote {request.target} ({len(first)} vectors per encoder, token '{token}')"]
+        return [f"wrote {request.target} ({plural(len(first), 'vector')} per encoder, token '{token}')"]
     spec = metadata.modelspec(request.target.stem, kind="textual-inversion", date=dated(source))
     own = {key: text for key, text in kept.items() if key not in ("format", metadata.HASH)}
     entries = {**spec, **own, **request.entries}
     entries = metadata.reduced(entries, request.metadata or "full") | dict(request.entries)
     folder.write_tensors(request.target, {"clip_l": first, "clip_g": second}, entries, dtype)
-    return [f"wrote {request.target} ({len(first)} vectors per encoder)"]
+    return [f"wrote {request.target} ({plural(len(first), 'vector')} per encoder)"]
 
 
 def read(path: Path) -> tuple[Tensor, Tensor, dict[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sdxl_trainer.convert import embeddings, sources
 from sdxl_trainer.convert.sources import Source
+from sdxl_trainer.errors import plural
 from sdxl_trainer.formats import header, single_file
 from sdxl_trainer.formats.lora import Adapter
 
@@ -104,7 +105,7 @@ def _adapter(adapter: Adapter) -> Rows:
         kinds = sorted({"dora" if "magnitude" in module.tensors else module.kind for module in own})
         ranks = Counter(module.rank for module in own if module.rank)
         scales = Counter(f"{module.scale:g}" for module in own if module.rank)
-        text = f"{len(own)} modules, {' and '.join(kinds)}"
+        text = f"{plural(len(own), 'module')}, {' and '.join(kinds)}"
         text += f", rank {_counted(ranks)}, alpha / rank {_counted(scales)}" if ranks else ""
         whole = sum(module.kind == "lokr" and not module.rank for module in own)
         text += f", {whole} of two whole factors" if whole else ""

@@ -20,7 +20,7 @@ from sdxl_trainer import keyed
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Data
 from sdxl_trainer.data.records import Record
-from sdxl_trainer.errors import UserError, closest
+from sdxl_trainer.errors import UserError, closest, plural
 
 # Variants of a caption where an option draws something and caption_variants is not given.
 VARIANTS = 8
@@ -87,7 +87,7 @@ def _choice(
     data, key, count = sets[number], f"data.{number}", len(captions)
     weights = data.caption_weights[:count] or (1.0,) * count
     if len(weights) < count or not sum(weights):
-        what = f"the picture has {count} captions, their weights are {list(data.caption_weights)}"
+        what = f"the picture has {plural(count, 'caption')}, their weights are {list(data.caption_weights)}"
         fix = "give as many weights as a picture has captions at most, so that one caption can be drawn"
         raise UserError(what, f"{name}, {key}.caption_weights", fix)
     odds = tuple(part / sum(weights) for part in accumulate(weights))

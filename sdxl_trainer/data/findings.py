@@ -13,6 +13,7 @@ from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Config, Data
 from sdxl_trainer.data.captions import Choice, has_trigger, split_tags
 from sdxl_trainer.data.pictures import Picture
+from sdxl_trainer.errors import plural, sentence
 from sdxl_trainer.text import Cut, Tokens
 
 # How many examples of a finding are kept, and how many tags are listed.
@@ -251,7 +252,7 @@ def _overlong(pictures: Sequence[Picture], choices: Sequence[Choice], cut: Seque
         mine = [] if picture.name in dict(shown) else [lost[prompt] for prompt in choice.prompts() if prompt in lost]
         if mine:
             worst = max(mine, key=lambda item: item.tokens)
-            shown.append((picture.name, f"{worst.tokens} tokens are cut off: {worst.text}"))
+            shown.append((picture.name, f"{sentence(worst.tokens, 'tokens are cut off')}: {worst.text}"))
     fix = "shorten them, or raise text.max_chunks"
     return [Finding("overlong", "are cut off", len(shown), fix, tuple(shown[:EXAMPLES]))] if shown else []
 
@@ -270,10 +271,10 @@ def lines(found: Captions) -> list[tuple[str, str]]:
     rows = [
         ("captions", f"{found.captions} distinct, {found.prompts} with their variants"),
         ("tokens", ", ".join(f"{name} {count}" for name, count in found.tokens.items())),
-        ("chunks", ", ".join(f"{count} prompts of {number}" for number, count in found.chunks.items())),
+        ("chunks", ", ".join(f"{plural(count, 'prompt')} of {number}" for number, count in found.chunks.items())),
         ("most frequent", ", ".join(f"{tag[:30]} ({count})" for tag, count in found.tags[:12]) or "nothing"),
     ]
     for finding in found.findings:
         shown = "; ".join(f"{picture}: {' '.join(seen.split())[:60]!r}" for picture, seen in finding.examples[:2])
-        rows.append((finding.name, f"{finding.count} captions {finding.what} ({shown}): {finding.fix}"))
+        rows.append((finding.name, f"{sentence(finding.count, f'captions {finding.what}')} ({shown}): {finding.fix}"))
     return rows

@@ -10,6 +10,7 @@ from sdxl_trainer.data.geometry import Geometry
 from sdxl_trainer.data.pictures import Pictures
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.prepare import Stock
+from sdxl_trainer.errors import plural, sentence
 
 Rows = list[tuple[str, str]]
 
@@ -38,9 +39,9 @@ def _sets(config: Config, stock: Stock, order: Plan) -> Rows:
         pictures = len(np.unique(stock.pictures.rows["record"][stream.pictures]))
         held = len(np.unique(stock.held_out.rows["record"][stock.held_out.of(number)]))
         if data.held_out == 1:
-            found.append((data.path, f"{held} pictures, all of them for validation"))
+            found.append((data.path, f"{plural(held, 'picture')}, for validation alone"))
             continue
-        parts = [f"{pictures} pictures", f"{stream.count} samples per epoch"]
+        parts = [plural(pictures, "picture"), f"{plural(stream.count, 'sample')} per epoch"]
         parts += ["the base's prediction as target"] if data.prior_prediction else []
         parts += [f"loss weight {data.weight:g}"] if data.weight != 1 else []
         parts += [f"{held} held out ({held / (held + pictures):.1%})"] if data.held_out else []
@@ -62,13 +63,15 @@ def _buckets(pictures: Pictures, order: Plan) -> Rows:
     found = []
     groups = by_size(pictures)
     for (height, width), count, lost, largest in sorted(groups, key=lambda row: (-row[1], row[0])):
-        text = f"{count} pictures, {lost:.1%} cut off"
+        text = f"{plural(count, 'picture')}, {lost:.1%} cut off"
         found.append((f"{width} x {height}", text + (f", enlarged up to {largest:.2f} times" if largest > 1 else "")))
     if len(groups) == 1:
         return found
     sizes = Counter(len({order.group(s) for s in order.step(step)[1]}) for step in range(order.steps_per_epoch))
     mixed = sum(count for size, count in sizes.items() if size > 1)
-    text = f"none: the first epoch has {mixed} of {order.steps_per_epoch} steps with pictures of several sizes"
+    text = (
+        f"none: the first epoch has {mixed} of {plural(order.steps_per_epoch, 'step')} with pictures of several sizes"
+    )
     return [*found, ("left over", text)]
 
 
@@ -81,9 +84,9 @@ def _exceptions(stock: Stock) -> Rows:
     masks = [source.masks for source in pictures.sources]
     if any(masks):
         having = sum(bool(m and m[r]) for m, r in ((masks[s], r) for s, r in pictures.rows[["source", "record"]]))
-        found.append(("masks", f"{having} pictures with, {len(pictures) - having} without"))
+        found.append(("masks", f"{plural(having, 'picture')} with, {len(pictures) - having} without"))
     each = pictures.take(pictures.distinct())
     doubles = len(each) - len(each.different())
     if doubles > 0:
-        found.append(("duplicates", f"{doubles} pictures have the same bytes as another"))
+        found.append(("duplicates", sentence(doubles, "pictures have the same bytes as another")))
     return found

@@ -25,7 +25,7 @@ from sdxl_trainer.data.problems import Notes, raise_all
 from sdxl_trainer.data.records import Record
 from sdxl_trainer.data.table import distinct
 from sdxl_trainer.data.words import Words
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, sentence, shortened
 
 EMPTY = Prompt("")
 
@@ -235,7 +235,7 @@ def _refuse_twice(config: Config, pictures: Pictures, unseen: Pictures) -> None:
     for number in ours:
         twice = [unseen[index].name for content, index in _contents(unseen, number) if content in seen]
         if twice:
-            what = f"{len(twice)} pictures are held out and trained too: {shortened(twice)}"
+            what = f"{sentence(len(twice), 'pictures are held out and trained too')}: {shortened(twice)}"
             raise UserError(what, f"data.{number}.path = '{config.data[number].path}'", "remove them from one of them")
 
 
@@ -329,7 +329,8 @@ def _say_cut(count: int, first: Sequence[text.Cut], options: TextOptions, say: C
     if count:
         some = ", ".join(f"'{c.prompt.text[:40]}' loses {c.tokens}" for c in first)
         more = f" and {count - len(first)} more" if count > len(first) else ""
-        say(f"{count} captions have more than {text.longest(options)} tokens, the rest is cut off: {some}{more}")
+        long = sentence(count, f"captions have more than {text.longest(options)} tokens")
+        say(f"{long}, the rest is cut off: {some}{more}")
 
 
 def samples(

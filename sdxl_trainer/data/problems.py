@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, sentence, shortened
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def refuse(found: Found, table: Mapping[str, tuple[str, str]], place: str, notes
     if notes is not None:
         notes.problems += [Problem(kind, table[kind][0], table[kind][1], tuple(found[kind]), place) for kind in kinds]
     elif kinds:
-        what = "; ".join(f"{len(found[kind])} {table[kind][0]}: {shortened(found[kind])}" for kind in kinds)
+        what = "; ".join(f"{sentence(len(found[kind]), table[kind][0])}: {shortened(found[kind])}" for kind in kinds)
         raise UserError(what, place, "; ".join(dict.fromkeys(table[kind][1] for kind in kinds)))
 
 
@@ -54,4 +54,4 @@ def raise_all(problems: Sequence[UserError]) -> None:
     if problems:
         listed = shortened((f"{p.where} ({p.what})" for p in problems), 8)
         fixes = list(dict.fromkeys(p.fix for p in problems))
-        raise UserError(f"{len(problems)} pictures cannot be used", listed, fixes[0])
+        raise UserError(sentence(len(problems), "pictures cannot be used"), listed, fixes[0])

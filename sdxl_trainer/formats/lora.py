@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, plural, shortened
 from sdxl_trainer.formats import families, folder, header, lora_names
 from sdxl_trainer.formats.lora_names import SDXL, Layout
 
@@ -353,7 +353,7 @@ def _foreign(names: list[str], path: Path) -> UserError:
         if any(end in name for name in names):
             return UserError(f"this is an {kind} adapter", str(path), "LoRA, DoRA, LoHa and LoKr are converted")
     return UserError(
-        f"{len(names)} tensors are none of an adapter's: {shortened(names, 3)}",
+        f"{plural(len(names), 'tensor is', 'tensors are')} none of an adapter's: {shortened(names, 3)}",
         str(path),
         "name the file of a LoRA, DoRA, LoHa or LoKr; whole models and embeddings are recognised by their own names",
     )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, sentence, shortened
 from sdxl_trainer.formats.folder import published_names
 
 
@@ -26,7 +26,7 @@ def check(component: str, config: dict[str, Any], weights: Mapping[str, Tensor],
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     other = sorted(name for name in expected.keys() & given.keys() if expected[name] != given[name])
     problems = [
-        f"{len(names)} tensors {how} ({shortened(names, 2)})"
+        f"{sentence(len(names), f'tensors {how}')} ({shortened(names, 2)})"
         for how, names in (("are missing", missing), ("are unknown", unknown), ("have another shape", other))
         if names
     ]

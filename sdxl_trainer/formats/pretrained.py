@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdxl_trainer import sharding
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, plural, shortened
 
 COPY = "copy or download this part of the model again; its config and weights must be of one model"
 
@@ -27,7 +27,8 @@ def load(kind: Any, folder: Path, variant: str | None, **options: Any) -> Any:
     reshaped = sorted(entry[0] for entry in report["mismatched_keys"])
     for names, verb in ((sorted(report["missing_keys"]), "lack"), (reshaped, "have in other shapes")):
         if names:
-            what = f"the weights of '{folder.name}' {verb} {len(names)} tensors of its config: {shortened(names, 3)}"
+            some = plural(len(names), "tensor")
+            what = f"the weights of '{folder.name}' {verb} {some} of its config: {shortened(names, 3)}"
             raise UserError(what, str(folder), COPY)
     refuse_broken(module, folder)
     return module

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, plural, shortened
 from sdxl_trainer.formats.folder import published_names
 
 Weights = Mapping[str, Tensor]
@@ -236,7 +236,7 @@ def _renamed(what: str, weights: Weights, table: Mapping[str, str]) -> dict[str,
             result[table[found] + name.removeprefix(found)] = tensor
     if unknown:
         raise UserError(
-            f"{len(unknown)} tensors do not belong to an SDXL {what}",
+            f"{plural(len(unknown), 'tensor does', 'tensors do')} not belong to an SDXL {what}",
             shortened(unknown, 3),
             "use a model with the architecture of SDXL base 1.0; refiners and other models are not supported",
         )

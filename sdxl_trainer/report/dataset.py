@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trainer import files
+from sdxl_trainer.errors import plural
 from sdxl_trainer.report.frame import document
 from sdxl_trainer.report.sections import tiles
-from sdxl_trainer.report.words import count, duration, grid, plural, safe, section, table, tables
+from sdxl_trainer.report.words import count, duration, grid, safe, section, table, tables
 
 LEVELS = {
     "stops": ("bad", "stops the run"),
@@ -84,10 +85,18 @@ def figures(facts: dict[str, Any]) -> str:
     return tiles(
         [
             ("Pictures", count(trained), ", ".join(beside)),
-            ("Steps", count(steps["all"]), f"{count(steps['epoch'])} per epoch, {steps['batch_size']} pictures each"),
+            (
+                "Steps",
+                count(steps["all"]),
+                f"{count(steps['epoch'])} per epoch, {plural(steps['batch_size'], 'picture')} each",
+            ),
             ("Time", duration(facts["time"]["seconds"]), "a first estimate"),
             ("Memory", safe(memory), "at most, while training"),
-            ("To encode", count(encode["latents"]), f"latents, {size(encode['bytes'])}; {encode['captions']} captions"),
+            (
+                "To encode",
+                plural(encode["latents"], "latent"),
+                f"{size(encode['bytes'])}; {plural(encode['captions'], 'caption')}",
+            ),
         ]
     )
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sdxl_trainer.errors import plural
 from sdxl_trainer.report.charts import LIMIT, Axis, Chart, Point, axis, logarithmic, plots, scale_switch, vertical
 from sdxl_trainer.report.words import count, safe, short
 
@@ -42,7 +43,7 @@ def figure(title: str, series: Sequence[Series], from_zero: bool = False, wide: 
     scales = [y, *(logarithmic([value for line in shown for _, value in line.points]) if log else ())]
     thin = {line.name: _thinned(line.points, max(2, LIMIT // len(shown))) for line in shown}
     said = "; ".join(f"{line.name} {short(line.points[-1][1])} at step {count(line.points[-1][0])}" for line in shown)
-    beyond = f"; {above:,} values lie above the frame" if above else ""
+    beyond = f"; {plural(above, 'value lies', 'values lie')} above the frame" if above else ""
     keys = "".join(
         f'<span><span class="key c{i % COLOURS}"></span>{safe(line.name, 60)}</span>' for i, line in enumerate(shown)
     )

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdxl_trainer.errors import shortened
+from sdxl_trainer.errors import plural, shortened
 from sdxl_trainer.report.records import Sample
-from sdxl_trainer.report.words import clipped, count, plural, safe, spread
+from sdxl_trainer.report.words import clipped, count, safe, spread
 
 SIDES = (512, 384, 256, 128)  # longer sides to try, in pixels, until all pictures fit
 BUDGET = 4_500_000  # bytes of all pictures as text: the page must stay mailable

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, plural, shortened
 from sdxl_trainer.report.words import clipped, number, table
 
 FILES = ("config.toml", "manifest.json", "metrics.jsonl", "samples/samples.jsonl", "validation.jsonl")
@@ -121,7 +121,7 @@ def _rows(path: Path, notices: list[str]) -> Iterator[dict[str, Any]]:
         else:
             yield {**row, "step": int(step)}
     if unread:
-        lines = "1 line that is" if unread == 1 else f"{unread:,} lines that are"
+        lines = plural(unread, "line that is", "lines that are")
         notices.append(f"{path.name} has {lines} not a record of a step.")
 
 

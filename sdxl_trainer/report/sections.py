@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from sdxl_trainer.errors import plural
 from sdxl_trainer.report import charts, validation
 from sdxl_trainer.report.records import Run
 from sdxl_trainer.report.use import block, command
@@ -16,7 +17,6 @@ from sdxl_trainer.report.words import (
     moment,
     number,
     part,
-    plural,
     safe,
     short,
     table,
@@ -92,7 +92,9 @@ def figures(run: Run) -> str:
         cards.append(("Pictures per second", short(statistics.median(speeds)), f"median{seen}"))
     losses = charts.smoothed(charts.series(run.metrics, "loss"))
     if losses:
-        cards.append(("Smoothed loss", short(losses[-1][1]), f"over about {charts.window(len(losses)):,} steps"))
+        cards.append(
+            ("Smoothed loss", short(losses[-1][1]), f"over about {plural(charts.window(len(losses)), 'step')}")
+        )
     return tiles(cards)
 
 
@@ -149,7 +151,9 @@ def learned(run: Run) -> str:
     text = ""
     if learning is not None and frozen is not None and learning + frozen > 0:
         share = 100 * learning / (learning + frozen)
-        text = f"{count(learning)} parameters learned, {count(frozen)} stayed as they were ({short(share)} % learned)."
+        text = (
+            f"{plural(learning, 'parameter')} learned, {count(frozen)} stayed as they were ({short(share)} % learned)."
+        )
     rows = [
         [
             f"<code>{safe(rule.get('match', ''))}</code>",

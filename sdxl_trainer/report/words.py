@@ -88,11 +88,6 @@ def moment(value: Any) -> str | None:
         return None
 
 
-def plural(amount: float, one: str, many: str | None = None) -> str:
-    """`1 picture`, `2 pictures`."""
-    return f"{count(amount)} {one if amount == 1 else many or one + 's'}"
-
-
 def spread(values: Sequence[Any], limit: int) -> list[Any]:
     """At most `limit` of the values, evenly spaced, with the first and the last."""
     if len(values) <= limit:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdxl_trainer.data import images, resize
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.errors import UserError, plural
 from sdxl_trainer.model import latent_scale
 from sdxl_trainer.sampling import samplers
 from sdxl_trainer.sampling.request import Request
@@ -261,5 +261,5 @@ def refuse_no_step(request: Request) -> None:
         ("refine_strength", request.refine_strength),
     ):
         if share is not None and int(request.steps * share) < 1:
-            what = f"{name} = {share:g} of {request.steps} steps is no step"
+            what = f"{name} = {share:g} of {plural(request.steps, 'step')} is no step"
             raise UserError(what, f"prompt '{request.prompt[:40]}'", f"give more steps, or {name} = 1 / steps or more")

@@ -14,7 +14,7 @@ from sdxl_trainer.base import Base
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Model, TextOptions, Token
 from sdxl_trainer.dtypes import DTYPES
-from sdxl_trainer.errors import UserError, closest
+from sdxl_trainer.errors import UserError, closest, plural
 from sdxl_trainer.formats import pretrained
 from sdxl_trainer.sampling import checkpoints, draw
 from sdxl_trainer.sampling.draw import Embedded
@@ -171,6 +171,9 @@ def _embedded(loaded: Loaded, request: Request, first: str, second: str | None) 
         prompt = tokens.expanded(loaded.words, Prompt(first, second, emphasis=request.emphasis != "off"))
         read = text.tokenize(encoding.tokenizers, [prompt], options)
         for cut in text.cuts(encoding.tokenizers, [prompt], read):
-            print(f"'{cut.prompt.text[:40]}' loses its last {cut.tokens} tokens: {cut.text[:80]}", file=sys.stderr)
+            print(
+                f"'{cut.prompt.text[:40]}' loses its last {plural(cut.tokens, 'token')}: {cut.text[:80]}",
+                file=sys.stderr,
+            )
         loaded.known[key] = text.encode_tokens(encoding, read, options)[0]
     return loaded.known[key]

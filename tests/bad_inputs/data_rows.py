@@ -123,13 +123,13 @@ ROWS = [
     Bad("no captions", "6 pictures have no caption", r"\.txt file beside each", HERE, make=captionless),
     Bad(
         "empty caption",
-        r"1 captions are empty: more.png \(metadata.jsonl:7\)",
+        r"1 caption is empty: more.png \(metadata.jsonl:7\)",
         "write them",
         make=lambda p: (p.put("pictures/more.png", encoded(70, 70)), p.rows({"file_name": "more.png", "text": " "})),
     ),
     Bad(
         "empty caption file",
-        "1 captions are empty: a.txt",
+        "1 caption is empty: a.txt",
         "write them",
         make=lambda p: fresh_folder(p, {"a.png": encoded(70, 70), "a.txt": "\n"}),
     ),
@@ -160,13 +160,13 @@ ROWS = [
     ),
     Bad(
         "caption not a string",
-        r"captions are not text: 0.png",
+        r"caption is not text: 0.png",
         "string",
         make=lambda p: table(p, "metadata.jsonl", '{"file_name": "0.png", "text": 7}\n'),
     ),
     Bad(
         "caption with half a character",
-        r"captions are not text: 0.png",
+        r"caption is not text: 0.png",
         "string",
         make=lambda p: table(p, "metadata.jsonl", '{"file_name": "0.png", "text": "a \\ud83d circle"}\n'),
     ),
@@ -182,7 +182,7 @@ ROWS = [
         "correct file_name",
         make=lambda p: p.rows({"file_name": "a\ud83d.png", "text": "a"}),
     ),
-    Bad("metadata without file_name", "have no file_name", "path", make=lambda p: p.rows({"text": "a"})),
+    Bad("metadata without file_name", "has no file_name", "path", make=lambda p: p.rows({"text": "a"})),
     Bad(
         "duplicate rows",
         r"more than one metadata row: 0.png \(metadata.jsonl:1 and metadata.jsonl:7\)",
@@ -306,14 +306,14 @@ ROWS = [
         make=gone_after_the_look,
         options=NEW,
     ),
-    Bad("symlink loop", "lead in a circle: loop.png", "remove", make=lambda p: linked(p, "loop.png", "loop.png")),
-    Bad("folder symlink loop", "lead in a circle: again", "remove", make=lambda p: linked(p, "again", ".")),
+    Bad("symlink loop", "leads in a circle: loop.png", "remove", make=lambda p: linked(p, "loop.png", "loop.png")),
+    Bad("folder symlink loop", "leads in a circle: again", "remove", make=lambda p: linked(p, "again", ".")),
     Bad(
-        "dangling symlink", "lead nowhere: nowhere.png", "restore", make=lambda p: linked(p, "nowhere.png", "gone.png")
+        "dangling symlink", "leads nowhere: nowhere.png", "restore", make=lambda p: linked(p, "nowhere.png", "gone.png")
     ),
     Bad(
         "symlink out of the folder",
-        "lead out of the folder: out.png",
+        "leads out of the folder: out.png",
         "copy",
         make=lambda p: (p.put("secret.png", encoded(70, 70)), linked(p, "out.png", "../secret.png")),
     ),

@@ -100,7 +100,7 @@ ROWS = [
     ),
     Bad(
         "focus outside of the picture",
-        r"6 focus points are not two shares from 0 to 1: \[1.5, 0.5\] \(metadata.jsonl:1\)",
+        r"6 points of focus are not two shares from 0 to 1: \[1.5, 0.5\] \(metadata.jsonl:1\)",
         "shares of width and height",
         make=lambda p: focused(p, [1.5, 0.5]),
         options=data(focus="column"),

@@ -14,14 +14,14 @@ from sdxl_trainer.errors import UserError
 @pytest.mark.parametrize(
     ("link", "target", "what"),
     [
-        ("a.png", "../outside/a.png", "links lead out of the folder: a.png"),
-        ("a.txt", "../outside/a.png", "links lead out of the folder: a.txt"),
-        ("metadata.csv", "../outside/a.png", "links lead out of the folder: metadata.csv"),
-        ("sub", "../outside", "links lead out of the folder: sub"),
-        ("sub", ".", "links lead in a circle: sub"),
-        ("x/sub", "..", "links lead in a circle: x/sub"),
-        ("a.png", "a.png", "links lead in a circle: a.png"),
-        ("a.png", "nothing.png", "links lead nowhere: a.png"),
+        ("a.png", "../outside/a.png", "1 link leads out of the folder: a.png"),
+        ("a.txt", "../outside/a.png", "1 link leads out of the folder: a.txt"),
+        ("metadata.csv", "../outside/a.png", "1 link leads out of the folder: metadata.csv"),
+        ("sub", "../outside", "1 link leads out of the folder: sub"),
+        ("sub", ".", "1 link leads in a circle: sub"),
+        ("x/sub", "..", "1 link leads in a circle: x/sub"),
+        ("a.png", "a.png", "1 link leads in a circle: a.png"),
+        ("a.png", "nothing.png", "1 link leads nowhere: a.png"),
     ],
 )
 def test_links_that_are_refused(tmp_path: Path, link: str, target: str, what: str) -> None:
@@ -46,19 +46,19 @@ def test_names_that_leave_through_a_hidden_link(tmp_path: Path) -> None:
 TWO = {"a.png": None, "b.png": None}
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "no caption": (TWO, {}, "2 pictures have no caption: a.png, b.png", ".txt file"),
-    "empty caption file": ({"a.png": None, "a.txt": " \n"}, {}, "1 captions are empty: a.txt", "caption"),
+    "empty caption file": ({"a.png": None, "a.txt": " \n"}, {}, "1 caption is empty: a.txt", "caption"),
     "caption file not UTF-8": ({"a.png": None, "a.txt": b"\xc4\xe3"}, {}, "not UTF-8 text: a.txt", "UTF-8"),
-    "picture of zero bytes": ({"a.png": b"", "a.txt": "x"}, {}, "1 pictures are empty (zero bytes): a.png", "restore"),
+    "picture of zero bytes": ({"a.png": b"", "a.txt": "x"}, {}, "1 picture is empty (zero bytes): a.png", "restore"),
     "missing picture": (
         TWO | {"metadata.jsonl": jsonl(row("a.png"), row("b.png"), row("aa.png"))},
         {},
-        "name pictures that do not exist: aa.png (metadata.jsonl:3; there is a.png)",
+        "1 metadata row names pictures that do not exist: aa.png (metadata.jsonl:3; there is a.png)",
         "file_name",
     ),
     "zero byte in a name": (
         TWO | {"metadata.jsonl": jsonl(row("a.png"), row("b.png"), row("\0"))},
         {},
-        "name pictures that do not exist",
+        "1 metadata row names pictures that do not exist",
         "file_name",
     ),
     "name longer than any path": (
@@ -70,7 +70,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "picture that no row names": (
         TWO | {"metadata.jsonl": jsonl(row("b.png"))},
         {},
-        "1 pictures are named by no metadata row: a.png",
+        "1 picture is named by no metadata row: a.png",
         "add a row",
     ),
     "two rows for a picture": (
@@ -91,18 +91,23 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "2 captions are empty: a.png (metadata.jsonl:1), b.png (metadata.jsonl:2)",
         "write them",
     ),
-    "empty list of captions": ({"a.png": None, "metadata.jsonl": jsonl(row("a.png", []))}, {}, "are empty", "write"),
+    "empty list of captions": (
+        {"a.png": None, "metadata.jsonl": jsonl(row("a.png", []))},
+        {},
+        "1 caption is empty",
+        "write",
+    ),
     "empty caption in a list": (
         {"a.png": None, "metadata.jsonl": jsonl(row("a.png", ["x", ""]))},
         {},
-        "captions are empty: a.png",
+        "1 caption is empty: a.png",
         "write them",
     ),
     "caption is a number": ({"a.png": None, "metadata.jsonl": jsonl(row("a.png", 7))}, {}, "not text: a.png", "string"),
     "caption is an object": (
         {"a.png": None, "metadata.jsonl": jsonl(row("a.png", [{"x": 1}]))},
         {"caption": "x"},
-        "captions are not text",
+        "1 caption is not text",
         "string",
     ),
     "row without file name": (
@@ -114,7 +119,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "name leads out of the folder": (
         {"a.png": None, "metadata.jsonl": jsonl(row("a.png"), row("../b.png"))},
         {},
-        "name files outside of the folder: ../b.png (metadata.jsonl:2)",
+        "names files outside of the folder: ../b.png (metadata.jsonl:2)",
         "move the pictures",
     ),
     "name leads out and back": (

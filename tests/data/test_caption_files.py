@@ -124,7 +124,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "tags are a list": (
         {"m.json": '{"a": {"tags": ["x"]}, "s/b": "y"}'},
         {"metadata": "m.json"},
-        "captions are not text: a.png (m.json:a)",
+        "1 caption is not text: a.png (m.json:a)",
         "string",
     ),
     "neither caption nor tags": (
@@ -136,7 +136,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "both empty": (
         {"m.json": '{"a": {"caption": " ", "tags": ""}, "s/b": "y"}'},
         {"metadata": "m.json"},
-        "captions are empty: a.png (m.json:a)",
+        "1 caption is empty: a.png (m.json:a)",
         "write them",
     ),
     "picture that is not named": (
@@ -148,7 +148,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "name of two pictures": (
         {"a.jpg": None, "m.json": '{"a": "x", "s/b": "y"}'},
         {"metadata": "m.json"},
-        "name more than one picture: a (m.json:a)",
+        "names more than one picture: a (m.json:a)",
         "endings",
     ),
     "name of no picture": (

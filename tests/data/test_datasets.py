@@ -224,20 +224,20 @@ BAD: dict[str, tuple[Callable[[Path], None], dict[str, Any], str, str]] = {
     "caption missing": (
         lambda root: table(root, image=STORED, text=["a", None]),
         {},
-        "1 captions are empty: ",
+        "1 caption is empty: ",
         "give 'caption'",
     ),
-    "caption empty": (lambda root: table(root, image=STORED, text=["a", "  "]), {}, "captions are empty", "write them"),
+    "caption empty": (lambda root: table(root, image=STORED, text=["a", "  "]), {}, "1 caption is empty", "write them"),
     "no picture in a row": (
         lambda root: table(root, image=[STORED[0], {"bytes": None, "path": None}], text=["a", "b"]),
         {},
-        "1 rows have no picture: ",
+        "1 row has no picture: ",
         "remove the rows",
     ),
     "picture of zero bytes": (
         lambda root: table(root, image=[STORED[0], {"bytes": b"", "path": None}], text=["a", "b"]),
         {},
-        "1 rows have no picture: ",
+        "1 row has no picture: ",
         "remove the rows",
     ),
     "file outside of the dataset": (

@@ -45,7 +45,7 @@ def test_metadata_above_kohya_s_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("loose.png", "1 pictures lie outside of folders"), ("0_cat/a.png", "have 0 repeats")]
+    ("name", "what"), [("loose.png", "1 picture lies outside of folders"), ("0_cat/a.png", "has 0 repeats")]
 )
 def test_pictures_that_kohya_would_leave_out_are_named(tmp_path: Path, name: str, what: str) -> None:
     write(tmp_path, {"2_cat/a.png": None, name: None, "loose.txt": "x"})
@@ -92,15 +92,15 @@ def test_masks_named_in_a_column_are_not_pictures_to_train(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("files", "more", "what"),
     [
-        ({"b.png": None, "a-masklabel.png": WHITE}, {"mask": "file"}, "1 pictures have no mask: b.png"),
+        ({"b.png": None, "a-masklabel.png": WHITE}, {"mask": "file"}, "1 picture has no mask: b.png"),
         (
             {"a-masklabel.png": WHITE, "a-masklabel.webp": WHITE},
             {"mask": "file"},
             r"two masks: a.png \(a-masklabel.png and a-masklabel.webp\)",
         ),
         ({}, {"focus": "column"}, "there is no metadata file"),
-        ({"metadata.jsonl": jsonl({**row("a.png"), "mask": "no.png"})}, {"mask": "column"}, "do not exist: no.png"),
-        ({"metadata.jsonl": jsonl({**row("a.png"), "mask": None})}, {"mask": "column"}, "have no mask: a.png"),
+        ({"metadata.jsonl": jsonl({**row("a.png"), "mask": "no.png"})}, {"mask": "column"}, "does not exist: no.png"),
+        ({"metadata.jsonl": jsonl({**row("a.png"), "mask": None})}, {"mask": "column"}, "has no mask: a.png"),
         ({"metadata.jsonl": jsonl(row("a.png"))}, {"mask": "column"}, "has no column 'mask'; columns: file_name, text"),
         ({"metadata.jsonl": jsonl(row("a.png"))}, {"focus": "column"}, "has no column 'focus'"),
         (

@@ -103,7 +103,7 @@ def test_check_lists_them_as_text_and_as_json(
     check.run(made)
     said = capsys.readouterr().out
     assert "tokens" in said
-    assert "1 captions are cut off (0.png: '10 tokens are cut off: , circle" in said
+    assert "1 caption is cut off (0.png: '10 tokens are cut off: , circle" in said
     assert "raise text.max_chunks" in said
 
 

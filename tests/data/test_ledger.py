@@ -47,4 +47,4 @@ def test_rows(config: Callable[..., Any], tmp_path: Path) -> None:
     assert found["enlarged pictures"] == "1: 7.png"
     assert found["left over"].startswith("none: the first epoch has ")
     same = 1 + sum(p.name == "2.png" for p in stock.pictures if p.data is made.data[1])
-    assert found["duplicates"].startswith(f"{same} pictures"), "2.png is drawn alike in both"
+    assert found["duplicates"].startswith(f"{same} picture{'s' * (same > 1)} ha"), "2.png is drawn alike in both"

@@ -334,7 +334,7 @@ def test_what_the_mirror_lacks_is_encoded_here(
     made = far(run(config, tmp_path, "two", **sets), bucket)
     inspect_cache.run(made, verify=False, gc=False, push=True)
     said = capfd.readouterr().err
-    assert "encoded 1 latents and 1 captions" in said
+    assert "encoded 1 latent and 1 caption" in said
     assert "copied 2 files" in said
     assert result(train(made)) == expected
 

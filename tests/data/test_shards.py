@@ -125,11 +125,11 @@ def test_only_the_picture_s_bytes_are_read(memory: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("content", "options", "what"),
     [
-        (tar({"a.jpg": PICTURES[0]}), {}, "1 samples have no caption: s.tar/a"),
+        (tar({"a.jpg": PICTURES[0]}), {}, "1 sample has no caption: s.tar/a"),
         (tar({"a.jpg": PICTURES[0], "a.png": PICTURES[1], "a.txt": b"x"}), {}, "more than one picture: s.tar/a"),
         (tar({"a.jpg": PICTURES[0], "a.txt": b"caf\xe9"}), {}, "not UTF-8, or not JSON: s.tar/a"),
         (tar({"a.jpg": PICTURES[0], "a.json": b"{"}), {}, "not UTF-8, or not JSON: s.tar/a"),
-        (tar({"a.jpg": PICTURES[0], "a.json": b'{"text": 3}'}), {}, "captions are not text: s.tar/a"),
+        (tar({"a.jpg": PICTURES[0], "a.json": b'{"text": 3}'}), {}, "1 caption is not text: s.tar/a"),
         (tar({"a.txt": b"x"}), {}, "hold no pictures"),
         (ONE[:700], {}, "cannot be read"),
         (b"not a tar file at all", {}, "cannot be read"),

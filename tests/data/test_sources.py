@@ -165,7 +165,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     # Warnings reach the terminal although nothing sets logging up; lines below them do not.
     with caplog.at_level(logging.WARNING, "sdxl_trainer"):
         assert len(records(write(tmp_path, files))) == 1
-    assert "1 pictures" in caplog.text
+    assert "1 picture" in caplog.text
     for part in ["hidden 4", ".psd 1", ".md 1", "no extension 1", "masks 1", "caption files not used 1"]:
         assert part in caplog.text
 
@@ -178,7 +178,7 @@ def test_the_first_of_several_processes_says_it(tmp_path: Path, rank: str, lines
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert done.stderr.count("1 pictures, 0 captioned by metadata; skipped: .psd 1") == lines
+    assert done.stderr.count("1 picture, 0 captioned by metadata; skipped: .psd 1") == lines
 
 
 def test_photographs_that_cannot_be_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

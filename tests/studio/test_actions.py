@@ -121,7 +121,7 @@ def test_a_change_is_shown_before_it_is_made_and_can_be_taken_back(client: TestC
 def test_the_verdict_says_what_training_would_refuse(client: TestClient, opened: str) -> None:
     found = client.get("/api/verdict", params={"folder": opened}).json()
     assert (found["pictures"], found["captions"]) == (4, 3)
-    assert "1 pictures have no caption: img3.png" in found["problems"][0]["what"]
+    assert "1 picture has no caption: img3.png" in found["problems"][0]["what"]
     (Path(opened) / "img3.txt").write_text("words", encoding="utf-8")
     (Path(opened) / "img1.png").write_bytes(b"<!DOCTYPE html>")
     found = client.get("/api/verdict", params={"folder": opened}).json()

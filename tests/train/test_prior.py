@@ -103,7 +103,7 @@ def test_check_says_what_is_to_be_drawn_and_nothing_of_what_is_meant(
     class_pictures = CLASS | {"path": str(tmp_path / "class")}
     check.run(config(data=[SUBJECT, class_pictures, KEPT], adapter={"rank": 2}))
     said = capsys.readouterr().out
-    assert "5 class pictures of 'a circle' are to be drawn first" in said
+    assert "5 class pictures of 'a circle' will be drawn first" in said
     assert "the base's prediction as target" in said
     assert "duplicates" not in said
     assert "are the one for all" not in said

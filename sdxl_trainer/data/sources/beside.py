@@ -10,6 +10,7 @@ from sdxl_trainer.config import Data
 from sdxl_trainer.data.sources import extras
 from sdxl_trainer.data.sources.metadata import READERS
 from sdxl_trainer.data.sources.tree import SIDECARS, Tree
+from sdxl_trainer.errors import plural
 
 JSON = SIDECARS[-1]
 # How much of a file is looked at to see whether it holds captions, and how many pictures are looked for in it.
@@ -112,7 +113,9 @@ def overlooked(tree: Tree, without: Iterable[str]) -> list[Overlooked]:
         if start in starts and ending and ending.lower() != JSON:
             endings.setdefault(ending, []).append(other)
     found = [
-        Overlooked("caption_extension", ending, len(there), f"the {len(there)} {ending} files beside pictures")
+        Overlooked(
+            "caption_extension", ending, len(there), f"the {plural(len(there), f'{ending} file')} beside pictures"
+        )
         for ending, there in endings.items()
         if _text_of(tree.root / there[0])
     ]

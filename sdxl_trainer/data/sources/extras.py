@@ -18,7 +18,7 @@ KOHYA = re.compile(r"(\d+)_(.+)")
 # Keys of a picture's JSON file that hold its caption, where there is none under caption_column.
 JSON_CAPTIONS = ("caption", "text")
 PROBLEMS = {
-    "mask_missing": ("masks that metadata rows name do not exist", "correct the column, or restore the files"),
+    "mask_missing": ("masks named by metadata rows do not exist", "correct the column, or restore the files"),
     "mask_twice": ("pictures have two masks", "keep one mask for each"),
     "unmasked": ("pictures have no mask", "draw one for each; white all over trains the whole picture"),
     "pairs": (
@@ -26,7 +26,7 @@ PROBLEMS = {
         "write both as strings, or as lists of one length",
     ),
     "unfocused": (
-        "focus points are not two shares from 0 to 1",
+        "points of focus are not two shares from 0 to 1",
         "write x and y as shares of width and height from the top left, for example [0.5, 0.25]",
     ),
     "outside_kohya": (

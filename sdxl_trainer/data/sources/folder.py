@@ -16,7 +16,7 @@ from sdxl_trainer.data.problems import Notes, refuse, total
 from sdxl_trainer.data.records import Mask, Record
 from sdxl_trainer.data.sources import beside, extras, metadata
 from sdxl_trainer.data.sources.tree import PICTURES, UNREAD, Tree, natural, read_file
-from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.errors import UserError, plural, shortened
 
 # Sub-folders that may lie beside the one of the wanted split. Any other name there may be a subject's.
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
@@ -275,7 +275,7 @@ def _tell(data: Data, tree: Tree, found: list[Record], place: str, listed: set[s
     counted = ", ".join(f"{kind} {count}" for kind, count in left.items())
     rows = sum(record.name in listed for record in found)
     if counted:  # what is left out is said; the rest is in the report
-        whole = f"{len(found)} pictures, {rows} captioned by metadata"
+        whole = f"{plural(len(found), 'picture')}, {rows} captioned by metadata"
         tree.told.append(f"{place}: {whole}; skipped: {counted}{_to_convert(left)}")
     if not data.kohya_folders and any(extras.kohya(record.name, tree.root.name) for record in found):
         what = "folders named like 10_words are plain folders here; kohya_folders = true reads repeats"

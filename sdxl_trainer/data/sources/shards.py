@@ -22,7 +22,7 @@ from sdxl_trainer.data.records import Lasting, Mask, Record
 from sdxl_trainer.data.sources import extras
 from sdxl_trainer.data.sources.addresses import File
 from sdxl_trainer.data.sources.tree import CAPTIONS, PICTURES
-from sdxl_trainer.errors import UserError
+from sdxl_trainer.errors import UserError, plural
 
 log = logging.getLogger("sdxl_trainer")
 TEXTS = (*CAPTIONS, ".json")
@@ -113,7 +113,7 @@ def _refuse_open_end(tar: tarfile.TarFile, stream: Any, shard: str, place: str) 
     stream.seek(tar.offset)
     block = stream.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
-        what = f"the shard {shard} is cut short or damaged after {len(tar.getmembers())} files"
+        what = f"the shard {shard} is cut short or damaged after {plural(len(tar.getmembers()), 'file')}"
         raise UserError(what, place, "download or pack it once more")
 
 

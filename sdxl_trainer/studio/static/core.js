@@ -130,6 +130,7 @@ export const table = (label, headings, rows) =>
   );
 
 export const number = (value) => (value === null || value === undefined ? "–" : said(value));
+export const plural = (count, one, many = `${one}s`) => `${number(count)} ${count === 1 ? one : many}`;
 export const lasting = (seconds) => {
   const whole = Math.round(seconds);
   const [hours, minutes] = [Math.floor(whole / 3600), Math.floor((whole % 3600) / 60)];

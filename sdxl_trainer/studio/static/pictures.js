@@ -1,5 +1,5 @@
 // Pictures: choose a folder, read what the check says of it, edit captions and crops. Files on disk stay the truth.
-import { button, choice, get, h, labelled, number, post, problem, put, say, section, studio, table, trying, url } from "./core.js";
+import { button, choice, get, h, labelled, number, plural, post, problem, put, say, section, studio, table, trying, url } from "./core.js";
 
 const done = []; // what Ctrl-Z takes back, the latest last
 const CHANGES = { prefix: "put words first", suffix: "put words last", replace: "replace", remove: "remove a tag" };
@@ -63,7 +63,7 @@ const dropping = (go) => {
       bar.value = (index + 1) / found.length;
     }
     if (folder) await open(folder, go);
-    if (left.length) say(`${left.length} files of the archive were left out: ${left.slice(0, 5).join(", ")}`, true);
+    if (left.length) say(`${plural(left.length, "file of the archive was", "files of the archive were")} left out: ${left.slice(0, 5).join(", ")}`, true);
   });
   file.addEventListener("change", () => send([...file.files]));
   const area = h("div", { class: "drop" }, labelled("Or drop pictures, captions or a .zip here, or choose them", file), labelled("into a new folder named", name), bar);
@@ -98,9 +98,9 @@ const judged = (found) => {
   return h(
     "div",
     { class: "verdict" },
-    h("p", {}, h("span", { class: `chip ${bad || missing ? "open" : "good"}` }, words), ` ${number(found.pictures)} pictures, ${number(found.captions)} captions`),
+    h("p", {}, h("span", { class: `chip ${bad || missing ? "open" : "good"}` }, words), ` ${plural(found.pictures, "picture")}, ${plural(found.captions, "caption")}`),
     found.problems.map(problem),
-    found.small.length ? h("p", {}, `${found.small.length} pictures are much smaller than what they are trained at, ${found.for}: ${found.small.slice(0, 5).join(", ")}`) : null,
+    found.small.length ? h("p", {}, `${plural(found.small.length, "picture is", "pictures are")} much smaller than trained, at ${found.for}: ${found.small.slice(0, 5).join(", ")}`) : null,
     found.cut.length ? h("p", {}, "Cut off most: ", found.cut.slice(0, 6).map((cut) => button(`${cut.name} (${Math.round(100 * cut.lost)} %)`, () => crop(cut.name), { class: "link" }))) : null,
     found.same.length ? h("p", {}, `${found.same[0].pictures} pictures have the same caption: “${found.same[0].caption}”`) : null,
     found.sizes.length ? h("details", {}, h("summary", {}, found.sizes.length === 1 ? "One size at which they are trained" : `${found.sizes.length} sizes at which they are trained`), table("Sizes", ["size", "pictures", ""], found.sizes.map((size) => [`${size.width} × ${size.height}`, number(size.pictures), bar(size.pictures)]))) : null,
@@ -128,13 +128,13 @@ const tools = () => {
   const look = async () => {
     const found = await post("change", sent(false));
     const first = Object.keys(found.new).slice(0, 8);
-    preview.replaceChildren(h("p", {}, `${found.changed} captions would change.`), first.length ? table("Preview", ["picture", "now", "then"], first.map((name) => [name, found.old[name], found.new[name]])) : "");
+    preview.replaceChildren(h("p", {}, `${plural(found.changed, "caption")} would change.`), first.length ? table("Preview", ["picture", "now", "then"], first.map((name) => [name, found.old[name], found.new[name]])) : "");
   };
   const apply = async () => {
     const found = await post("change", sent(true));
     if (found.changed) done.push({ captions: found.old, before: found.new });
     preview.replaceChildren();
-    say(`${found.changed} captions changed; Ctrl-Z takes it back`);
+    say(`${plural(found.changed, "caption")} changed; Ctrl-Z takes it back`);
     await load(true);
     view.look();
   };
