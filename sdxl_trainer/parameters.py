@@ -98,6 +98,11 @@ def settle(groups: Sequence[Group], progress: float) -> None:
                 parameter.grad = None
 
 
+def rates(groups: Sequence[Group], factor: float, progress: float) -> dict[str, float]:
+    """The learning rate of each rule at that share of the run; 0 for what stays as it is from there on."""
+    return {group.rule: group.learning_rate * factor if progress < group.until else 0.0 for group in groups}
+
+
 def _rate(rule: Learn, train: Train) -> float:
     return train.learning_rate if rule.learning_rate is None else rule.learning_rate
 

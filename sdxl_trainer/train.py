@@ -35,15 +35,15 @@ from sdxl_trainer.threads import keep_freed_memory
 BETWEEN_LOOKS = 0.5  # seconds in which a paused run asks whether it may go on
 
 
-def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tuple[Tensor, Tensor, float]:
+def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tuple[Tensor, Tensor]:
     """One optimizer step on this process's micro-batches of a step with `images` images over all processes.
 
-    Gives this process's part of the mean loss, the gradient norm, and the learning rate. Fused optimizers make it
-    wait for nothing on the device; for the others the host looks whether the step is finite, and some wait more.
+    Gives this process's part of the mean loss, and the gradient norm. Fused optimizers make it wait for nothing on the
+    device; for the others the host looks whether the step is finite, and some wait more.
     """
     limit, passes = run.config.train.max_grad_norm or None, partial(_passes, run, state, batches, images)
     learning = [p for g in run.groups for p in g.parameters]
-    rate = optim.set_learning_rates(run.optimizer, optim.factor(run.config.schedule, state.step, run.steps))
+    optim.set_learning_rates(run.optimizer, optim.factor(run.config.schedule, state.step, run.steps))
     if run.config.train.fused_backward:
         scaler = run.accelerator.scaler
         share = 1.0 / scaler.get_scale() if scaler else None
@@ -63,7 +63,7 @@ def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tup
     if state.ema is not None:
         state.ema.update()
     state.step += 1
-    return total, norm, rate
+    return total, norm
 
 
 def _passes(run: Run, state: State, batches: list[Batch], images: int) -> Tensor:
@@ -172,12 +172,12 @@ def _loop(job: Job, stop: Stop) -> None:
     job.watch.lap()
     for epoch, images, micro_batches in batches:
         job.pulse.beat(state.step)
-        loss, norm, rate = train_step(run, state, micro_batches, images)
+        loss, norm = train_step(run, state, micro_batches, images)
         # A sample that fills up a process's share has no weight, and no name.
         weights = [weight for batch in micro_batches for weight in batch.weight.tolist()]
         whole = [name for batch in micro_batches for name in batch.names]
         names = [name if weight else "" for name, weight in zip(whole, weights, strict=True)]
-        row = {"step": state.step, "epoch": epoch, "learning_rate": rate, "images": images}
+        row = {"step": state.step, "epoch": epoch, **_rates(run, state.step - 1), "images": images}
         row |= (measured := held_out.measured(job))
         state.unread.append(Unread(row, loss, norm, names, torch.cat(state.each)))
         done = state.step == run.steps or held_out.enough(job)
@@ -199,6 +199,14 @@ def _loop(job: Job, stop: Stop) -> None:
             finish.write_report(job)
         if "pause" in asked and _held(job, stop):
             return
+
+
+def _rates(run: Run, before: int) -> dict[str, Any]:
+    """The learning rate of the step after `before` steps: the first rule's, and where rules differ that of each."""
+    factor = optim.factor(run.config.schedule, before, run.steps)
+    rates = parameters.rates(run.groups, factor, before / run.steps)
+    several = {"learning_rates": rates} if len(set(rates.values())) > 1 else {}
+    return {"learning_rate": next(iter(rates.values())), **several}
 
 
 def _readers(job: Job) -> int:
@@ -284,14 +292,16 @@ def _read(job: Job) -> None:
             job.trackers.scalars(_tracked(row), row["step"])
     last = rows[-1]
     rate = f"{last['samples_per_second']:.3g} images/s"
-    job.console.progress(
-        last["step"], job.run.steps, "steps", f"loss {losses[-1]:.4f}  lr {last['learning_rate']:.3g}  {rate}"
-    )
+    rates = last.get("learning_rates", {"": last["learning_rate"]}).values()
+    span = " to ".join(f"{value:.3g}" for value in dict.fromkeys([min(rates), max(rates)]))
+    job.console.progress(last["step"], job.run.steps, "steps", f"loss {losses[-1]:.4f}  lr {span}  {rate}")
 
 
 def _tracked(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the metrics as trackers are given it."""
-    told = {k: v for k, v in row.items() if k not in {"step", "images", "pictures"} and v is not None}
+    left_out = {"step", "images", "pictures", "learning_rates"}
+    told = {k: v for k, v in row.items() if k not in left_out and v is not None}
+    told |= {f"learning_rate/{rule}": rate for rule, rate in row.get("learning_rates", {}).items()}
     return told | {f"loss_for_{Path(name).name}": found for name, found in row.get("pictures", [])}
 
 

@@ -8,11 +8,10 @@ import torch
 from sdxl_trainer.config import LearningRate
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group's rate to its base rate times `factor`; gives the first group's."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to its base rate times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    return optimizer.param_groups[0]["lr"]
 
 
 def factor(options: LearningRate, step: int, steps: int) -> float:

@@ -3,9 +3,10 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from sdxl_trainer.errors import plural
 from sdxl_trainer.report.words import count, number, short
 
 LIMIT = 1000  # points of a line: more cannot be told apart on a screen
@@ -145,6 +146,8 @@ def figure(chart: Chart, metrics: Sequence[dict[str, Any]]) -> str:
     points = series(metrics, chart.key)
     if not points:
         return ""
+    if chart.key == "learning_rate" and any("learning_rates" in row for row in metrics):
+        chart = replace(chart, title="Learning rate of the first rule")
     steps = [step for step, _ in points]
     values = [value for _, value in points]
     x = axis(steps[0], steps[-1], 5, whole=True)
@@ -159,10 +162,10 @@ def figure(chart: Chart, metrics: Sequence[dict[str, Any]]) -> str:
         readout = [f"smoothed {short(line[-1][1])} at step {count(steps[-1])}"]
     if above:
         peak = max(points, key=lambda point: point[1])
-        beyond = "1 value lies" if above == 1 else f"{above:,} values lie"
+        beyond = plural(above, "value lies", "values lie")
         readout.append(f"{beyond} above the frame, the highest {short(peak[1])} at step {count(peak[0])}")
     spoken = (
-        f"{chart.title} over {len(points):,} steps: first {short(values[0])}, last {short(values[-1])}, "
+        f"{chart.title} over {plural(len(points), 'step')}: first {short(values[0])}, last {short(values[-1])}, "
         f"lowest {short(min(values))}, highest {short(max(values))}."
     )
     return (
@@ -178,7 +181,7 @@ def _legend(chart: Chart, amount: int) -> str:
         return ""
     return (
         '<span class="legend"><span class="key raw"></span>each step <span class="key line"></span>smoothed over '
-        f"about {window(amount):,} steps</span>"
+        f"about {plural(window(amount), 'step')}</span>"
     )
 
 

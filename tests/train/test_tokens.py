@@ -101,14 +101,23 @@ def test_sample_and_diffusers_draw_what_the_live_model_draws(
 
 
 def test_pivotal_tuning_leaves_the_words_when_their_share_is_over(
-    config: Callable[..., Any], named: dict[str, Any]
+    config: Callable[..., Any], named: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rules = [{"match": r".*token_embedding\.new\..*", "until": 0.5, "learning_rate": 0.1}, {"match": ".*"}]
+    rules = [
+        {"match": r".*token_embedding\.new\..*", "until": 0.5, "learning_rate": 0.1},
+        {"match": ".*", "learning_rate": 0.05},
+    ]
     output = train(config(**named, adapter={"rank": 2}, learn=rules, train=TRAIN))
     middle, end = (load_file(output / f"checkpoint-{step}" / "added.safetensors") for step in (2, 4))
     words = {name for name in end if "token_embedding.new" in name}
     assert len(words) == 4
     assert all(torch.equal(middle[name], end[name]) == (name in words) for name in end)
+    rows = read_metrics(output / "metrics.jsonl")
+    rates = [{rules[0]["match"]: rate, ".*": 0.05} for rate in (0.1, 0.0)]
+    assert [row["learning_rates"] for row in rows] == [rates[0], rates[0], rates[1], rates[1]]
+    assert [row["learning_rate"] for row in rows] == [0.1, 0.1, 0.0, 0.0]
+    assert "lr 0 to 0.05  " in capsys.readouterr().err
+    assert "Learning rate of the first rule" in (output / "report.html").read_text()
     with pytest.raises(UserError, match=r"nothing learns after 0\.5 of the run"):
         train(config(**named, learn=[{"match": ".*", "until": 0.5}], output_dir=f"{output}-2"))
 
