@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import cast
 
-from sdxl_trainer import files, publish
+from sdxl_trainer import files, publish, tokens
 from sdxl_trainer.config import Config
 from sdxl_trainer.convert import adapters, preview, sources
 from sdxl_trainer.convert.request import Request
@@ -26,6 +26,11 @@ def write(job: Job) -> list[Path]:
     picture = _last_picture(job.output)
     for kind in dict.fromkeys(config.export.formats):
         path = job.output / f"{name}.safetensors"
+        if kind == "embeddings":
+            path = job.output / f"{name}_emb.safetensors"
+            files.write_bytes(path, (job.output / tokens.FILE).read_bytes())
+            written.append(path)
+            continue
         told = described(job)
         if picture and told:
             told["modelspec.thumbnail"] = preview.thumbnail(picture)

@@ -322,6 +322,9 @@ def _export(config: Config, where: str) -> None:
     if "single" in formats and (config.adapter or config.token):
         what = "export.formats has 'single', a whole model, and an adapter or new words are trained"
         raise UserError(what, where, 'write formats = ["kohya"]; sdxl convert BASE DST --lora ADAPTER merges it')
+    if "embeddings" in formats and not config.token:
+        what = "export.formats has 'embeddings', the layout of new words, and there are none"
+        raise UserError(what, where, "remove it, or add a [[token]]")
     if name is not None and (not name.strip() or Path(name).name != name or name == "pytorch_lora_weights"):
         what = f"export.name = '{name}' cannot be the name of a file here"
         raise UserError(what, where, "give a name without folders, such as my-style")
@@ -350,6 +353,10 @@ def _beside(config: Config, where: str) -> None:
         what = "model.init = 'random' with an adapter or new words: nobody else has this base"
         raise UserError(what, where, "remove model.init")
     names = [word.name for word in config.token]
+    called = [name.lower() for word in config.token for name in (word.name, word.placeholder) if name]
+    if len(set(called)) < len(called):
+        what = f"two new words or their placeholders are called alike: {', '.join(called)}"
+        raise UserError(what, where, "give each a name and a placeholder of its own")
     for index, name in enumerate(names):
         others = names[:index] + names[index + 1 :]
         if any(other.lower().startswith(name.lower()) for other in others):

@@ -71,13 +71,18 @@ def in_text(word: str) -> str:
     return rf"(?i:(?<!\w){re.escape(word)}(?!\w))" if _bare(word) else f"(?i:{re.escape(word)})"
 
 
+def names(word: Token) -> tuple[str, ...]:
+    """How captions and prompts call a word."""
+    return (word.name,) if word.placeholder is None else (word.placeholder, word.name)
+
+
 def expand(words: Sequence[Token], caption: str) -> str:
     """A caption with every new word written as its tokens."""
     if not words:
         return caption
-    longest = sorted(words, key=lambda word: -len(word.name))
-    written = [" ".join(pieces(word.name, word.vectors)) for word in longest]
-    either = "|".join(f"({in_text(word.name)})" for word in longest)
+    longest = sorted(((name, word) for word in words for name in names(word)), key=lambda pair: -len(pair[0]))
+    written = [" ".join(pieces(word.name, word.vectors)) for _, word in longest]
+    either = "|".join(f"({in_text(name)})" for name, _ in longest)
     return re.sub(either, lambda found: written[(found.lastindex or 0) - 1], caption)
 
 
@@ -144,14 +149,16 @@ def extend(tokenizer: Any, words: Sequence[tuple[str, int]], where: str) -> int:
 def refuse_unread(words: Sequence[Token], captions: Iterable[str]) -> None:
     """Refuse a word that no caption holds: it would learn nothing."""
     unread = dict(enumerate(words))
+    patterns = [re.compile("|".join(map(in_text, names(word)))) for word in words]
     for caption in captions:
-        unread = {index: word for index, word in unread.items() if not re.search(in_text(word.name), caption)}
+        unread = {index: word for index, word in unread.items() if not patterns[index].search(caption)}
         if not unread:
             return
     for index, word in unread.items():
-        fix = f"write {word.name} into the captions, for example caption = 'a photo of {word.name}' under [[data]]"
-        apart = " as a word of its own" if _bare(word.name) else ""
-        raise UserError(f"no caption holds the new word '{word.name}'{apart}", f"token.{index}.name", fix)
+        name = names(word)[0]
+        fix = f"write {name} into the captions, for example caption = 'a photo of {name}' under [[data]]"
+        apart = " as a word of its own" if _bare(name) else ""
+        raise UserError(f"no caption holds the new word '{name}'{apart}", f"token.{index}.name", fix)
 
 
 def inject(sdxl: SDXL, words: Sequence[Token], base: Base, seed: int) -> None:

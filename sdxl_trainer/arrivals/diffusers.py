@@ -6,14 +6,20 @@ from sdxl_trainer.arrivals.account import Account, Entry, plain
 from sdxl_trainer.arrivals.reading import Command
 from sdxl_trainer.compat import (
     train_dreambooth_lora_sdxl,
+    train_dreambooth_lora_sdxl_advanced,
     train_text_to_image_lora_sdxl,
     train_text_to_image_sdxl,
 )
 from sdxl_trainer.compat.command import translate
 from sdxl_trainer.errors import UserError
 
-_MODULES = (train_text_to_image_sdxl, train_text_to_image_lora_sdxl, train_dreambooth_lora_sdxl)
-SCRIPTS = {f"{module.SCRIPT.name}.py": module.SCRIPT for module in _MODULES}
+_SCRIPTS = (
+    train_text_to_image_sdxl.SCRIPT,
+    train_text_to_image_lora_sdxl.SCRIPT,
+    train_dreambooth_lora_sdxl.SCRIPT,
+    train_dreambooth_lora_sdxl_advanced.SCRIPT,
+)
+SCRIPTS = {f"{script.name}.py": script for script in _SCRIPTS}
 _TOGETHER = {
     "train_batch_size": "train.batch_size and train.micro_batch",
     "gradient_accumulation_steps": "train.batch_size, beside train.micro_batch",

@@ -6,10 +6,11 @@ from typing import Any
 
 from sdxl_trainer.config import Config
 
-FULL, LORA, DREAMBOOTH = ALL = (
+FULL, LORA, DREAMBOOTH, ADVANCED = ALL = (
     "train_text_to_image_sdxl",
     "train_text_to_image_lora_sdxl",
     "train_dreambooth_lora_sdxl",
+    "train_dreambooth_lora_sdxl_advanced",
 )
 
 
@@ -53,6 +54,14 @@ def _has_class(case: Case) -> bool:
     return bool(case.flags["with_prior_preservation"])
 
 
+def _learns_words(case: Case) -> bool:
+    return bool(case.flags["train_text_encoder_ti"])
+
+
+def _shares(case: Case) -> bool:
+    return any(rule.until < 1 for rule in case.config.learn)
+
+
 def _switches(case: Case) -> bool:
     """Whether a flag that takes yes or no is given as no."""
     return any(case.flags[name] is False for name in case.given if name.startswith("prodigy_"))
@@ -88,13 +97,13 @@ DIFFERENCES: tuple[Difference, ...] = (
         "D5",
         _sixteen_bits,
         "noise is added in fp32; the script rounds it to 16 bits, which leaves none at the first timesteps",
-        (LORA, DREAMBOOTH),
+        (LORA, DREAMBOOTH, ADVANCED),
     ),
     Difference(
         "D6",
         lambda case: case.config.train.precision == "bf16",
         "the LoRA is kept and trained in fp32; the script keeps it in bf16",
-        (LORA, DREAMBOOTH),
+        (LORA, DREAMBOOTH, ADVANCED),
     ),
     Difference(
         "D7",
@@ -106,7 +115,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         "D8",
         _drawn_anew,
         "random crops, flips, captions and left-out captions change from epoch to epoch; the script draws them once",
-        (FULL, DREAMBOOTH),
+        (FULL, DREAMBOOTH, ADVANCED),
     ),
     Difference(
         "D9",
@@ -141,7 +150,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         "D16",
         lambda case: case.config.objective.snr_gamma is not None,
         "for a base of v the weight is min(SNR, gamma) / (SNR + 1); the script takes min(SNR, gamma) / SNR + 1",
-        (DREAMBOOTH,),
+        (DREAMBOOTH, ADVANCED),
     ),
     Difference(
         "D18",
@@ -166,13 +175,13 @@ DIFFERENCES: tuple[Difference, ...] = (
         "D27",
         _switches,
         "a flag of prodigy given as false is off; the script takes any word for true",
-        (DREAMBOOTH,),
+        (DREAMBOOTH, ADVANCED),
     ),
     Difference(
         "D28",
-        lambda case: bool(case.flags["output_kohya_format"]),
+        lambda case: bool(case.flags.get("output_kohya_format", case.script == ADVANCED)),
         "the second file has the true alpha, and DoRA's magnitudes where readers look for them; the script's has not",
-        (DREAMBOOTH,),
+        (DREAMBOOTH, ADVANCED),
     ),
     Difference(
         "D32",
@@ -189,6 +198,42 @@ DIFFERENCES: tuple[Difference, ...] = (
         "D38",
         lambda case: case.config.hub.push,
         "the model card names the base model's licence, and checkpoints stay here; the script uploads them",
+    ),
+    Difference(
+        "D40",
+        lambda case: not _learns_words(case),
+        "prompts are read with their begin and end, as a pipeline reads them; the script leaves both tokens out",
+        (ADVANCED,),
+    ),
+    Difference(
+        "D41",
+        lambda case: case.config.text.clip_skip != 2 and not (_learns_words(case) or case.flags["train_text_encoder"]),
+        "--clip_skip holds; in the script it is lost where the text encoders do not learn",
+        (ADVANCED,),
+    ),
+    Difference(
+        "D42",
+        _shares,
+        "the text encoders' share of the run is one of steps; the script rounds it down to whole epochs, one to none",
+        (ADVANCED,),
+    ),
+    Difference(
+        "D43",
+        lambda case: bool(case.flags["cache_latents"]),
+        "each latent keeps its own caption and size; the script's cache gives it those of other pictures",
+        (ADVANCED,),
+    ),
+    Difference(
+        "D44",
+        lambda case: _has_class(case) and case.config.objective.snr_gamma is not None,
+        "--snr_gamma weights class pictures too; the script leaves them as they are",
+        (ADVANCED,),
+    ),
+    Difference(
+        "D45",
+        _learns_words,
+        "new words move by the optimizer alone; the script also scales them after each step, even those that rest",
+        (ADVANCED,),
     ),
 )
 

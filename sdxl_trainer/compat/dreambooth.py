@@ -46,7 +46,7 @@ def subject(command: Command) -> None:
         command.put("data.0.caption_only", True)
     for flag in ("caption_column", "image_column", "dataset_config_name") if name is None else ():
         command.tree["data"][0].pop(flag if flag != "dataset_config_name" else "name", None)
-        _say_idle(command, flag, "--instance_data_dir is a folder of pictures")
+        say_idle(command, flag, "--instance_data_dir is a folder of pictures")
 
 
 def prior(command: Command) -> None:
@@ -55,7 +55,7 @@ def prior(command: Command) -> None:
     flags = command.flags
     if not flags["with_prior_preservation"]:
         for flag in _OF_CLASS:
-            _say_idle(command, flag, "--with_prior_preservation is not given")
+            say_idle(command, flag, "--with_prior_preservation is not given")
         return
     for flag, fix in (("class_data_dir", "a folder for them"), ("class_prompt", "their caption: a photo of a dog")):
         if not flags[flag]:
@@ -66,7 +66,7 @@ def prior(command: Command) -> None:
     same = {name: first[name] for name in ("resolution", "crop", "interpolation", "mask") if name in first}
     second = {**same, "path": flags["class_data_dir"], "caption": flags["class_prompt"], "caption_only": True}
     second |= {"regularisation": True, "weight": 2.0 * flags["prior_loss_weight"]}
-    there = _count(flags["class_data_dir"])
+    there = count(flags["class_data_dir"])
     if there > wanted > 0:
         second["max_samples"] = wanted
         command.notes.append(f"--num_class_images={wanted} of the {there} pictures in --class_data_dir are used")
@@ -82,14 +82,14 @@ def prior(command: Command) -> None:
 
 def _lengthen(command: Command, wanted: int) -> None:
     """An epoch of the script goes through the larger of the two sets."""
-    shown = _count(command.tree["data"][0]["path"])
+    shown = count(command.tree["data"][0]["path"])
     if shown == 0:
         command.notes.append("an epoch is a pass over the subject's pictures, however many class pictures there are")
     elif wanted > shown * command.flags["repeats"]:
         command.put("data.0.repeats", wanted / shown)
 
 
-def _count(folder: str) -> int:
+def count(folder: str) -> int:
     from sdxl_trainer.config import Data
     from sdxl_trainer.data import sources
 
@@ -99,13 +99,14 @@ def _count(folder: str) -> int:
 def rates(command: Command) -> None:
     """The text encoders' own learning rate and weight decay."""
     flags = command.flags
-    if not flags["train_text_encoder"]:
+    if not (flags["train_text_encoder"] or flags.get("train_text_encoder_ti")):
         for flag in ("text_encoder_lr", "adam_weight_decay_text_encoder"):
-            _say_idle(command, flag, "--train_text_encoder is not given")
+            say_idle(command, flag, "--train_text_encoder is not given")
         return
-    rule = {"match": r"text_encoder.*", "weight_decay": flags["adam_weight_decay_text_encoder"]}
+    decay = flags["adam_weight_decay_text_encoder"]
+    rule = {"match": r"text_encoder.*", "weight_decay": flags["adam_weight_decay"] if decay is None else decay}
     if _optimizer(command) == "prodigy":
-        _say_idle(command, "text_encoder_lr", "prodigy finds one rate for all")
+        say_idle(command, "text_encoder_lr", "prodigy finds one rate for all")
     elif flags["text_encoder_lr"]:
         rule["learning_rate"] = flags["text_encoder_lr"]
     # The UNet's first: the learning rate that is shown and recorded is the first rule's.
@@ -117,9 +118,9 @@ def optimizer(command: Command) -> None:
     flags = command.flags
     if _optimizer(command) == "adamw":
         for flag in _OF_PRODIGY:
-            _say_idle(command, flag, "--optimizer is not prodigy")
+            say_idle(command, flag, "--optimizer is not prodigy")
         return
-    _say_idle(command, "use_8bit_adam", "--optimizer is prodigy")
+    say_idle(command, "use_8bit_adam", "--optimizer is prodigy")
     command.put("optimizer.name", "prodigy")
     chosen = {flag.removeprefix("prodigy_"): flags[flag] for flag in _OF_PRODIGY}
     command.put("optimizer.arguments", {name: value for name, value in chosen.items() if value is not None})
@@ -149,6 +150,6 @@ def kohya(command: Command) -> None:
         command.put("export.name", "pytorch_lora_weights_kohya")
 
 
-def _say_idle(command: Command, flag: str, why: str) -> None:
+def say_idle(command: Command, flag: str, why: str) -> None:
     if flag in command.given:
         command.notes.append(f"--{flag} has no effect: {why}")

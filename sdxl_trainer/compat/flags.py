@@ -10,17 +10,12 @@ from sdxl_trainer.errors import UserError, closest
 
 WHERE = "command line"
 
-# Flags of the advanced DreamBooth script, which is not one of ours, and what does the same here.
-_PIVOTAL = "begin with examples/pivotal.toml, which learns new words beside a LoRA"
-_BLORA = "begin with examples/blora.toml, which learns the two blocks of B-LoRA"
-ADVANCED = {
-    **dict.fromkeys(("--token_abstraction", "--num_new_tokens_per_abstraction"), _PIVOTAL),
-    **dict.fromkeys(("--train_text_encoder_ti", "--train_text_encoder_ti_frac"), _PIVOTAL),
-    **dict.fromkeys(("--use_blora", "--lora_unet_blocks"), _BLORA),
-    "--train_text_encoder_frac": "set until of a [[learn]] rule in a config file",
-    "--clip_skip": "set text.clip_skip in a config file",
-    "--cache_latents": "leave it out: latents are always cached",
-}
+# Flags that only the advanced DreamBooth script has, for those who give them to another.
+ADVANCED = (
+    *("--train_text_encoder_ti", "--token_abstraction", "--num_new_tokens_per_abstraction", "--clip_skip"),
+    *("--train_text_encoder_ti_frac", "--train_text_encoder_frac", "--use_blora", "--lora_unet_blocks"),
+    "--cache_latents",
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,8 @@ def read(argv: Sequence[str], flags: Sequence[Flag], description: str) -> tuple[
         name = rest[0].partition("=")[0]  # without the value, which may be a secret
         what = f"unknown flag {name}" if name.startswith("-") else f"'{name}' belongs to no flag"
         near = closest(name, names) if name.startswith("--") else "--help lists every flag"
-        raise UserError(what, WHERE, ADVANCED.get(name, near))
+        near = "scripts/train_dreambooth_lora_sdxl_advanced.py has it" if name in ADVANCED else near
+        raise UserError(what, WHERE, near)
     given = vars(found)
     for flag in flags:
         if flag.required and flag.key not in given:

@@ -94,6 +94,8 @@ _SHARED: tuple[Flag, ...] = (
     Flag("--hub_model_id", str, None, "repository of the upload; not given: the name of output_dir", "hub.id"),
 )
 
+NOISE_OFFSET = Flag("--noise_offset", float, 0, "constant added to the noise of each channel", "objective.noise_offset")
+
 # In the two that train on pictures with captions.
 _CAPTIONED: tuple[Flag, ...] = (
     Flag("--train_data_dir", str, None, "folder of pictures; with --dataset_name: a folder inside that dataset"),
@@ -106,7 +108,7 @@ _CAPTIONED: tuple[Flag, ...] = (
         "objective.prediction",
     ),
     Flag("--enable_npu_flash_attention", bool, False, "attention by the flash kernel of Ascend NPUs"),
-    Flag("--noise_offset", float, 0, "constant added to the noise of each channel", "objective.noise_offset"),
+    NOISE_OFFSET,
 )
 
 # In the full fine-tuning alone.
@@ -164,7 +166,6 @@ _DREAMBOOTH: tuple[Flag, ...] = (
         choices=("no", "fp32", "fp16", "bf16"),
     ),
     Flag("--do_edm_style_training", bool, False, "weight the error of the picture by its noise level, as EDM does"),
-    Flag("--output_kohya_format", bool, False, "write the LoRA for ComfyUI, A1111 and Forge too"),
     Flag("--text_encoder_lr", float, 5e-6, "learning rate of the text encoders' LoRA"),
     Flag("--lr_num_cycles", int, 1, "restarts of cosine_with_restarts", "schedule.cycles"),
     Flag("--lr_power", float, 1.0, "exponent of polynomial", "schedule.power"),
@@ -179,6 +180,24 @@ _DREAMBOOTH: tuple[Flag, ...] = (
 )
 
 
+_KOHYA: tuple[Flag, ...] = (
+    Flag("--output_kohya_format", bool, False, "write the LoRA for ComfyUI, A1111 and Forge too"),
+)
+
+_ADVANCED: tuple[Flag, ...] = (
+    Flag("--train_text_encoder_ti", bool, False, "teach both text encoders new words beside the LoRA"),
+    Flag("--token_abstraction", str, "TOK", "what prompts and captions call the new words, with commas between"),
+    Flag("--num_new_tokens_per_abstraction", int, 2, "embeddings of each new word"),
+    Flag("--train_text_encoder_ti_frac", float, 0.5, "share of the run in which the new words learn"),
+    Flag("--train_text_encoder_frac", float, 1.0, "share of the run in which the text encoders' LoRA learns"),
+    Flag("--clip_skip", int, None, "layers of the text encoders left out before the last but one"),
+    Flag("--use_blora", bool, False, "B-LoRA: the two blocks of the UNet that hold content and style"),
+    Flag("--lora_unet_blocks", str, None, "blocks of the UNet that learn, such as unet.up_blocks.0.attentions.1"),
+    Flag("--cache_latents", bool, False, "nothing: latents are always cached"),
+    NOISE_OFFSET,
+)
+
+
 def _table(*groups: tuple[Flag, ...], defaults: Mapping[str, Any]) -> tuple[Flag, ...]:
     """The flags of a script, with the defaults in which it differs."""
     flags = [flag for group in groups for flag in group]
@@ -187,16 +206,15 @@ def _table(*groups: tuple[Flag, ...], defaults: Mapping[str, Any]) -> tuple[Flag
 
 TEXT_TO_IMAGE = _table(_SHARED, _CAPTIONED, _FULL, defaults={})
 TEXT_TO_IMAGE_LORA = _table(_SHARED, _CAPTIONED, _LORA, _DEBUG, defaults={"--output_dir": "sd-model-finetuned-lora"})
-DREAMBOOTH_LORA = _table(
-    _SHARED,
-    _DREAMBOOTH,
-    _LORA,
-    defaults={
-        "--output_dir": "lora-dreambooth-model",
-        "--caption_column": None,
-        "--validation_epochs": 50,
-        "--train_batch_size": 4,
-        "--num_train_epochs": 1,
-        "--adam_weight_decay": 1e-4,
-    },
+_OF_SUBJECTS: dict[str, Any] = {
+    "--output_dir": "lora-dreambooth-model",
+    "--caption_column": None,
+    "--validation_epochs": 50,
+    "--train_batch_size": 4,
+    "--num_train_epochs": 1,
+    "--adam_weight_decay": 1e-4,
+}
+DREAMBOOTH_LORA = _table(_SHARED, _DREAMBOOTH, _KOHYA, _LORA, defaults=_OF_SUBJECTS)
+DREAMBOOTH_LORA_ADVANCED = _table(
+    _SHARED, _DREAMBOOTH, _LORA, _ADVANCED, defaults=_OF_SUBJECTS | {"--adam_weight_decay_text_encoder": None}
 )

@@ -38,6 +38,7 @@ class Token(Section):
     name: str = Field(
         description="new word, as it stands in the captions, in any case: for example <x>", pattern=r"^[^\s.]+$"
     )
+    placeholder: Text = option(None, "what captions and prompts say in its place, such as TOK; default: its name")
     vectors: Positive = option(1, "how many embeddings the word is; each takes a place of the 75 in a prompt")
     init: Text = option(None, "words (or an earlier new word) whose embeddings it begins with; default: random")
     start: PathText | None = option(None, "file of embeddings, or folder of a run, to begin with")

@@ -45,8 +45,10 @@ class Log(Section):
 
 
 class Export(Section):
-    formats: tuple[Literal["kohya", "single"], ...] = option(
-        (), "more files at the end: kohya (an adapter for ComfyUI, A1111, Forge), single (a whole model in one file)"
+    formats: tuple[Literal["kohya", "embeddings", "single"], ...] = option(
+        (),
+        "more files at the end: kohya (an adapter for ComfyUI, A1111, Forge), embeddings (all new words as NAME_emb),"
+        " single (a whole model in one file)",
     )
     name: Text = option(None, "name of the files, without .safetensors; default: the name of output_dir")
     dtype: Literal["fp32", "fp16", "bf16"] | None = option(None, "type of the numbers in them; default: as trained")

@@ -46,6 +46,7 @@ def value(config: Config, path: str) -> Any:
         (tables.TEXT_TO_IMAGE, "reference_flags", 59),
         (tables.TEXT_TO_IMAGE_LORA, "reference_flags_lora", 55),
         (tables.DREAMBOOTH_LORA, "reference_flags_dreambooth", 72),
+        (tables.DREAMBOOTH_LORA_ADVANCED, "reference_flags_advanced", 81),
     ],
 )
 def test_flags_are_those_of_the_reference(flags: tuple[Flag, ...], fixture: str, count: int) -> None:
@@ -348,6 +349,7 @@ def test_parse_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train_text_to_image_sdxl", tables.TEXT_TO_IMAGE),
         ("train_text_to_image_lora_sdxl", tables.TEXT_TO_IMAGE_LORA),
         ("train_dreambooth_lora_sdxl", tables.DREAMBOOTH_LORA),
+        ("train_dreambooth_lora_sdxl_advanced", tables.DREAMBOOTH_LORA_ADVANCED),
     ],
 )
 def test_help_is_quick_and_complete(name: str, flags: tuple[Flag, ...]) -> None:

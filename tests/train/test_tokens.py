@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdxl_trainer import base as bases
-from sdxl_trainer import sample, text, tokens
+from sdxl_trainer import configfile, sample, text, tokens
 from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Model, TextOptions, Token
 from sdxl_trainer.errors import UserError
@@ -56,6 +56,20 @@ def test_a_run_leaves_exactly_these_files(config: Callable[..., Any], named: dic
     assert all(torch.equal(both[key], torch.cat([x[key], y[key]])) for key in both)
     kept = {"added.safetensors", "added_ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
     assert {p.name for p in (output / "checkpoint-2").iterdir()} == {*kept, "learned_embeds.safetensors", "embeddings"}
+
+
+def test_captions_may_call_a_word_otherwise() -> None:
+    """In any case, as a word of its own, and not by the beginning of another one's placeholder."""
+    words = [Token(name="<s0>", vectors=2, placeholder="TOK"), Token(name="<s2>", placeholder="TOK2")]
+    assert tokens.expand(words, "a tok, TOK2, <s0>, TOK3, stock") == "a <s0> <s0>_1, <s2>, <s0> <s0>_1, TOK3, stock"
+    tokens.refuse_unread(words, ["TOK of tok2"])
+    with pytest.raises(UserError, match="no caption holds the new word 'TOK2' as a word of its own"):
+        tokens.refuse_unread(words, ["TOK", "<s2"])
+    for second in ("<Y>", "x"):
+        words = [{"name": "<x>", "placeholder": "X"}, {"name": "<y>", "placeholder": second}]
+        tree = {"model": {"path": "b"}, "data": [{"path": "p"}], "train": {"steps": 1}, "token": words}
+        with pytest.raises(UserError, match="called alike"):
+            configfile.validated({"output_dir": "o", **tree}, "x.toml")
 
 
 def test_resume_is_bitwise(config: Callable[..., Any], named: dict[str, Any], tmp_path: Path) -> None:
