@@ -1,6 +1,7 @@
 """The noise of training samples, each a pure function of (seed, epoch, sample). Made on the CPU in fp32, so that every
 device and every number of processes trains on the same numbers."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -39,13 +40,14 @@ def draw(keys: Sequence[Key], latents: Callable[[int], Tensor], shape: tuple[int
 
 def _pyramid(noise: Tensor, key: Key, latents: Callable[[], Tensor], options: Objective) -> Tensor:
     """Coarser and coarser noise on top, each level weaker by the discount, all scaled back to unit variance (Whitaker
-    2023, "multi-resolution noise")."""
+    2023, "multi-resolution noise"; sizes as in sd-scripts). The first level is of full size and strength: a second one
+    like `noise`, in the sum with which nothing but its deviation is another."""
     seed, epoch, sample = key
     generator = keyed.generator(seed, "pyramid", epoch, sample)
     channels, height, width = noise.shape
-    total, scale = noise.clone(), 1.0
-    for level in range(1, options.pyramid_levels + 1):
-        scale *= generator.uniform(2.0, 4.0)
+    total = math.sqrt(2.0) * noise
+    for level in range(1, options.pyramid_levels):
+        scale = generator.uniform(2.0, 4.0) ** level
         coarse = (max(1, int(height / scale)), max(1, int(width / scale)))
         numbers = torch.from_numpy(generator.standard_normal((1, channels, *coarse), dtype=np.float32))
         larger = torch.nn.functional.interpolate(numbers, (height, width), mode="bilinear", align_corners=False)[0]

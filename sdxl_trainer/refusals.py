@@ -56,6 +56,7 @@ _INERT: list[tuple[str, Callable[[Config], bool], str]] = [
     ("objective.delta_schedule", lambda c: c.objective.loss == "l2", "objective.loss is 'l2'"),
     ("objective.noise_offset_random", lambda c: not c.objective.noise_offset, "objective.noise_offset is 0"),
     ("objective.noise_offset_adaptive", lambda c: not c.objective.noise_offset, "objective.noise_offset is 0"),
+    ("objective.pyramid_levels", lambda c: c.objective.pyramid_levels == 1, "one level is the plain noise"),
     ("objective.pyramid_discount", lambda c: not c.objective.pyramid_levels, "objective.pyramid_levels is 0"),
     (
         "objective.input_perturbation_random",

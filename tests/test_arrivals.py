@@ -153,8 +153,7 @@ def test_the_window_of_kohya(here: Path) -> None:
     assert config.data[0].kohya_folders
     # Its warm-up is percent of a number of steps that only the data decide; noise offset is not of type Multires.
     assert "lr_warmup_steps = 0.1" in lines_of("dropped", lines)
-    # The first of its six levels is of full size.
-    assert (config.objective.noise_offset, config.objective.pyramid_levels) == (0.0, 5)
+    assert (config.objective.noise_offset, config.objective.pyramid_levels) == (0.0, 6)
     assert config.optimizer.name == "prodigy"
     assert config.train.learning_rate == 1.0
     # Prodigy's own defaults are not ours, so they are written down.

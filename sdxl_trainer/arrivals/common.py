@@ -190,11 +190,10 @@ def left_out_captions(account: Account) -> None:
 
 
 def pyramid(account: Account) -> None:
-    """Multi-resolution noise. The first level of sd-scripts is of full size: more of the noise that is there anyway."""
+    """Multi-resolution noise."""
     name, levels = "multires_noise_iterations", int(account.number("multires_noise_iterations", 0) or 0)
     if levels > 1:
-        why = "the first one there is of full size; without it the coarser ones weigh 1.4 times as much"
-        account.changed(name, "objective.pyramid_levels", levels - 1, why)
+        account.kept(name, "objective.pyramid_levels", levels)
     elif levels:
         account.dropped(name, "one level is of full size, and changes nothing")
 

@@ -28,7 +28,9 @@ class Objective(Section):
     noise_offset_adaptive: float = option(
         0.0, "noise_offset grows by this times the size of the channel's mean in the picture", ge=0
     )
-    pyramid_levels: int = option(0, "levels of coarser noise that are added (multi-resolution noise); 6 is usual", ge=0)
+    pyramid_levels: int = option(
+        0, "levels of coarser and coarser noise, the first of full size (multi-resolution noise); 6 is usual", ge=0
+    )
     pyramid_discount: float = option(0.3, "strength of each level, relative to the one before", gt=0, lt=1)
     input_perturbation: float = option(
         0.0, "noise added to the input and not to the target (Ning et al. 2023); 0.1 is usual", ge=0
