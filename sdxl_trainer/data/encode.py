@@ -210,7 +210,8 @@ def fill_latents(
                 progress(done, count, "pictures")
         for target, batch in waiting.items():
             _encode_pictures(encoder, writer, keys, batch, at_once(options.batch_size, target), device)
-        progress(count, count, "pictures")
+        if done < count:
+            progress(count, count, "pictures")
     finally:
         writer.flush()
     raise_all(problems)

@@ -20,13 +20,14 @@ def stock(config: Callable[..., Any], pictures: Path, tmp_path: Path) -> Callabl
     copy = tmp_path / "copy"
     shutil.copytree(pictures, copy)
 
-    def take(fill: bool = False, **options: Any) -> Stock:
+    def take(fill: bool = False, progress: Any = lambda *_: None, **options: Any) -> Stock:
         data = [{"path": str(copy), **entry} for entry in options.pop("data", [{}])]
-        made = config(**options, data=data, cache={"path": str(tmp_path / "cache")})
+        cache = {"path": str(tmp_path / "cache"), **options.pop("cache", {})}
+        made = config(**options, data=data, cache=cache)
         found = bases.resolve(made.model, tmp_path)
         taken = prepare.take_stock(made, found, "fp32")
         if fill:
-            prepare.fill(made, found, taken, torch.device("cpu"), lambda *_: None, print)
+            prepare.fill(made, found, taken, torch.device("cpu"), progress, print)
         return taken
 
     return take
@@ -223,6 +224,16 @@ def test_all_pictures_that_cannot_be_decoded_are_named_together(stock: Callable[
     assert "0.png" in caught.value.where
     assert "3.png" in caught.value.where
     assert len(stock().missing_latents()) == 2, "the good ones are kept"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_progress_reaches_the_end_once(stock: Callable[..., Stock], size: int) -> None:
+    told: list[tuple[int, int, str]] = []
+    stock(fill=True, progress=lambda *said: told.append(said), cache={"batch_size": size})
+    for what, count in (("captions", 7), ("pictures", 6)):
+        steps = [done for done, total, name in told if name == what and total == count]
+        assert steps[-1] == count
+        assert steps == sorted(set(steps))
 
 
 def test_latents_are_scaled_as_the_vae_says() -> None:
