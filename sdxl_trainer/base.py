@@ -197,7 +197,8 @@ def _from_hub(name: str, revision: str | None, where: str, unread: Sequence[str]
         raise UserError(what, where, "check the spelling; a private repository needs: hf auth login") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         what = f"'{name}' is neither a local folder nor can it be fetched from the hub ({type(error).__name__})"
-        raise UserError(what, where, "check the path or the network, or download the model first") from None
+        fix = "check the path or the network, unset HF_HUB_OFFLINE if it is set, or download the model first"
+        raise UserError(what, where, fix) from None
 
 
 def _check_part(base: Base, part: str) -> None:

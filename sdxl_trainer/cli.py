@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdxl_trainer import __version__
 from sdxl_trainer.errors import Interrupted, UserError
 from sdxl_trainer.sampling.request import SETTINGS
 
 if TYPE_CHECKING:
     from sdxl_trainer.config import Config
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fine-tune Stable Diffusion XL."
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG.toml|PICTURES/", help="the run's config file, or a folder of pictures")
 ]
@@ -64,6 +63,21 @@ def guarded(command: Callable[[], object]) -> int:
         print("interrupted; the same command continues", file=sys.stderr)
         return 128 + stop.number
     return status if isinstance(status, int) else 0
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sdxl-trainer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune Stable Diffusion XL."""
 
 
 @app.command()

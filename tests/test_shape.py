@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,13 @@ def test_nothing_heavy_is_imported_for_help() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     loaded = set(json.loads(out.strip().splitlines()[-1]))
     assert not loaded & {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "datasets", "pydantic"}
+
+
+def test_the_command_says_its_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sdxl", "--version"])
+    assert cli.guarded(cli.command) == 0
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert capsys.readouterr().out == f"{project['name']} {project['version']}\n"
 
 
 def test_the_training_step_fits_on_a_screen() -> None:
