@@ -36,14 +36,29 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def validated(tree: dict[str, Any], where: str) -> Config:
     """A checked config from plain data; `where` names its origin in messages."""
-    tree = presets.under(tree, where)
-    try:
-        # Through JSON, since strict types there allow a list where the config holds a tuple.
-        config = Config.model_validate_json(json.dumps(tree, default=str))
-    except ValidationError as error:
-        raise _user_error(error, where) from None
+    whole = presets.under(tree, where)
+    config = _parsed(whole, where)
+    # A preset is written for no file in particular: what of it does nothing beside the file's own is left out.
+    idle = [option for option, _ in refusals.inert(config) if not refusals.is_default(config, option)]
+    unasked = [option for option in idle if not _given(tree, option)]
+    for option in unasked:
+        put(whole, option, None)
+    config = _parsed(whole, where) if unasked else config
     refusals.refuse(config, where)
     return config
+
+
+def _parsed(tree: dict[str, Any], where: str) -> Config:
+    try:
+        # Through JSON, since strict types there allow a list where the config holds a tuple.
+        return Config.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        raise _user_error(error, where) from None
+
+
+def _given(tree: dict[str, Any], option: str) -> bool:
+    section, name = option.split(".")
+    return name in tree.get(section, {})
 
 
 def dumps(config: Config) -> str:

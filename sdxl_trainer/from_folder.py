@@ -20,8 +20,10 @@ from sdxl_trainer.data.sources import beside
 from sdxl_trainer.data.sources.extras import KOHYA
 from sdxl_trainer.data.sources.tree import PICTURES, scan
 from sdxl_trainer.errors import UserError, plural
-from sdxl_trainer.formats.folder import MICRO
+from sdxl_trainer.formats import single_file
+from sdxl_trainer.formats.folder import MICRO, read_config
 from sdxl_trainer.presets import Preset
+from sdxl_trainer.schedule import is_edm
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 RUNS = Path("runs")
@@ -112,6 +114,9 @@ def begun(folder: Path, wish: Wish, name: str) -> tuple[dict[str, Any], dict[str
         notes["data.0.trigger"] = "put first where a caption does not hold it"
         notes["data.0.caption"] = "of pictures that have none"
     _captions(folder, data, notes)
+    if wish.model == "micro":
+        notes["model.path"] = "draws flat shapes: its pictures show how a run goes, not what SDXL makes of yours"
+    _fit_to_schedule(model, sections.get("objective", {}), notes)
     small = _fit_to_model(model, data, notes)
     records = _records(folder, data, wish)
     count = len(records)
@@ -182,6 +187,21 @@ def _captions(folder: Path, data: dict[str, Any], notes: dict[str, str]) -> None
     if len(found) == 1:
         data[found[0].option] = found[0].value
         notes[f"data.0.{found[0].option}"] = "captions are there"
+
+
+def _fit_to_schedule(model: str, objective: dict[str, Any], notes: dict[str, str]) -> None:
+    """No Min-SNR on a base on disk whose noise levels it does not go with."""
+    path = Path(model).expanduser()
+    try:
+        single = path.suffix == ".safetensors"
+        schedule = {} if single else read_config("scheduler", path)
+        zero = single_file.about(path).zero_terminal_snr if single else schedule.get("rescale_betas_zero_snr")
+    except (UserError, OSError):
+        return
+    if "snr_gamma" in objective and (zero or is_edm(schedule)):
+        objective["weighting"] = "prediction" if zero else "sample"
+        why = "it would leave out the pure noise that the model begins with" if zero else "the model has EDM's levels"
+        notes["objective.weighting"] = f"the preset's snr_gamma = {objective.pop('snr_gamma'):g} is left out: {why}"
 
 
 def _records(folder: Path, data: dict[str, Any], wish: Wish) -> Sequence[Record]:

@@ -129,7 +129,9 @@ class Objective:
         if not self.schedule.zero_terminal_snr or float(self.weight(last)) > 0:
             return None
         what = f"weighted by {self.weighting} the last timestep, where drawing begins, counts for nothing"
-        return f"zero terminal SNR: {what}, and those before it for next to nothing"
+        return (
+            f'zero terminal SNR: {what}, and those before it for next to nothing; weighting = "prediction" counts all'
+        )
 
     def loss(
         self,

@@ -6,12 +6,14 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from sdxl_trainer import configfile, files, from_folder, presets
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats import single_file
 from sdxl_trainer.from_folder import Wish
 from tests.bad_inputs.place import run_here
 
@@ -45,6 +47,27 @@ def test_what_the_file_says_goes_before_the_preset() -> None:
     assert (made.adapter.rank, made.adapter.alpha) == (4, 32.0)
     assert [data.flip for data in made.data] == [False, True]
     assert presets.differences(made) == [("data.0.flip", False, True), ("adapter.rank", 4, 32)]
+
+
+@pytest.mark.parametrize(
+    ("preset", "sections", "left_out"),
+    [
+        ("lora-character@1", {"objective": {"weighting": "prediction"}}, {"objective.snr_gamma"}),
+        ("lora-character@1", {"adapter": {"kind": "oft"}}, {"adapter.rank", "adapter.alpha"}),
+        ("full-large@1", {"optimizer": {"name": "adafactor"}}, {"optimizer.betas"}),
+    ],
+)
+def test_what_of_a_preset_has_no_effect_beside_the_file_is_left_out(
+    preset: str, sections: dict[str, dict[str, Any]], left_out: set[str]
+) -> None:
+    made = config(preset, **sections)
+    assert left_out <= {option for option, *_ in presets.differences(made)}
+    assert configfile.validated(tomllib.loads(configfile.dumps(made)), "again") == made
+    option = min(left_out)
+    section, name = option.split(".")
+    value = presets.read(preset).values[section][name]
+    with pytest.raises(UserError, match=f"{option} = .* has no effect"):
+        config(preset, **{section: {**sections[section], name: value}})
 
 
 def test_the_resolved_config_of_a_preset_is_the_same_config() -> None:
@@ -131,6 +154,26 @@ def test_the_package_s_own_small_model_saves_no_memory(photos: Path) -> None:
     assert made.data[0].resolution == 128
     assert made.train.gradient_checkpointing is False
     assert from_folder.load(photos, Wish(trigger="sks dog", model="micro"), []) == made
+
+
+def test_min_snr_is_left_out_where_the_model_s_noise_does_not_go_with_it(
+    photos: Path, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert from_folder.load(photos, Wish(trigger="sks dog", model=str(base), name="usual"), []).objective.snr_gamma == 5
+    for name, schedule in {
+        "zero": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        "edm": {"_class_name": "EDMEulerScheduler"},
+    }.items():
+        other = shutil.copytree(base, tmp_path / name)
+        path = other / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | schedule))
+        made = from_folder.load(photos, Wish(trigger="sks dog", model=str(other), name=name), [])
+        assert made.objective.snr_gamma is None
+        assert made.objective.weighting == ("prediction" if name == "zero" else "sample")
+        assert "the preset's snr_gamma = 5 is left out" in capfd.readouterr().err
+    one = single_file.pack(tmp_path / "zero", tmp_path / "zero.safetensors")
+    made = from_folder.load(photos, Wish(trigger="sks dog", model=str(one), name="one"), [])
+    assert (made.objective.snr_gamma, made.objective.weighting) == (None, "prediction")
 
 
 def test_dreambooth_keeps_the_class_that_the_trigger_names(photos: Path, base: Path) -> None:

@@ -82,7 +82,8 @@ class Memo:
 def open_memo(folder: Path) -> Memo:
     path = folder / "files.json"
     try:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        with files.explained(folder):
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
         known = {}
     return Memo(path, known if isinstance(known, dict) else {})

@@ -110,6 +110,7 @@ ROWS = [
         make=lambda p: ((p / "loop").symlink_to("loop"), p.set("output_dir", "loop/run")),
     ),
     Bad("output_dir's name too long", "name too long", "shorter", options={"output_dir": "x" * 300}),
+    Bad("cache.path's name too long", "name too long", "shorter", options={"cache.path": "x" * 300}),
     Bad(
         "output on a read-only disk",
         "read-only file system",
