@@ -86,7 +86,7 @@ def test_shows_the_numbers_of_the_run(page: Page, run: Path) -> None:
         "5,678,901 parameters learned, 1,234,567 stayed as they were (82.14 % learned).",
         "unet\\..* 321 5,678,901 1e-4",
         "training 4 min 50 s 78.0 %",
-        "everything else 6.65 s 1.8 %",
+        "training steps and all else 6.65 s 1.8 %",
         "sdxl train 'shapes config.toml' train.steps=400",
         "memory gb 15.6",
         "torch 2.8.0+cpu",

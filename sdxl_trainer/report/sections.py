@@ -176,7 +176,7 @@ def timings(run: Run) -> str:
     total = max(number(run.manifest.get("seconds")) or 0.0, sum(seconds for _, seconds in phases))
     rest = total - sum(seconds for _, seconds in phases)
     if rest > 0.005 * total:
-        phases.append(("everything else", rest))
+        phases.append(("training steps and all else", rest))
     rows = []
     for name, seconds in phases:
         share = 100 * seconds / total if total else 0.0
