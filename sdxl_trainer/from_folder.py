@@ -89,9 +89,11 @@ def _continued(path: Path, folder: Path, wish: Wish, name: str, overrides: Seque
             raise UserError(what, str(path), fix)
     _say(f"using {path} as it is")
     for option in sorted(found.keys() | wanted.keys()):
-        if found.get(option) != wanted.get(option):
-            _say(f"  {option} = {json.dumps(found.get(option))}; the preset and the folder would give "
-                 f"{json.dumps(wanted.get(option))}")  # fmt: skip
+        here, there = found.get(option), wanted.get(option)
+        if here != there:
+            said = f"{option} is not given" if here is None else f"{option} = {json.dumps(here)}"
+            would = "leave it out" if there is None else f"give {json.dumps(there)}"
+            _say(f"  {said}; the preset and the folder would {would}")
     return configfile.load(path, overrides)
 
 
@@ -200,8 +202,8 @@ def _fit_to_schedule(model: str, objective: dict[str, Any], notes: dict[str, str
         return
     if "snr_gamma" in objective and (zero or is_edm(schedule)):
         objective["weighting"] = "prediction" if zero else "sample"
-        why = "it would leave out the pure noise that the model begins with" if zero else "the model has EDM's levels"
-        notes["objective.weighting"] = f"the preset's snr_gamma = {objective.pop('snr_gamma'):g} is left out: {why}"
+        why = "passes over the pure noise that this model begins with" if zero else "is not defined for EDM's noise"
+        notes["objective.weighting"] = f"not the preset's snr_gamma = {objective.pop('snr_gamma'):g}, which {why}"
 
 
 def _records(folder: Path, data: dict[str, Any], wish: Wish) -> Sequence[Record]:

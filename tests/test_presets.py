@@ -132,7 +132,8 @@ def test_an_edited_file_is_used_as_it_is_and_what_differs_is_told(
     wish = Wish(trigger="sks dog", model=str(base))
     from_folder.load(photos, wish, [])
     path = Path("runs/photos.toml")
-    edited = path.read_text().replace("rank = 32", "rank = 8")
+    edited = path.read_text().replace("rank = 32", "rank = 8").replace("at_start = true\n", "")
+    edited = edited.replace("[train]\n", "[train]\nworkers = 1\n")
     path.write_text(edited)
     capfd.readouterr()
     made = from_folder.load(photos, wish, ["train.batch_size=2"])
@@ -141,6 +142,8 @@ def test_an_edited_file_is_used_as_it_is_and_what_differs_is_told(
     assert capfd.readouterr().err.splitlines() == [
         "using runs/photos.toml as it is",
         "  adapter.rank = 8; the preset and the folder would give 32",
+        "  train.workers = 1; the preset and the folder would leave it out",
+        "  validation.at_start is not given; the preset and the folder would give true",
     ]
     assert path.read_text() == edited
     with pytest.raises(UserError, match="says preset = 'lora-character@1'; the command says 'lora-style@1'"):
@@ -170,7 +173,7 @@ def test_min_snr_is_left_out_where_the_model_s_noise_does_not_go_with_it(
         made = from_folder.load(photos, Wish(trigger="sks dog", model=str(other), name=name), [])
         assert made.objective.snr_gamma is None
         assert made.objective.weighting == ("prediction" if name == "zero" else "sample")
-        assert "the preset's snr_gamma = 5 is left out" in capfd.readouterr().err
+        assert "not the preset's snr_gamma = 5" in capfd.readouterr().err
     one = single_file.pack(tmp_path / "zero", tmp_path / "zero.safetensors")
     made = from_folder.load(photos, Wish(trigger="sks dog", model=str(one), name="one"), [])
     assert (made.objective.snr_gamma, made.objective.weighting) == (None, "prediction")
