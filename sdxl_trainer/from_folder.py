@@ -89,11 +89,11 @@ def _continued(path: Path, folder: Path, wish: Wish, name: str, overrides: Seque
             raise UserError(what, str(path), fix)
     _say(f"using {path} as it is")
     for option in sorted(found.keys() | wanted.keys()):
-        here, there = found.get(option), wanted.get(option)
-        if here != there:
-            said = f"{option} is not given" if here is None else f"{option} = {json.dumps(here)}"
-            would = "leave it out" if there is None else f"give {json.dumps(there)}"
-            _say(f"  {said}; the preset and the folder would {would}")
+        own, new = found.get(option), wanted.get(option)
+        if own != new:
+            is_so = f"{option} is not given" if own is None else f"{option} = {json.dumps(own)}"
+            would = "leave it out" if new is None else f"give {json.dumps(new)}"
+            _say(f"  {is_so}; the preset and the folder would {would}")
     return configfile.load(path, overrides)
 
 
