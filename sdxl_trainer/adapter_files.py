@@ -14,12 +14,12 @@ from torch import Tensor
 
 from sdxl_trainer import files
 from sdxl_trainer.adapters import NAME
+from sdxl_trainer.formats import ADAPTER_FILE
 from sdxl_trainer.formats import folder as pipelines
+from sdxl_trainer.formats.lora import ADAPTER_METADATA
 from sdxl_trainer.model import SDXL
 
-FILE = "pytorch_lora_weights.safetensors"
 FOLDER = "_adapter"  # after the part's name
-_METADATA = "lora_adapter_metadata"  # what diffusers reads ranks and alphas from
 _PEFT = "base_model.model."
 
 
@@ -36,8 +36,8 @@ def save(output: Path, sdxl: SDXL, values: Mapping[str, Tensor], facts: Mapping[
             for name, tensor in pipelines.published_names(part, own).items()
         }
         said = {f"{part}.{key}": value for part, config in configs.items() for key, value in told(config).items()}
-        more = {_METADATA: json.dumps(said, sort_keys=True)}
-        path = output / FILE.replace(".safetensors", f"{suffix}.safetensors")
+        more = {ADAPTER_METADATA: json.dumps(said, sort_keys=True)}
+        path = output / ADAPTER_FILE.replace(".safetensors", f"{suffix}.safetensors")
         pipelines.write_tensors(path, named, {**facts, **more})
         return
     for part, config in configs.items():

@@ -9,10 +9,10 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdxl_trainer.adapter_files import FILE, FOLDER
+from sdxl_trainer.adapter_files import FOLDER
 from sdxl_trainer.adapters import quiet
 from sdxl_trainer.errors import UserError, sentence, shortened
-from sdxl_trainer.formats import header
+from sdxl_trainer.formats import ADAPTER_FILE, header
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 AGAIN = "download or train the file again"
@@ -59,9 +59,9 @@ def located(text: str, where: str) -> tuple[Path, float]:
         raise UserError(f"'{number}' in '{text}' is not a weight", where, "write FILE:0.8")
     if any((path / f"{part}{FOLDER}").is_dir() for part in PARTS):
         return path, weight
-    found = path / FILE if path.is_dir() else path
+    found = path / ADAPTER_FILE if path.is_dir() else path
     if not found.is_file():
-        what = f"there is no {FILE} in '{path}'" if path.is_dir() else f"there is no file '{path}'"
+        what = f"there is no {ADAPTER_FILE} in '{path}'" if path.is_dir() else f"there is no file '{path}'"
         raise UserError(what, where, "give an adapter's .safetensors file or the folder of a run that made one")
     return found, weight
 
@@ -80,15 +80,15 @@ def load_folder(pipeline: Any, folder: Path, weight: float) -> None:
                 config = PeftConfig.from_pretrained(str(own))
                 inject_adapter_in_model(config, module, "adapter")
                 result: Any = set_peft_model_state_dict(module, tensors, "adapter")
-                missing = result.unexpected_keys
+                unexpected = result.unexpected_keys
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             said = str(error).strip().splitlines()[0]
             raise UserError(
                 f"the adapter cannot be loaded: {said}", str(own), "use the base it was made for"
             ) from error
-        if missing:
-            what = sentence(len(missing), "tensors are for layers that this model has not")
-            what += f": {shortened(missing, 2)}"
+        if unexpected:
+            what = sentence(len(unexpected), "tensors are for layers that this model has not")
+            what += f": {shortened(unexpected, 2)}"
             raise UserError(what, str(own), "use the base it was made for")
         if weight != 1.0:
             _scale(module, weight, own)

@@ -14,8 +14,8 @@ from sdxl_trainer.config import Model
 from sdxl_trainer.data.cache import key
 from sdxl_trainer.data.memo import Memo
 from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.formats import ADAPTER_FILE, header
 from sdxl_trainer.formats import folder as layout
-from sdxl_trainer.formats import header
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 PIPELINE = "StableDiffusionXLPipeline"
@@ -103,7 +103,7 @@ def resolve(options: Model, cache: Path, memo: Memo | None = None) -> Base:
     if not (folder / "model_index.json").is_file():
         listed = shortened(sorted(p.name for p in folder.iterdir())) or "nothing"
         fix = "give a folder written by save_pretrained, a hub id, or a .safetensors file"
-        if (folder / "pytorch_lora_weights.safetensors").is_file():
+        if (folder / ADAPTER_FILE).is_file():
             fix = "this is an adapter: give the base it was made for, and this as adapter.start, or to draw as --lora"
         raise UserError(f"there is no diffusers model here (no model_index.json; found: {listed})", str(folder), fix)
     vae = _vae_folder(options) if options.vae else folder / "vae"

@@ -9,6 +9,7 @@ from typing import Any
 from sdxl_trainer import configfile, files, hub, lock
 from sdxl_trainer.config import Adapter, Config, Data, Hub, Model
 from sdxl_trainer.errors import UserError, plural
+from sdxl_trainer.formats import WORD_FILES
 
 TAGS = ("text-to-image", "diffusers", "diffusers-training", "stable-diffusion-xl", "stable-diffusion-xl-diffusers")
 OPENRAIL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"
@@ -208,7 +209,7 @@ def _words(name: str, config: Config) -> str:
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
-rows, first = load_file(hf_hub_download({json.dumps(name)}, "learned_embeds.safetensors")), 0
+rows, first = load_file(hf_hub_download({json.dumps(name)}, "{WORD_FILES[0]}")), 0
 for word, count in {json.dumps(words)}:
     for key, i in (("clip_l", ""), ("clip_g", "_2")):
         encoder, tokenizer = getattr(pipeline, "text_encoder" + i), getattr(pipeline, "tokenizer" + i)

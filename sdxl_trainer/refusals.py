@@ -7,6 +7,7 @@ from typing import Any
 from sdxl_trainer.config import OPTIMIZERS, STEP_APART, Config
 from sdxl_trainer.data import options
 from sdxl_trainer.errors import UserError, shown
+from sdxl_trainer.formats import ADAPTER_FILE
 
 
 def _kind(config: Config) -> str | None:
@@ -326,7 +327,7 @@ def _export(config: Config, where: str) -> None:
     if "embeddings" in formats and not config.token:
         what = "export.formats has 'embeddings', the layout of new words, and there are none"
         raise UserError(what, where, "remove it, or add a [[token]]")
-    if name is not None and (not name.strip() or Path(name).name != name or name == "pytorch_lora_weights"):
+    if name is not None and (not name.strip() or Path(name).name != name or name == Path(ADAPTER_FILE).stem):
         what = f"export.name = '{name}' cannot be the name of a file here"
         raise UserError(what, where, "give a name without folders, such as my-style")
 

@@ -21,17 +21,16 @@ from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import TextOptions, Token
 from sdxl_trainer.data.table import BATCH
 from sdxl_trainer.errors import UserError, plural, shortened
+from sdxl_trainer.formats import WORD_FILES, header
 from sdxl_trainer.formats import folder as pipelines
-from sdxl_trainer.formats import header
+from sdxl_trainer.formats.metadata import WORDS
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.text import Tokens
 
-FILE = "learned_embeds.safetensors"
 FOLDER = "embeddings"  # one file for each word, as ComfyUI and A1111 take them
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 # Prompts whose token ids are kept, where encoders work in the step.
 REMEMBERED = 4096
-WORDS = "words"  # in the header: [word, vectors] in the order of the rows
 _UNSAFE = re.compile(r'[<>:"/\\|?*\s]+')
 
 
@@ -250,7 +249,7 @@ def save(output: Path, sdxl: SDXL, values: Mapping[str, Tensor], facts: Mapping[
             own.setdefault(word, {})[KEYS[part]] = values[name].float()
     together = {key: torch.cat([rows[key] for rows in own.values()]) for key in KEYS.values()}
     said = {**facts, WORDS: json.dumps([[word, len(rows["clip_l"])] for word, rows in own.items()])}
-    pipelines.write_tensors(output / FILE.replace(".safetensors", f"{suffix}.safetensors"), together, said)
+    pipelines.write_tensors(output / WORD_FILES[0].replace(".safetensors", f"{suffix}.safetensors"), together, said)
     for word, rows in own.items():
         said = {**facts, WORDS: json.dumps([[word, len(rows["clip_l"])]])}
         pipelines.write_tensors(output / f"{FOLDER}{suffix}" / f"{file_name(word)}.safetensors", rows, said)
@@ -265,9 +264,11 @@ def read(path: Path, where: str) -> dict[str, dict[str, Tensor]]:
     """Words and their rows by key, from a file or a run's folder; a file of others holds one, called as the file."""
     from safetensors import safe_open
 
-    path = path / FILE if path.is_dir() else path
+    path = path / WORD_FILES[0] if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"there is no file '{path}'", where, f"give {FILE} or the folder of a run that made one")
+        raise UserError(
+            f"there is no file '{path}'", where, f"give {WORD_FILES[0]} or the folder of a run that made one"
+        )
     keys = set(header.read(path, "download or train the file again"))
     if not set(KEYS.values()) <= keys:
         what = f"this is no embedding for SDXL: it holds {shortened(sorted(keys), 3)}, not clip_l and clip_g"

@@ -12,6 +12,7 @@ from sdxl_trainer.convert import adapters, embeddings, models
 from sdxl_trainer.convert.request import Request
 from sdxl_trainer.convert.sources import Source, identify
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats import ADAPTER_FILE, WORD_FILES
 
 # Kind of source -> how it is converted, and the kinds that it can become.
 Row = tuple[Callable[[Source, Request], list[str]], tuple[str, ...]]
@@ -49,7 +50,7 @@ def _named_kind(target: Path, kinds: tuple[str, ...]) -> str:
         return "single" if single else "folder"
     if "embedding" in kinds:
         return "embedding" if single else "learned"
-    return "kohya" if single and not target.name.startswith("pytorch_lora_weights") else "diffusers"
+    return "kohya" if single and not target.name.startswith(Path(ADAPTER_FILE).stem) else "diffusers"
 
 
 def _refuse_target(request: Request) -> None:
@@ -62,7 +63,7 @@ def _refuse_target(request: Request) -> None:
     if (target.exists() or target.is_symlink()) and not request.overwrite:
         raise UserError("DST exists", str(target), "name another file or folder, or replace it with --overwrite")
     if target.exists() and request.overwrite and target.is_dir() and not (target / "model_index.json").is_file():
-        known = {"pytorch_lora_weights.safetensors", "learned_embeds.safetensors", "learned_embeds_2.safetensors"}
+        known = {ADAPTER_FILE, *WORD_FILES}
         other = sorted({path.name for path in target.iterdir()} - known)
         if other:
             what = f"DST is a folder with other things in it: {other[0]}"

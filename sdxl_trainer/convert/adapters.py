@@ -10,9 +10,9 @@ from torch import Tensor
 from sdxl_trainer.convert import preview, sources
 from sdxl_trainer.convert.models import dated
 from sdxl_trainer.convert.request import Request
-from sdxl_trainer.convert.sources import LORA_FILE, Source
+from sdxl_trainer.convert.sources import Source
 from sdxl_trainer.errors import UserError, plural, shortened
-from sdxl_trainer.formats import lora, lora_math, lora_names, metadata
+from sdxl_trainer.formats import ADAPTER_FILE, lora, lora_math, lora_names, metadata
 from sdxl_trainer.formats.lora import Adapter, Module
 from sdxl_trainer.formats.lora_math import Reduced
 
@@ -104,7 +104,7 @@ def extract(source: Source, request: Request) -> list[str]:
 def write(adapter: Adapter, request: Request, source: Source) -> list[str]:
     """Write the adapter, its metadata and its preview; gives the line that says so."""
     target = request.target
-    path = target / LORA_FILE if target.suffix != ".safetensors" else target
+    path = target / ADAPTER_FILE if target.suffix != ".safetensors" else target
     kept = {name: text for name, text in adapter.metadata.items() if name not in _NOT_KEPT}
     title = kept.get("modelspec.title") or (target if path != target else path).stem
     stem = target.name if path != target else path.stem

@@ -9,13 +9,12 @@ from torch import Tensor
 from sdxl_trainer import files
 from sdxl_trainer.convert.models import dated
 from sdxl_trainer.convert.request import Request
-from sdxl_trainer.convert.sources import AGAIN, LEARNED, Source
+from sdxl_trainer.convert.sources import AGAIN, Source
 from sdxl_trainer.errors import UserError, plural
-from sdxl_trainer.formats import folder, header, metadata
+from sdxl_trainer.formats import WORD_FILES, folder, header, metadata
 
 # Names of the two encoders' vectors in one file: ours and ComfyUI's first, then those of older scripts.
 _PAIRS = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
-WORDS = "words"  # entry of the header: words and how many vectors each has
 _OUTPUTS = ("clip_l_out", "clip_g_out")  # OneTrainer's vectors that are added behind the encoder
 
 
@@ -29,7 +28,7 @@ def convert(source: Source, request: Request) -> list[str]:
     if learned:
 
         def write(target: Path) -> None:
-            for name, vectors in zip(LEARNED, (first, second), strict=True):
+            for name, vectors in zip(WORD_FILES, (first, second), strict=True):
                 folder.write_tensors(target / name, {token: vectors}, dtype=dtype)
 
         files.write_atomically(request.target, write)
@@ -44,8 +43,8 @@ def convert(source: Source, request: Request) -> list[str]:
 
 def read(path: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
     """The vectors [n, 768] and [n, 1280] of the two text encoders, and the metadata of their file."""
-    file = path / LEARNED[0] if path.is_dir() else path
-    paths = [file.with_name(name) for name in LEARNED] if file.name in LEARNED else [file]
+    file = path / WORD_FILES[0] if path.is_dir() else path
+    paths = [file.with_name(name) for name in WORD_FILES] if file.name in WORD_FILES else [file]
     if file.is_file() and set(_PAIRS[0]) <= header.read(file, AGAIN).keys():
         paths = [file]  # as this trainer writes it, with both encoders' vectors
     missing = [p.name for p in paths if not p.is_file()]
@@ -62,12 +61,12 @@ def read(path: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
         if {first, second} <= tensors.keys():
             return _fitting(tensors[first], tensors[second], path), tensors[second], kept
     what = "this is half of an SDXL embedding: vectors for one text encoder"
-    raise UserError(what, str(path), f"keep {LEARNED[0]} and {LEARNED[1]} in one folder, and give the folder")
+    raise UserError(what, str(path), f"keep {WORD_FILES[0]} and {WORD_FILES[1]} in one folder, and give the folder")
 
 
 def _word(kept: dict[str, str], path: Path) -> str | None:
     """The word of an embedding that this trainer wrote; diffusers' files hold one each."""
-    words = json.loads(kept.get(WORDS, "[]"))
+    words = json.loads(kept.get(metadata.WORDS, "[]"))
     if len(words) > 1:
         what = f"the file holds {len(words)} words: {', '.join(str(word) for word, _ in words)}"
         raise UserError(what, str(path), "convert the file of each word, from the folder beside it")
@@ -81,7 +80,7 @@ def _named(path: Path, of: int) -> dict[str, Tensor]:
         return tensors
     if len(tensors) != 1:
         raise UserError(f"the file holds {len(tensors)} tokens", str(path), "convert files of one token each")
-    return {("clip_l", "clip_g")[LEARNED.index(path.name)]: next(iter(tensors.values()))}
+    return {("clip_l", "clip_g")[WORD_FILES.index(path.name)]: next(iter(tensors.values()))}
 
 
 def _fitting(first: Tensor, second: Tensor, path: Path) -> Tensor:

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trainer.errors import UserError, shortened
-from sdxl_trainer.formats import families, folder, header, lora, single_file
+from sdxl_trainer.formats import ADAPTER_FILE, WORD_FILES, families, folder, header, lora, single_file
 from sdxl_trainer.formats.lora import Adapter
 from sdxl_trainer.formats.lora_names import KOHYA, Layout
 
 AGAIN = "copy or download the file again"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-LEARNED = ("learned_embeds.safetensors", "learned_embeds_2.safetensors")
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -31,12 +29,7 @@ def identify(path: Path) -> Source:
         raise UserError("there is no such file or folder", str(path), f"check the path{there}")
     if path.is_dir():
         return _folder(path)
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start.startswith(single_file.PICKLED) and start[8:] != b"{":
-        raise UserError(
-            "a pickle can run code when it is opened, so none is read", str(path), single_file.TO_SAFETENSORS
-        )
+    single_file.refuse_pickle(path)
     kind = families.recognise(header.read(path, AGAIN))
     if not kind.name or kind.name == "unet":
         fix = "give a whole SDXL, an adapter for it, or an embedding for it"
@@ -58,15 +51,15 @@ def _folder(path: Path) -> Source:
             )
             raise UserError(what, str(path), "give a complete folder of SDXL base or a fine-tuned one")
         return Source("folder", path, "SDXL, diffusers folder")
-    if (path / LORA_FILE).is_file():
-        return identify(path / LORA_FILE)
+    if (path / ADAPTER_FILE).is_file():
+        return identify(path / ADAPTER_FILE)
     if _peft_folders(path):
         return Source("peft", path, "SDXL adapter, folder of peft")
-    if (path / LEARNED[0]).is_file():
+    if (path / WORD_FILES[0]).is_file():
         return Source("embedding", path, "SDXL embedding (textual inversion), diffusers' two files")
     listed = shortened(sorted(entry.name for entry in path.iterdir()), 5) or "nothing"
     what = f"this folder holds neither a model nor an adapter nor an embedding (found: {listed})"
-    raise UserError(what, str(path), f"give a folder with {folder.INDEX}, {LORA_FILE} or {PEFT_FILES[0]}, or a file")
+    raise UserError(what, str(path), f"give a folder with {folder.INDEX}, {ADAPTER_FILE} or {PEFT_FILES[0]}, or a file")
 
 
 def adapter(source: Source, layout: Layout | None) -> Adapter:

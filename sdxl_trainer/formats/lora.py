@@ -20,7 +20,7 @@ from sdxl_trainer.errors import UserError, plural, shortened
 from sdxl_trainer.formats import families, folder, header, lora_names
 from sdxl_trainer.formats.lora_names import SDXL, Layout
 
-ADAPTER_METADATA = "lora_adapter_metadata"
+ADAPTER_METADATA = "lora_adapter_metadata"  # what diffusers reads ranks and alphas from
 # Says which UNet the original names are those of, where it is not full-size SDXL's.
 LAYOUT = "sdxl_trainer.unet_layout"
 AGAIN = "copy or download the file again"

@@ -13,6 +13,7 @@ ARCHITECTURE = "stable-diffusion-xl-v1-base"
 REFINER = "stable-diffusion-xl-v1-refiner"
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 HASH = "modelspec.hash_sha256"
+WORDS = "words"  # of an embedding: [word, vectors] in the order of the rows
 SD_HASH, LEGACY_HASH = "sshs_model_hash", "sshs_legacy_hash"
 # Without the first A1111 takes an adapter for one of SD 1 and hides it when an SDXL is loaded.
 SDXL_ADAPTER = {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}

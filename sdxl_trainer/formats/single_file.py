@@ -14,6 +14,7 @@ from torch import Tensor
 from sdxl_trainer import files
 from sdxl_trainer.errors import UserError, shortened
 from sdxl_trainer.formats import folder, modules, sgm, vocabulary
+from sdxl_trainer.formats.header import PICKLED
 from sdxl_trainer.formats.metadata import modelspec
 from sdxl_trainer.schedule import is_edm
 
@@ -32,7 +33,6 @@ PARTS = {
 V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
 # Tensors by which they know models with EDM's noise levels: Playground 2.5, CosXL.
 EDM = ("edm_mean", "edm_vpred.sigma_max")
-PICKLED = (b"PK\x03\x04", b"\x80")  # how files of `torch.save` begin, new and old
 TO_SAFETENSORS = """convert it once, if you trust where it comes from: python -c "import sys, torch; \
 from safetensors.torch import save_file; w = torch.load(sys.argv[1], weights_only=True); w = w.get('state_dict', w); \
 save_file({k: v.clone() for k, v in w.items() if hasattr(v, 'shape')}, sys.argv[2])" OLD.ckpt NEW.safetensors"""
@@ -200,6 +200,15 @@ def _schedule(config: dict[str, Any], header: About) -> dict[str, Any]:
     return config
 
 
+def refuse_pickle(path: Path) -> None:
+    """UserError, with a way to convert it, for what `torch.save` wrote, whatever its name."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    # A safetensors file begins with eight bytes of length and the brace of its header.
+    if start.startswith(PICKLED) and start[8:] != b"{":
+        raise UserError("a pickle can run code when it is opened, so none is read", str(path), TO_SAFETENSORS)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The open safetensors file; anything else is refused with what to do about it."""
@@ -207,11 +216,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
     if not path.is_file():
         raise UserError("there is no such model file", str(path), "check the path; it must be one .safetensors file")
-    with path.open("rb") as file:
-        start = file.read(9)
-    # A safetensors file begins with eight bytes of length and the brace of its header.
-    if start.startswith(PICKLED) and start[8:] != b"{":
-        raise UserError("a pickle can run code when it is opened, so none is read", str(path), TO_SAFETENSORS)
+    refuse_pickle(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file

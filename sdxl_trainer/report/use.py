@@ -5,12 +5,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from sdxl_trainer.formats import ADAPTER_FILE, WORD_FILES
 from sdxl_trainer.report.records import Run
 from sdxl_trainer.report.words import number, part, safe, table
 
 LONGEST_BLOCK = 100_000  # characters of a block such as the config
-LORA = "pytorch_lora_weights.safetensors"
-WORDS = "learned_embeds.safetensors"
 # How to call each pipeline of diffusers: what goes before the options, and lines to have it ready.
 _CALLS = {
     "StableDiffusionXLImg2ImgPipeline": ("image=start, ", ['start = load_image("picture.png")']),
@@ -52,11 +51,11 @@ def _base(run: Run) -> str:
 
 def _lora(run: Run) -> bool:
     """Whether an adapter is of the result, also of a run that has not come so far."""
-    return (run.folder / LORA).is_file() or part(run.config, "adapter") is not None
+    return (run.folder / ADAPTER_FILE).is_file() or part(run.config, "adapter") is not None
 
 
 def _words(run: Run) -> bool:
-    return (run.folder / WORDS).is_file() or bool(part(run.config, "token"))
+    return (run.folder / WORD_FILES[0]).is_file() or bool(part(run.config, "token"))
 
 
 def _sample(run: Run, path: str) -> str:
@@ -110,7 +109,7 @@ def _python(run: Run, path: str, prompt: str) -> str:
 def _loading(run: Run, path: str) -> list[str]:
     """What puts the adapter into a pipeline: diffusers reads LoRA and DoRA, peft the other kinds."""
     adapter = table(run.config, "adapter")
-    if (run.folder / LORA).is_file() or adapter.get("kind", "lora") in {"lora", "dora"}:
+    if (run.folder / ADAPTER_FILE).is_file() or adapter.get("kind", "lora") in {"lora", "dora"}:
         return [f"pipeline.load_lora_weights({path!r})"]
     parts = adapter.get("parts") or ["unet"]
     load = "pipeline.{0} = PeftModel.from_pretrained(pipeline.{0}, {1!r}, subfolder='{0}_adapter')"
@@ -121,7 +120,7 @@ def _reading(run: Run, path: str) -> list[str]:
     """What teaches a pipeline the new words."""
     return [
         "from safetensors.torch import load_file",
-        f"rows, first = load_file({f'{path}/{WORDS}'!r}), 0",
+        f"rows, first = load_file({f'{path}/{WORD_FILES[0]}'!r}), 0",
         f"for word, count in {_tokens(run)!r}:",
         "    for key, i in (('clip_l', ''), ('clip_g', '_2')):",
         "        encoder, tokenizer = getattr(pipeline, 'text_encoder' + i), getattr(pipeline, 'tokenizer' + i)",

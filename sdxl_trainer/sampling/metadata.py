@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_trainer import files
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats import ADAPTER_FILE
 from sdxl_trainer.sampling import samplers
 from sdxl_trainer.sampling.request import Request
 
@@ -55,14 +56,14 @@ def lora_file(text: str) -> tuple[str, float]:
     """FILE or FILE:weight in parts; of a run's folder the file of the adapter in it."""
     name, colon, number = text.rpartition(":")
     path, weight = (name, number) if colon and not Path(text).expanduser().exists() else (text, "1")
-    inside = Path(path).expanduser() / "pytorch_lora_weights.safetensors"
+    inside = Path(path).expanduser() / ADAPTER_FILE
     return (str(inside) if inside.is_file() else path), float(weight)
 
 
 def _name(path: str) -> str:
     """What other programs call a file."""
     found = Path(path).name if Path(path).suffix == ".safetensors" else Path(path).resolve().name
-    if found == "pytorch_lora_weights.safetensors":
+    if found == ADAPTER_FILE:
         found = Path(path).resolve().parent.name
     return found.removesuffix(".safetensors")
 

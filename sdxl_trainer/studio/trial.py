@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats import ADAPTER_FILE, WORD_FILES
 from sdxl_trainer.report.words import part
 from sdxl_trainer.studio import live
 from sdxl_trainer.studio.workspace import Workspace, checked_name
@@ -54,14 +55,14 @@ def model(workspace: Workspace, name: str, at: object, weight: object) -> list[s
         return [workspace.shown(path)]
     strength = f":{weight:g}" if isinstance(weight, int | float) and weight != 1 else ""
     adapter = ["--lora", f"{workspace.shown(path)}{strength}"] if part(config, "adapter") else []
-    words = path / "learned_embeds.safetensors"
+    words = path / WORD_FILES[0]
     return [base, *adapter, *(["--embedding", workspace.shown(words)] if words.is_file() else [])]
 
 
 def export(workspace: Workspace, name: object, kind: object) -> list[str]:
     """`sdxl convert ...` that writes a run's result as one file for ComfyUI, A1111 and Forge."""
     folder = workspace.run(name)
-    adapter = folder / "pytorch_lora_weights.safetensors"
+    adapter = folder / ADAPTER_FILE
     target = workspace.shown(folder / f"{folder.name}.safetensors")
     if kind == "kohya" and adapter.is_file():
         return ["convert", workspace.shown(adapter), target, "--to", "kohya", "--overwrite"]

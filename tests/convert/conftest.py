@@ -8,7 +8,7 @@ import torch
 
 from sdxl_trainer import cli
 from sdxl_trainer.convert import models, sources
-from sdxl_trainer.formats import folder, lora
+from sdxl_trainer.formats import ADAPTER_FILE, folder, lora
 from sdxl_trainer.formats.lora import Adapter, Module
 
 
@@ -57,5 +57,5 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "dora": adapt(base, "dora"),
     }
     for name, adapter in made.items():
-        lora.write(adapter, place / name / sources.LORA_FILE, "diffusers", {})
-    return {name: place / name / sources.LORA_FILE for name in made}
+        lora.write(adapter, place / name / ADAPTER_FILE, "diffusers", {})
+    return {name: place / name / ADAPTER_FILE for name in made}
