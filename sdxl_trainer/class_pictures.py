@@ -26,6 +26,8 @@ from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError, plural, sentence, shortened
 from sdxl_trainer.formats import pretrained
 from sdxl_trainer.log import Console
+from sdxl_trainer.sampling import draw as drawing
+from sdxl_trainer.sampling.request import Request
 
 NAME = re.compile(r"(\d{5,})-([0-9a-f]{8})\.png")
 
@@ -120,10 +122,10 @@ def _draw(config: Config, base: Base, order: Order, precision: str, accelerator:
     pipeline = _pipeline(config.model, base, dtype, device)
     done = 0
     for prompt, numbers in _batches(order, mine):
-        conditions = sample.conditions(embedded[prompt], embedded[""], zeros=base.zeros_for_empty())
+        conditions = drawing.conditions(embedded[prompt], embedded[""], zeros=base.zeros_for_empty())
         requests = [_request(config.seed, order, number) for number in numbers]
         with torch.no_grad():
-            drawn = sample.latents(pipeline, requests, conditions)
+            drawn = drawing.latents(pipeline, requests, conditions)
         for number, latents in zip(numbers, drawn, strict=True):
             _save(order, number, pipeline, latents[None])
         done += len(numbers)
@@ -142,7 +144,7 @@ def _pipeline(options: Model, base: Base, dtype: torch.dtype, device: torch.devi
 
     unet = model.load(options, base, None, dtype, checkpointing=False, text_learns=False).unet
     vae = pretrained.load(AutoencoderKL, base.vae, weights_file(base, "vae"), torch_dtype=torch.float32)
-    return sample.live_pipeline(unet.eval().to(device), vae.to(device), base.config("scheduler"))
+    return drawing.live_pipeline(unet.eval().to(device), vae.to(device), base.config("scheduler"))
 
 
 def _batches(order: Order, numbers: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
@@ -152,10 +154,10 @@ def _batches(order: Order, numbers: Sequence[int]) -> Iterator[tuple[str, list[i
         yield from ((prompt, same[i : i + size]) for i in range(0, len(same), size))
 
 
-def _request(seed: int, order: Order, number: int) -> sample.Request:
+def _request(seed: int, order: Order, number: int) -> Request:
     own = int(keyed.generator(seed, "class", 0, number).integers(1 << 63))
     data, side = order.data, order.side
-    return sample.Request(order.prompt(number), own, None, data.generate_steps, data.generate_guidance, side, side)
+    return Request(order.prompt(number), own, None, data.generate_steps, data.generate_guidance, side, side)
 
 
 def _save(order: Order, number: int, pipeline: Any, latents: Tensor) -> None:
@@ -166,4 +168,4 @@ def _save(order: Order, number: int, pipeline: Any, latents: Tensor) -> None:
     if order.data.generate_prompts:
         # Before its picture, which would be one without a caption while this is missing.
         files.write_text(path.with_suffix(".txt"), order.prompt(number) + "\n")
-    sample.save(sample.decoded(pipeline, latents), path)
+    sample.save(drawing.decoded(pipeline, latents), path)

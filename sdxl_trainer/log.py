@@ -1,4 +1,4 @@
-"""What a run says: lines and progress in the terminal, one JSON object per step, and accelerate's trackers."""
+"""What a run says: lines and progress in the terminal, and one JSON object per step in its folder."""
 
 import json
 import os

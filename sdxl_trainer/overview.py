@@ -69,7 +69,7 @@ def facts(
 
 def _groups(pictures: Pictures, seen: Survey) -> dict[str, list[int]]:
     """Which pictures are shown, and where."""
-    each = sorted({number: None for number in seen.looks})
+    each = sorted(seen.looks)
     cut = [n for n, share in picture_findings.ordered(pictures, cut_off) if share > 0.01][:WORST]
     large = [n for n, scale in picture_findings.ordered(pictures, enlarged) if scale > 1][:WORST]
     return {

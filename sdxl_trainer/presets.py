@@ -36,9 +36,8 @@ class Preset:
     warmup: float
     caption: str
     values: Mapping[str, Any]
-    class_caption: str | None = (
-        None  # the same pictures are seen under it too, to keep what the base makes of the class
-    )
+    # The same pictures are seen under it too, to keep what the base makes of the class.
+    class_caption: str | None = None
 
     @property
     def batch(self) -> int:
@@ -128,15 +127,18 @@ def listing() -> str:
         preset = read(name)
         few, many = preset.pictures
         low, high = preset.steps
+        rate = _effective(preset)
         lines += [
             f"{name:<20} {preset.what}",
             f"{'':<20} {few:,} to {many:,} pictures, each seen {preset.views} times, {low:,} to {high:,} steps",
+            *([f"{'':<20} effective learning rate {rate}"] if rate else []),
+            "",
         ]
-        rate = _effective(preset)
-        lines += [f"{'':<20} effective learning rate {rate}" if rate else "", ""]
-    return "\n".join(line for line in lines if line or True).replace("\n\n\n", "\n\n") + (
-        'sdxl presets NAME            every value that one sets\nsdxl train PHOTOS/ --trigger "sks dog" --preset NAME\n'
-    )
+    lines += [
+        "sdxl presets NAME            every value that one sets",
+        'sdxl train PHOTOS/ --trigger "sks dog" --preset NAME',
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def shown(name: str) -> str:

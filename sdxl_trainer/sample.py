@@ -12,40 +12,16 @@ from sdxl_trainer.config import TextOptions
 from sdxl_trainer.log import Console
 from sdxl_trainer.sampling import draw as drawing
 from sdxl_trainer.sampling import grid, metadata, models
-from sdxl_trainer.sampling import order as orders
-from sdxl_trainer.sampling.checkpoints import scheduler_config
-from sdxl_trainer.sampling.draw import Embedded, conditions, decoded, latents, live_pipeline
 from sdxl_trainer.sampling.order import Order
 from sdxl_trainer.sampling.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Embedded", "Request", "conditions", "decoded", "latents", "live_pipeline", "scheduler_config"]
-
-
-def from_disk(
-    model: str,
-    prompts: Sequence[str],
-    out: Path,
-    images: int,
-    seed: int,
-    settings: dict[str, Any],
-    loras: Sequence[str] = (),
-    embeddings: Sequence[str] = (),
-    reading: TextOptions | None = None,
-) -> Iterator[Path]:
-    """Draw pictures with a model on disk or on the hub and save them with their settings in samples.jsonl."""
-    given = {key: value for key, value in settings.items() if value is not None}
-    given |= {"seed": seed, "loras": tuple(loras), "embeddings": tuple(embeddings)}
-    given |= read_as(reading) if reading else {}
-    return run(orders.made(model, given, prompts, images=images), out)
-
 
 def read_as(reading: TextOptions) -> dict[str, Any]:
     """How prompts are read, as settings of a request."""
-    told = {"emphasis": reading.emphasis, "long_prompts": reading.long_captions, "clip_skip": reading.clip_skip}
-    return told
+    return {"emphasis": reading.emphasis, "long_prompts": reading.long_captions, "clip_skip": reading.clip_skip}
 
 
 def run(order: Order, out: Path, batch: int = 1, offload: str | None = None) -> Iterator[Path]:

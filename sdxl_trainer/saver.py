@@ -88,7 +88,7 @@ class Saver:
         finally:
             self._writer.shutdown()
             for path in list(self._uploads):
-                self._told(path, wait=True)
+                self._told(path)
             self._uploader.shutdown()
 
     def _write(self, contents: Contents, before: Callable[[], None], best: int | None) -> Checkpoint:
@@ -108,11 +108,11 @@ class Saver:
                 self._told(path)
         self._uploads[made.path] = self._uploader.submit(mirror.upload, made.path, self._mirror, self._limit)
 
-    def _told(self, path: Path, wait: bool = False) -> None:
-        """Say how an upload went. That one failed stops nothing: the checkpoint itself is on the disk."""
+    def _told(self, path: Path) -> None:
+        """Say how an upload went, once it is over. That one failed stops nothing: the checkpoint is on this disk."""
         upload = self._uploads.pop(path)
         try:
-            error = upload.exception() if wait or upload.done() else None
+            error = upload.exception()
         except CancelledError:
             error = UserError("the next checkpoint was there before its turn", "", "")
         if error is not None:

@@ -27,7 +27,6 @@ from sdxl_trainer import (
     optim,
     parameters,
     resume,
-    sample,
     schedule,
     text,
     tokens,
@@ -46,6 +45,7 @@ from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError, closest, plural
 from sdxl_trainer.log import Console, Metrics
 from sdxl_trainer.run import Job, Run, Start, State, Watch
+from sdxl_trainer.sampling.checkpoints import scheduler_config
 from sdxl_trainer.saver import Saver
 from sdxl_trainer.validate import Validator
 
@@ -277,7 +277,7 @@ def _assemble(
     output: Path,
 ) -> Job:
     noise, prediction = noise_schedule(config, base)
-    scheduler = sample.scheduler_config(base.config("scheduler"), prediction, noise.zero_terminal_snr)
+    scheduler = scheduler_config(base.config("scheduler"), prediction, noise.zero_terminal_snr)
     samples = prepare.samples(config, base, stock, len(noise))
     measures = output / "validation.jsonl"
     run, state = _model(

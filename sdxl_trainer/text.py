@@ -14,11 +14,11 @@ from sdxl_trainer.chunking import Prompt, Token
 from sdxl_trainer.config import TextOptions
 from sdxl_trainer.errors import UserError, plural
 from sdxl_trainer.formats import pretrained
+from sdxl_trainer.formats.folder import TOKENIZERS
 
 # Prompts that are too long of which more is told than their number.
 SHOWN = 3
 PARTS = ("text_encoder", "text_encoder_2")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 @dataclass(frozen=True)

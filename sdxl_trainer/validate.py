@@ -19,6 +19,7 @@ from sdxl_trainer.data.prepare import EMPTY, written
 from sdxl_trainer.formats import pretrained
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.sampling import draw as drawing
+from sdxl_trainer.sampling.request import Request
 from sdxl_trainer.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Validator:
             AutoencoderKL, self.base.vae, weights_file(self.base, "vae"), torch_dtype=torch.float32
         ).to(self.accelerator.device)
         vae.encode = partial(_in_fp32, vae.encode, self.accelerator.device.type)
-        return sample.live_pipeline(unet, vae, self.scheduler, refines=self.base.refines)
+        return drawing.live_pipeline(unet, vae, self.scheduler, refines=self.base.refines)
 
     def _seed(self) -> int:
         seed = self.config.validation.seed
@@ -122,15 +123,15 @@ class Validator:
         added = {"loras": (output,)} if self.config.adapter else {}
         return {"model": self.config.model.path, **added, **({"embeddings": (output,)} if self.config.token else {})}
 
-    def _conditions(self, request: sample.Request, sdxl: SDXL) -> dict[str, Tensor]:
+    def _conditions(self, request: Request, sdxl: SDXL) -> dict[str, Tensor]:
         reading = self.config.text
         negative = EMPTY if not request.negative else written(reading, request.negative)
         zeros = request.negative is None and self.base.zeros_for_empty()
         both = self._embed(written(reading, request.prompt), sdxl), self._embed(negative, sdxl)
-        conditions = sample.conditions(*both, zeros=zeros)
+        conditions = drawing.conditions(*both, zeros=zeros)
         return {name: tensor.to(self.dtype) for name, tensor in conditions.items()}
 
-    def _embed(self, prompt: Prompt, sdxl: SDXL) -> sample.Embedded:
+    def _embed(self, prompt: Prompt, sdxl: SDXL) -> drawing.Embedded:
         """Embeddings and pooled output: cached, or by the text encoders as they are now."""
         words = self.samples.words
         text: dict[str, Any] = {n: t.to(self.accelerator.device) for n, t in words.together([prompt]).items()}

@@ -24,7 +24,7 @@ def ask(folder: Path, names: list[str]) -> list[str]:
     known = [*WISHES, CONTINUE]
     for name in names:
         if name not in known:
-            raise UserError(f"'{name}' cannot be asked of a run", "sdxl now", f"choose from: {closest(name, known)}")
+            raise UserError(f"'{name}' cannot be asked of a run", "sdxl now", closest(name, known))
     if not lock.is_held(folder):
         fix = "start it with sdxl train; of a run that has ended sdxl sample draws pictures"
         raise UserError("no run is at work in this folder", str(folder), fix)

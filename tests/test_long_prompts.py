@@ -206,13 +206,14 @@ def test_validation_and_sample_draw_long_and_weighted_prompts_alike(
     from PIL import Image
 
     from sdxl_trainer import sample
+    from sdxl_trainer.sampling import order
     from sdxl_trainer.train import train
 
     prompt = "a (red:1.3) circle, " + "a blue square, " * 30
     validation = {"prompts": [prompt], "negative": "a [green] circle", "images": 1, "steps": 2, "seed": 3}
     output = train(config(validation=validation, text={"emphasis": emphasis}, train={"steps": 1}))
-    settings = {"negative": "a [green] circle", "steps": 2, "guidance": 5.0, "height": 64, "width": 64}
-    reading = TextOptions(emphasis=emphasis)
-    (path,) = sample.from_disk(str(output), [prompt], tmp_path / "drawn", 1, 3, settings, reading=reading)
+    settings = {"negative": "a [green] circle", "steps": 2, "guidance": 5.0, "height": 64, "width": 64, "seed": 3}
+    settings |= sample.read_as(TextOptions(emphasis=emphasis))
+    (path,) = sample.run(order.made(str(output), settings, [prompt]), tmp_path / "drawn")
     with Image.open(path) as drawn, Image.open(output / "samples/step-000001/0-0.png") as validated:
         assert np.abs(np.asarray(drawn, int) - np.asarray(validated, int)).max() <= 1

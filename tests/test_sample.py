@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from sdxl_trainer import sample
+from sdxl_trainer.sampling import order
 from sdxl_trainer.train import train
 
 
@@ -58,8 +59,9 @@ def test_validation_leaves_training_as_it_was(config: Callable[..., Any], tmp_pa
 
 
 def test_pictures_from_disk_are_noted_with_their_settings(base: Path, tmp_path: Path) -> None:
-    settings = {"negative": "a blue square", "steps": 2, "guidance": 3.0, "height": 64, "width": 72}
-    paths = list(sample.from_disk(str(base), ["a red circle", "a green square"], tmp_path, 2, 7, settings))
+    settings = {"negative": "a blue square", "steps": 2, "guidance": 3.0, "height": 64, "width": 72, "seed": 7}
+    wanted = order.made(str(base), settings, ["a red circle", "a green square"], images=2)
+    paths = list(sample.run(wanted, tmp_path))
     assert [p.name for p in paths] == ["0-0.png", "0-1.png", "1-0.png", "1-1.png"]
     assert {pixels(path).shape for path in paths} == {(64, 72, 3)}
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ The bytes depend on the names, values, dtypes and metadata alone: tensors lie in
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def write(
     head, at = {"__metadata__": dict(sorted(metadata.items()))}, 0
     entries: dict[str, object] = {}
     for name in order:
-        size = kinds[name].itemsize * _count(tensors[name].shape)
+        size = kinds[name].itemsize * math.prod(tensors[name].shape)
         entries[name] = {
             "dtype": DTYPES[kinds[name]],
             "shape": list(tensors[name].shape),
@@ -99,10 +100,3 @@ def _bytes(name: str, tensor: Tensor, dtype: torch.dtype) -> Any:
             "choose bf16, which has the range of fp32, or leave the dtype as it is",
         )
     return cast.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _count(shape: tuple[int, ...] | torch.Size) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sdxl_trainer import text
 from sdxl_trainer.data import images, resize
 from sdxl_trainer.errors import UserError, plural
 from sdxl_trainer.model import latent_scale
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 Embedded = tuple[Tensor, Tensor]
 # Called after every denoising step.
 Step = Callable[[], None]
-_TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 def live_pipeline(unet: Any, vae: Any, scheduler: dict[str, Any], refines: bool = False) -> Any:
@@ -51,7 +51,7 @@ def from_picture(pipeline: Any, request: Request, scheduler: dict[str, Any]) -> 
     from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
 
     kind: Any = StableDiffusionXLInpaintPipeline if request.mask else StableDiffusionXLImg2ImgPipeline
-    parts = [getattr(pipeline, name) for name in _TEXT]
+    parts = [getattr(pipeline, name) for name in (*text.PARTS, *text.TOKENIZERS)]
     return _quiet(
         kind(
             pipeline.vae,
@@ -145,12 +145,13 @@ def paint(
             more |= {"mask_image": mask(first), "height": first.height, "width": first.width}
         more |= {"aesthetic_score": first.aesthetic, "negative_aesthetic_score": first.negative_aesthetic}
     together = refiner is not None and first.refine_strength is None
-    share = 0.8 if first.refine_from is None else first.refine_from
-    more |= {"denoising_end": share} if together else {}
+    more |= {"denoising_end": first.refined_from} if together else {}
     with autocast or nullcontext():
         found = latents(pipeline, requests, model.conditions, step, **more)
     if refiner is not None:
-        again: dict[str, Any] = {"denoising_start": share} if together else {"strength": first.refine_strength}
+        again: dict[str, Any] = (
+            {"denoising_start": first.refined_from} if together else {"strength": first.refine_strength}
+        )
         again |= {"aesthetic_score": first.aesthetic, "negative_aesthetic_score": first.negative_aesthetic}
         plain = replace(first, mask=None)
         found = latents(

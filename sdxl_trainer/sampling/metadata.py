@@ -88,8 +88,7 @@ def infotext(request: Request, facts: dict[str, str]) -> str:
     pairs |= {"CFG Rescale phi": f"{request.rescale:g}"} if request.rescale else {}
     if request.refiner:
         pairs |= {"Refiner": _name(request.refiner)}
-        share = 0.8 if request.refine_from is None else request.refine_from
-        pairs |= {} if request.refine_strength else {"Refiner switch at": f"{share:g}"}
+        pairs |= {} if request.refine_strength else {"Refiner switch at": f"{request.refined_from:g}"}
     told = ", ".join(f"{name}: {digest[:12]}" for name, _, digest in loras if digest)
     pairs |= {"RNG": "CPU"} | ({"Lora hashes": told} if told else {}) | {"Version": "sdxl-trainer"}
     return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items())])

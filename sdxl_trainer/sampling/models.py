@@ -22,7 +22,6 @@ from sdxl_trainer.sampling.request import Request
 
 CACHE = Path.home() / ".cache" / "sdxl-trainer"
 OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
-_TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 @dataclass
@@ -166,7 +165,7 @@ def _embedded(loaded: Loaded, request: Request, first: str, second: str | None) 
     key = (first, second, options)
     if key not in loaded.known:
         pipeline = loaded.pipeline
-        own = [getattr(pipeline, name) for name in _TEXT_PARTS]
+        own = [getattr(pipeline, name) for name in (*text.PARTS, *text.TOKENIZERS)]
         encoding = text.TextEncoders((own[2] or own[3], own[3]), (own[0], own[1]))
         prompt = tokens.expanded(loaded.words, Prompt(first, second, emphasis=request.emphasis != "off"))
         read = text.tokenize(encoding.tokenizers, [prompt], options)

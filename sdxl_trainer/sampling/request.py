@@ -51,6 +51,11 @@ class Request:
         """How much of the picture is drawn anew, from 0 to 1: by default 0.75, and all of what a mask shows."""
         return (1.0 if self.mask else 0.75) if self.strength is None else self.strength
 
+    @property
+    def refined_from(self) -> float:
+        """The share of the denoising after which a refiner takes over."""
+        return 0.8 if self.refine_from is None else self.refine_from
+
     def told(self) -> dict[str, Any]:
         """What decides the picture, as plain data: the usual settings, and others where they are not the default."""
         always = {"prompt", "seed", "negative", "steps", "guidance", "height", "width"}

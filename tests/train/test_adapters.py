@@ -161,14 +161,15 @@ def test_sample_draws_with_adapters_by_weight(
 ) -> None:
     """Twice half of an adapter is the adapter; weight 0 is the base."""
     from sdxl_trainer import sample
+    from sdxl_trainer.sampling import order
 
     output = train(config(adapter={"rank": 2, "alpha": 3.0}, train=TRAIN, validation=VALIDATION))
-    settings = {"negative": None, "steps": 3, "guidance": 4.0, "height": 64, "width": 64}
+    settings = {"steps": 3, "guidance": 4.0, "height": 64, "width": 64, "seed": 5}
     file = str(output / RESULTS[0])
     pictures = []
     for number, loras in enumerate(([str(output)], [f"{file}:0.5", f"{output}:0.5"], [f"{file}:0"], [])):
         folder = tmp_path / str(number)
-        (path,) = sample.from_disk(str(base), ["a red circle"], folder, 1, 5, settings, loras)
+        (path,) = sample.run(order.made(str(base), {**settings, "loras": tuple(loras)}, ["a red circle"]), folder)
         pictures.append(pixels(path))
     assert caplog.text == "", "diffusers says nothing of text encoders that the adapter is not for"
     live = pixels(output / "samples" / "step-000003" / "0-0.png")
@@ -197,13 +198,15 @@ def test_peft_draws_with_the_other_kinds_what_the_live_model_draws(
     from peft import PeftModel
 
     from sdxl_trainer import sample
+    from sdxl_trainer.sampling import order
 
     adapter = {"kind": kind.partition(",")[0], **KINDS[kind]}
     output = train(config(adapter=adapter, train=TRAIN, validation={**VALIDATION, "at_start": True}))
     drawn, start = (pixels(output / "samples" / f"step-{step:06}" / "0-0.png") for step in (3, 0))
-    settings = {"negative": None, "steps": 3, "guidance": 4.0, "height": 64, "width": 64}
+    settings = {"steps": 3, "guidance": 4.0, "height": 64, "width": 64, "seed": 5}
     for loras, expected in (([str(output)], drawn), ([], start)):
-        (path,) = sample.from_disk(str(base), ["a red circle"], tmp_path / f"{loras}", 1, 5, settings, loras)
+        wanted = order.made(str(base), {**settings, "loras": tuple(loras)}, ["a red circle"])
+        (path,) = sample.run(wanted, tmp_path / f"{loras}")
         assert np.abs(pixels(path) - expected).max() <= 1
     assert np.abs(drawn - start).max() > 3
     pipeline = StableDiffusionXLPipeline.from_pretrained(base)

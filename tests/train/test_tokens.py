@@ -18,6 +18,7 @@ from sdxl_trainer.chunking import Prompt
 from sdxl_trainer.config import Model, TextOptions, Token
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
+from sdxl_trainer.sampling import order
 from sdxl_trainer.train import train
 from tests.test_sample import pixels
 
@@ -92,9 +93,9 @@ def test_sample_and_diffusers_draw_what_the_live_model_draws(
     output = train(config(**named, **more, train=TRAIN, validation={**VALIDATION, "at_start": True}))
     live, start = (pixels(output / "samples" / f"step-{step:06}" / "0-0.png") for step in (4, 0))
     assert np.abs(live - start).max() > 2
-    settings = {"negative": None, "steps": 3, "guidance": 4.0, "height": 64, "width": 64}
-    loras = [str(output)] if pivotal else []
-    (path,) = sample.from_disk(str(base), ["a <x> by <y>"], tmp_path / "s", 1, 5, settings, loras, [str(output)])
+    settings = {"steps": 3, "guidance": 4.0, "height": 64, "width": 64, "seed": 5, "embeddings": (str(output),)}
+    settings |= {"loras": (str(output),)} if pivotal else {}
+    (path,) = sample.run(order.made(str(base), settings, ["a <x> by <y>"]), tmp_path / "s")
     assert np.abs(pixels(path) - live).max() <= 1
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(base)
