@@ -121,10 +121,15 @@ def test_a_folder_and_a_trigger_train_and_the_same_command_continues(
     assert given["preset"] == "lora-object@1"
     assert given["data"][0]["caption"] == "a photo of sks dog"
     assert given["train"]["steps"] == 500
-    before = files.tree_hashes(Path("runs"))
+
+    def left() -> dict[str, str]:
+        """But for the cache, which notes what it knows of a folder once that has not changed for two seconds."""
+        return {name: digest for name, digest in files.tree_hashes(Path("runs")).items() if "/cache/" not in name}
+
+    before = left()
     assert run_here([*command, "train.steps=2", *short], monkeypatch) == 0
     assert "using runs/photos.toml as it is\nalready done: 2 steps" in capfd.readouterr().err
-    assert files.tree_hashes(Path("runs")) == before
+    assert left() == before
 
 
 def test_an_edited_file_is_used_as_it_is_and_what_differs_is_told(
