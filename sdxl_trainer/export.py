@@ -131,10 +131,12 @@ def _course(job: Job) -> dict[str, str]:
     """When the run began, and how far it went."""
     manifest = json.loads((job.output / "manifest.json").read_text(encoding="utf-8"))
     began = datetime.fromisoformat(manifest["started"])
-    told = {"ss_training_started_at": str(began.timestamp()), "ss_steps": str(job.state.step)}
-    per_epoch = max(1, len(job.samples.pictures) // job.run.config.train.batch_size)
-    told |= {"ss_max_train_steps": str(job.run.steps), "ss_num_epochs": str(-(-job.run.steps // per_epoch))}
-    return told
+    return {
+        "ss_training_started_at": str(began.timestamp()),
+        "ss_steps": str(job.state.step),
+        "ss_max_train_steps": str(job.run.steps),
+        "ss_num_epochs": str(-(-job.run.steps // job.order.steps_per_epoch)),
+    }
 
 
 def _tags(pictures: Iterable[Picture]) -> dict[str, int]:

@@ -46,6 +46,14 @@ def test_adapters_for_other_programs(config: Callable[..., Any], base: Path, tmp
         assert np.abs(stock_picture(base, run) - stock_picture(base, run / "only")).max() <= 1
 
 
+def test_epochs_are_those_of_the_run(config: Callable[..., Any], tmp_path: Path) -> None:
+    """Six pictures, each five times, two a step: an epoch is 15 steps."""
+    made = config(adapter={"rank": 2}, data=[{"repeats": 5.0}], train={"steps": 8, "batch_size": 2})
+    train(made)
+    entries = told(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    assert (entries["ss_num_epochs"], entries["ss_max_train_steps"]) == ("1", "8")
+
+
 def test_what_an_adapter_says_of_its_run(config: Callable[..., Any], tmp_path: Path) -> None:
     export = {"formats": ["kohya"], "trigger": "sks", "license": "openrail++", "dtype": "bf16"}
     train(config(adapter={"rank": 4}, export=export, train={"steps": 3}, objective={"snr_gamma": 5.0}, seed=7))
