@@ -7,12 +7,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import cast
 
-from sdxl_trainer import files, publish, tokens
+from sdxl_trainer import files, publish
 from sdxl_trainer.config import Config
 from sdxl_trainer.convert import adapters, preview, sources
 from sdxl_trainer.convert.request import Request
 from sdxl_trainer.data.pictures import Picture, Pictures
-from sdxl_trainer.formats import lora, metadata, single_file
+from sdxl_trainer.formats import WORD_FILES, lora, metadata, single_file
 from sdxl_trainer.formats.lora_names import Layout
 from sdxl_trainer.run import Job
 
@@ -28,7 +28,7 @@ def write(job: Job) -> list[Path]:
         path = job.output / f"{name}.safetensors"
         if kind == "embeddings":
             path = job.output / f"{name}_emb.safetensors"
-            files.write_bytes(path, (job.output / tokens.FILE).read_bytes())
+            files.write_bytes(path, (job.output / WORD_FILES[0]).read_bytes())
             written.append(path)
             continue
         told = described(job)

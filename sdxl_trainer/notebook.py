@@ -3,10 +3,8 @@
 Nothing heavy is imported before it is needed. What the user can mend is raised as UserError, shown as its three lines.
 """
 
-import base64
 import copy
 import html
-import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +59,10 @@ class Pictures(list["Image"]):
     """Pictures, as a list; a notebook shows them in a row."""
 
     def _repr_html_(self) -> str:
-        return "".join(f'<img src="{_url(image)}" style="max-width: 256px; margin: 4px">' for image in self)
+        from sdxl_trainer.data.images import data_url
+
+        style = "max-width: 256px; margin: 4px"
+        return "".join(f'<img src="{data_url(image, "PNG")}" style="{style}">' for image in self)
 
 
 def load(config: str | Path | Mapping[str, Any], *overrides: str) -> "Config":
@@ -126,9 +127,3 @@ def sample(
             with Image.open(path) as image:
                 found.append(image.copy())
     return found
-
-
-def _url(image: "Image") -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

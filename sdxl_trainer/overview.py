@@ -1,17 +1,14 @@
 """The facts of `sdxl check` about a data set as plain data, from which the page and the JSON are made."""
 
-import base64
-import io
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from sdxl_trainer import pace
 from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
-from sdxl_trainer.data import findings, picture_findings
+from sdxl_trainer.data import findings, images, picture_findings
 from sdxl_trainer.data.ledger import cut_off, enlarged
 from sdxl_trainer.data.pictures import Picture, Pictures
 from sdxl_trainer.data.plan import Plan
@@ -63,7 +60,7 @@ def facts(
         },
         "time": {"seconds": seconds, "from": source},
         "shown": {name: [_shown(pictures[number], number) for number in numbers] for name, numbers in groups.items()},
-        "thumbnails": {number: _url(image) for number, image in small.items()},
+        "thumbnails": {number: images.data_url(image, quality=80, optimize=True) for number, image in small.items()},
     }
 
 
@@ -96,9 +93,3 @@ def _shown(picture: Picture, number: int) -> dict[str, Any]:
         "cut_off": cut_off(geometry),
         "enlarged": enlarged(geometry),
     }
-
-
-def _url(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -29,6 +29,7 @@ from sdxl_trainer import (
     resume,
     schedule,
     text,
+    timesteps,
     tokens,
     trackers,
 )
@@ -238,9 +239,7 @@ def noise_schedule(config: Config, base: Base) -> tuple[schedule.Schedule, str]:
         raise UserError(what, "objective.prediction", 'set objective.prediction = "v_prediction"')
     if any(data.prior_prediction for data in config.data):
         _refuse_other_base(config, scheduler, prediction)
-    if config.timesteps.bias == "range" and config.timesteps.end > len(made):
-        what = f"timesteps.end = {config.timesteps.end} is after the last of the base's {len(made)} timesteps"
-        raise UserError(what, "timesteps.end", f"give at most {len(made)}")
+    timesteps.refuse(config.timesteps, len(made))
     return made, prediction
 
 

@@ -43,6 +43,13 @@ DENSITIES: dict[str, Callable[[np.ndarray, Timesteps], np.ndarray]] = {
 }
 
 
+def refuse(options: Timesteps, count: int) -> None:
+    """UserError for a range that goes beyond a schedule of that many timesteps."""
+    if options.bias == "range" and options.end > count:
+        what = f"timesteps.end = {options.end} is after the last of the base's {count} timesteps"
+        raise UserError(what, "timesteps.end", f"give at most {count}")
+
+
 def probabilities(options: Timesteps, count: int) -> np.ndarray:
     """How often each of the timesteps 0..T-1 is drawn, [T]: the density, with a favoured part drawn more often."""
     if options.density == "uniform":
@@ -50,9 +57,6 @@ def probabilities(options: Timesteps, count: int) -> np.ndarray:
     else:
         weights = np.diff(DENSITIES[options.density](np.linspace(0.0, 1.0, count + 1), options))
     if options.bias == "range":
-        if options.end > count:
-            what = f"timesteps.end = {options.end} is past the schedule's {count} timesteps"
-            raise UserError(what, "timesteps.end", f"use at most {count} (the timestep after the last one)")
         favoured = slice(options.begin, options.end)
     else:
         size = max(1, int(options.portion * count))

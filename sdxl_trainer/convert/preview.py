@@ -1,11 +1,10 @@
 """A picture that shows what a file does: small in its header, and beside it for the browsers of models."""
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
 from sdxl_trainer import files
+from sdxl_trainer.data import images
 from sdxl_trainer.errors import UserError
 
 SIDE = 256  # of the thumbnail, at most
@@ -15,17 +14,14 @@ def thumbnail(picture: Path) -> str:
     """A JPEG of at most 256 x 256 pixels as a data URL, as `modelspec.thumbnail` wants it."""
     opened = _opened(picture)
     opened.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    opened.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return images.data_url(opened, quality=85)
 
 
 def beside(path: Path, picture: Path) -> Path:
     """`name.preview.png` beside `name.safetensors`, where A1111 and ComfyUI look for it."""
     place = path.with_name(f"{path.stem}.preview.png")
-    buffer = io.BytesIO()
-    _opened(picture).save(buffer, "PNG")
-    files.write_bytes(place, buffer.getvalue())
+    opened = _opened(picture)
+    files.write_atomically(place, lambda draft: opened.save(draft, "PNG"))
     return place
 
 

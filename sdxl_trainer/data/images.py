@@ -10,6 +10,7 @@ Decisions (each changes pixels; `DECODER` is part of the cache keys and must cha
 - The first frame of animations is used.
 """
 
+import base64
 import io
 import re
 import struct
@@ -155,6 +156,13 @@ def cut(picture: np.ndarray, geometry: Geometry) -> np.ndarray:
         raise ValueError(f"the crop leaves the picture: {geometry}")
     mirrored = picture[:, ::-1] if geometry.flip else picture
     return mirrored[top : top + height, left : left + width].copy()
+
+
+def data_url(image: Image.Image, kind: str = "JPEG", **options: Any) -> str:
+    """A picture as a page or a header holds it: a file of this kind, written with Pillow's options, as text."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _quiet() -> None:

@@ -1,7 +1,5 @@
 """The pictures that a run drew: per prompt a table of seeds over steps, and a divider between first and later."""
 
-import base64
-import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from sdxl_trainer.data import images
 from sdxl_trainer.errors import plural, shortened
 from sdxl_trainer.report.records import Sample
 from sdxl_trainer.report.words import clipped, count, safe, spread
@@ -106,11 +105,9 @@ def _opened(file: Path) -> Image.Image:
 def _encoded(image: Image.Image, side: int) -> Picture:
     image = image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
     # Small pictures are shown enlarged, where halved colour resolution would be seen.
-    image.save(file, "JPEG", quality=85, optimize=True, subsampling=0 if max(image.size) <= 256 else 2)
-    url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-    return Picture(url, *image.size)
+    sampling = 0 if max(image.size) <= 256 else 2
+    return Picture(images.data_url(image, quality=85, optimize=True, subsampling=sampling), *image.size)
 
 
 def _note(samples: Sequence[Sample], shown: Gallery) -> str:

@@ -81,8 +81,9 @@ def test_biased_timesteps_have_the_asked_probabilities(options: Timesteps, favou
 
 
 def test_a_range_past_the_schedule_is_refused() -> None:
-    with pytest.raises(UserError, match="past the schedule"):
-        timesteps.probabilities(Timesteps(bias="range", multiplier=2.0, begin=0, end=1001), 1000)
+    timesteps.refuse(Timesteps(bias="range", end=1000), 1000)
+    with pytest.raises(UserError, match="after the last of the base's 1000 timesteps"):
+        timesteps.refuse(Timesteps(bias="range", end=1001), 1000)
 
 
 @pytest.mark.parametrize("density", ["logit_normal", "sigmoid", "beta", "cubic"])
