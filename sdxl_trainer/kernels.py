@@ -9,6 +9,11 @@ from torch import Tensor, nn
 # oneDNN's matrix products reach twice the speed of the BLAS that PyTorch calls, on AMD's CPUs with AVX-512 at least.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
+# oneDNN multiplies bf16 numbers that lie in fp32 (PyTorch 2.9), where the CPU has instructions for it.
+_WIDENS_BF16 = _HAS_ONEDNN and hasattr(torch._C, "_set_fp32_precision_setter") and torch.cpu._is_avx512_bf16_supported()
+# Pairs of places up to which attention may keep what it computes for each: 512 x 512, 2,048 x 77 and more of text.
+_PAIRS = 1 << 18
+
 # The type of device that tensors without values stand for, where memory is counted.
 stands_for = "cpu"
 
@@ -80,6 +85,9 @@ class _Geglu(torch.autograd.Function):
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """[B, S, H * d] from query [B, S, H * d], key and value [B, L, H * d]."""
+    few = query.shape[1] * key.shape[1] <= _PAIRS
+    if few and on_cpu(query) and query.dtype == torch.bfloat16 and _WIDENS_BF16 and onednn():
+        return _Attention.apply(query, key, value, heads)
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
     if on_cpu(q) and q.dtype != torch.float32:
         # PyTorch's kernel for 16 bits on a CPU is up to three times slower than the one for 32.
@@ -88,6 +96,51 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     else:
         found = F.scaled_dot_product_attention(q, k, v)
     return found.transpose(1, 2).flatten(2)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention in bf16 by oneDNN's products. Scores, the softmax and the gradients of both are fp32; what is
+    multiplied is bf16, as in kernels for GPUs. It keeps the softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+        q, k, v = (_by_head(t, heads) for t in (query, key, value))
+        weights = _wide_product(q, k.mT).mul_(q.shape[-1] ** -0.5).softmax(-1).bfloat16()
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.heads = heads
+        return _side_by_side(torch.bmm(weights, v), heads)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        gradient = _by_head(gradient, ctx.heads)
+        of_scores = torch._softmax_backward_data(_wide_product(gradient, v.mT), weights.float(), -1, torch.float32)
+        of_scores = of_scores.mul_(q.shape[-1] ** -0.5).bfloat16()
+        pairs = ((of_scores, k), (of_scores.mT, q), (weights.mT, gradient))
+        wanted = zip(pairs, ctx.needs_input_grad[:3], strict=True)
+        return *(_side_by_side(torch.bmm(*pair), ctx.heads) if want else None for pair, want in wanted), None
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """[B * H, S, d] from [B, S, H * d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _side_by_side(x: Tensor, heads: int) -> Tensor:
+    """[B, S, H * d] from [B * H, S, d]."""
+    return x.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix products in fp32 of matrices in bf16. oneDNN is allowed to round to bf16 what it multiplies, which is bf16
+    already, so that nothing is lost."""
+    backend: Any = torch.backends.mkldnn
+    before, backend.matmul.fp32_precision = backend.matmul.fp32_precision, "bf16"
+    try:
+        with torch.autocast("cpu", enabled=False):
+            return torch.bmm(left.float(), right.float())
+    finally:
+        backend.matmul.fp32_precision = before
 
 
 class GroupNorm(nn.GroupNorm):

@@ -213,6 +213,72 @@ def test_linear_layers_leave_onednn_out_where_it_is_switched_off(monkeypatch: py
     assert not layer(x).grad_fn.name().startswith("_Linear")
 
 
+def attended(function: Any, kind: torch.dtype, size: tuple[int, int, int, int]) -> list[Tensor]:
+    """The result and the gradients of query, key and value for places x places, heads and numbers of each."""
+    places, of_text, heads, width = size
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(2, length, heads * width) for length in (places, of_text, of_text, places)]
+    *given, up = (torch.randn(shape, generator=draw).bfloat16().to(kind) for shape in shapes)
+    leaves = [t.requires_grad_() for t in given]
+    out = function(*leaves, heads)
+    out.backward(up)
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+NATIVE = pytest.mark.skipif(not kernels._WIDENS_BF16, reason="a CPU without instructions for bf16")
+
+
+@NATIVE
+@pytest.mark.parametrize("size", [(256, 256, 2, 64), (64, 77, 4, 64), (9, 5, 3, 32), (1, 1, 1, 8)])
+def test_attention_in_bf16_is_as_exact_as_pytorch_s(
+    size: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Away from fp64 no more than a rounding of what is multiplied: a bf16 has 8 bits."""
+    exact = attended(kernels.attention, torch.float64, size)
+    found = attended(kernels.attention, torch.bfloat16, size)
+    called = []
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_PAIRS", 0)
+        patch.setattr(kernels._Attention, "apply", called.append)
+        others = attended(kernels.attention, torch.bfloat16, size)
+    assert not called
+    for one, other, right in zip(found, others, exact, strict=True):
+        assert one.dtype == torch.bfloat16
+        off, of_other = (float((t.double() - right).norm()) for t in (one, other))
+        assert off <= 2 * of_other + 1e-9
+    with torch.autocast("cpu", torch.bfloat16):
+        for one, same in zip(found, attended(kernels.attention, torch.bfloat16, size), strict=True):
+            assert torch.equal(one, same)
+
+
+@NATIVE
+def test_scores_of_attention_are_not_rounded_to_bf16() -> None:
+    """Two keys whose scores are apart by less than bf16 tells at their size, and the switch is put back."""
+    query, key = torch.full((1, 1, 64), 8.0), torch.full((1, 2, 64), 8.0)
+    key[0, 1, 0] = 8.0625
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    scores = kernels._wide_product(query.bfloat16(), key.bfloat16().mT)
+    assert (scores[0, 0, 1] - scores[0, 0, 0]).item() == 0.5
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    with pytest.raises(RuntimeError):
+        kernels._wide_product(query.bfloat16(), key.bfloat16())
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@NATIVE
+@pytest.mark.parametrize("learns", range(3))
+def test_attention_gives_the_gradients_that_are_wanted(learns: int) -> None:
+    whole = attended(kernels.attention, torch.bfloat16, (9, 5, 2, 32))
+
+    def function(*given: Any) -> Tensor:
+        parts = [t if number == learns else t.detach() for number, t in enumerate(given[:3])]
+        return kernels.attention(*parts, given[3])
+
+    found = attended(function, torch.bfloat16, (9, 5, 2, 32))
+    assert [gradient is not None for gradient in found[1:]] == [number == learns for number in range(3)]
+    assert torch.equal(found[1 + learns], whole[1 + learns])
+
+
 def test_geglu_is_exact() -> None:
     x = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
     value, gate = x.chunk(2, dim=-1)
