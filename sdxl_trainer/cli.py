@@ -47,7 +47,8 @@ def command() -> int:
             print(message, end="\n" if message else "")  # empty if typer has printed its help already
             return 2
         path = context.command_path if context else "sdxl"
-        raise UserError(message, path, f"see: {path} --help") from None
+        studio = "; the studio is: sdxl ui" if "'studio'" in message else ""
+        raise UserError(message, path, f"see: {path} --help{studio}") from None
 
 
 def guarded(command: Callable[[], object]) -> int:

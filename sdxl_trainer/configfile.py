@@ -12,6 +12,10 @@ from sdxl_trainer import presets, refusals
 from sdxl_trainer.config import Config
 from sdxl_trainer.errors import UserError, closest, shortened, shown
 
+# What is in the configs of other trainers, and how their files are called.
+_OTHERS = {"pretrained_model_name_or_path", "network_module", "datasets", "training_method", "model_family"}
+_OTHER_KINDS = {".json", ".yaml", ".yml", ".sh", ".bat"}
+
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a TOML file with `section.key=value` overrides (values as in TOML; bare words are strings)."""
@@ -21,6 +25,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         found = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         there = f"; there are: {shortened(found)}" if found else ""
         raise UserError(f"there is no config file '{path}'", str(path.parent), f"give the path of a TOML file{there}")
+    if path.suffix.lower() in _OTHER_KINDS:
+        raise _of_others(path)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -29,9 +35,18 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"not valid TOML: {error}", str(path), "correct the line; strings need quotes") from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", str(path), "make the file readable") from None
+    if _OTHERS & {key for section in (tree, *tree.values()) if isinstance(section, dict) for key in section}:
+        raise _of_others(path)
     for text in overrides:
         override(tree, text)
     return validated(tree, str(path))
+
+
+def _of_others(path: Path) -> UserError:
+    what = (
+        "this is no config of ours; kohya's, OneTrainer's, SimpleTuner's, ai-toolkit's and diffusers' can be converted"
+    )
+    return UserError(what, str(path), f"sdxl convert {path} ours.toml")
 
 
 def validated(tree: dict[str, Any], where: str) -> Config:

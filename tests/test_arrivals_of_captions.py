@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from tests.test_arrivals import converted, lines_of
+from sdxl_trainer import configfile
+from sdxl_trainer.data import sources
+from sdxl_trainer.errors import UserError
+from tests.test_arrivals import FIXTURES, converted, lines_of
 
 
 @pytest.fixture
@@ -54,3 +58,32 @@ def test_kohya_s_metadata_and_endings(here: Path) -> None:
     Path("own.toml").write_text('pretrained_model_name_or_path = "base"\ndataset_config = "data.toml"\n')
     first, second = converted("own.toml")[0].data
     assert (first.metadata, second.caption_extension) == ("m.json", ".tags")
+
+
+@pytest.mark.parametrize(
+    "name", ["kohya-gui.json", "kohya-lora.toml", "kohya-data.toml", "ai-toolkit.yaml", "diffusers.sh"]
+)
+def test_a_run_of_another_trainer_s_config_says_how_to_convert_it(name: str) -> None:
+    with pytest.raises(UserError, match="this is no config of ours") as caught:
+        configfile.load(FIXTURES / name)
+    assert caught.value.fix == f"sdxl convert {FIXTURES / name} ours.toml"
+
+
+def test_an_ending_that_no_file_has(here: Path) -> None:
+    """With kohya's scripts it is the way to have the folder's words for all pictures, and their .txt files unread."""
+    Path("photos/10_sks dog").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save("photos/10_sks dog/a.png")
+    Path("photos/10_sks dog/a.txt").write_text("not this")
+    Path("window.json").write_text(
+        json.dumps(
+            {
+                "LoRA_type": "Standard",
+                "train_data_dir": "photos",
+                "caption_extension": ".txt-no",
+                "max_resolution": "64,64",
+                "pretrained_model_name_or_path": "base",
+            }
+        )
+    )
+    data = converted("window.json")[0].data[0]
+    assert [record.captions for record in sources.records(data, seed=0, where="x")] == [("sks dog",)]

@@ -45,9 +45,14 @@ def columns(data: Data) -> list[tuple[str, str]]:
 
 
 def refuse_without_files(data: Data, tree: Tree, place: str) -> None:
-    """Columns can only be read from a metadata file, lines only from caption files, which must be there."""
+    """Columns can only be read from a metadata file, lines only from caption files, which must be there: but for users
+    of kohya an ending that no file has is how to read none."""
     ending = (data.caption_extension or "").lower()
-    if ending and not any(name.lower().endswith(ending) for name in (*tree.captions, *tree.others)):
+    if (
+        ending
+        and not data.kohya_folders
+        and not any(name.lower().endswith(ending) for name in (*tree.captions, *tree.others))
+    ):
         what = f"caption_extension = '{data.caption_extension}' has no effect: no file ends so"
         raise UserError(what, place, "correct or remove it")
     if data.caption_per_line and not tree.captions and data.metadata is None and data.caption_extension is None:
