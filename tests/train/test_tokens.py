@@ -220,9 +220,9 @@ def test_sample_reads_words_in_any_case_from_files_of_any_name(
     output = train(config(**named, train={**TRAIN, "steps": 1}))
     foreign = tmp_path / "My.Cat v2.safetensors"  # a file of others, whose name is the word
     save_file(load_file(output / "learned_embeds.safetensors"), foreign)
-    settings = {"negative": None, "steps": 2, "guidance": 1.0, "height": 64, "width": 64}
+    settings = {"steps": 2, "guidance": 1.0, "height": 64, "width": 64, "seed": 5, "embeddings": (str(foreign),)}
     prompts = ["a My.Cat v2", "a my.cat V2", "a xMy.Cat v2"]
-    one, two, three = sample.from_disk(str(base), prompts, tmp_path / "s", 1, 5, settings, [], [str(foreign)])
+    one, two, three = sample.run(order.made(str(base), settings, prompts), tmp_path / "s")
     assert np.array_equal(pixels(one), pixels(two))
     assert not np.array_equal(pixels(one), pixels(three))
 
