@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from sdxl_trainer import base as bases
 from sdxl_trainer import (
     class_pictures,
+    disk,
     distributed,
-    files,
     hub,
     kinds,
     model,
@@ -34,7 +33,6 @@ from sdxl_trainer.data import findings, ledger, mirrored, plan, prepare, problem
 from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.data.table import present
-from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError, plural, sentence, shortened
 from sdxl_trainer.report import dataset
 from sdxl_trainer.run import CONTINUE
@@ -72,16 +70,17 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
     elif begin.checkpoint:
         lines.append(f"continues after step {begin.checkpoint.step} ({begin.checkpoint.path})")
     alone = distributed.one_pass(config, int(os.environ.get("WORLD_SIZE", "1")), len(present(order.group_of)))
-    config = setup.fitted(config, base, stock, begin.checkpoint, precision, lines.append, alone)
     groups, sdxl = setup.learning(config, base, stock, begin.checkpoint)
+    config = setup.fitted(config, groups, sdxl, stock, precision, lines.append, alone)
     unet = sum(p.numel() for p in sdxl.parameters())
+    need = disk.need(config, base, stock, groups, sdxl, begin)
     words = captions(config, base, stock)
     tables = {
         "what will learn": _learns(config, groups, unet),
         "data": _data(config, stock, order),
         "captions": findings.lines(words),
         "cache": _cache(config, base, stock),
-        "disk": _disk(config, sum(g.size for g in groups) if config.adapter or config.token else unet),
+        "disk": _disk(need, config.output_dir),
         "memory": memory(config, stock, groups, sdxl, precision),
     }
     if notes is None:
@@ -169,7 +168,7 @@ def _data(config: Config, stock: Stock, order: plan.Plan) -> list[tuple[str, str
 
 def _cache(config: Config, base: Base, stock: Stock) -> list[tuple[str, str]]:
     (wanted, latents), texts = stock.needed, stock.missing_texts()
-    bytes_ = latents.cells() * 16
+    bytes_ = latents.cells() * disk.LATENT
     rows = [
         ("latents", f"{wanted - len(latents)} cached, {len(latents)} to encode ({dataset.size(bytes_)})"),
         ("captions", _texts(base, stock, len(texts))),
@@ -183,23 +182,16 @@ def _cache(config: Config, base: Base, stock: Stock) -> list[tuple[str, str]]:
 def _texts(base: Base, stock: Stock, missing: int) -> str:
     if not stock.text_cached:
         return "none: the text encoders work in the step"
-    first, second = (base.config(part) for part in text.PARTS)
-    row = 77 * (first["hidden_size"] + second["hidden_size"]) + second.get("projection_dim", second["hidden_size"])
-    chunk = dataset.size(row * DTYPES[stock.keys.text_precision].itemsize)
+    chunk = dataset.size(disk.chunk(base, stock))
     return f"{stock.texts_needed() - missing} cached, {missing} to encode ({chunk} for each 75 tokens)"
 
 
-def _disk(config: Config, saved: int) -> list[tuple[str, str]]:
-    output = Path(config.output_dir).expanduser()
-    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
-    with files.explained(output):
-        free = shutil.disk_usage(existing).free
-    weights = DTYPES[config.train.weights].itemsize
-    per_weight = weights + optim.state_bytes(config.optimizer, weights) + 4 * config.ema.enabled
-    checkpoint = saved * per_weight
-    short = ": a checkpoint may not fit; free some space, or choose another output_dir" if free < checkpoint else ""
-    rows = [("each checkpoint", f"up to {dataset.size(checkpoint)}")]
-    return [*rows, ("free", f"{dataset.size(free)} at {existing}{short}")]
+def _disk(need: disk.Need, output: str) -> list[tuple[str, str]]:
+    return [
+        ("each checkpoint", dataset.size(need.checkpoint)),
+        ("at most", f"{dataset.size(need.together)} more than now: {need.told()}"),
+        ("free", f"{dataset.size(need.free)} at {output}{f': too little; {disk.FIX}' * (need.free < need.together)}"),
+    ]
 
 
 def _table(title: str, rows: list[tuple[str, Any]]) -> None:

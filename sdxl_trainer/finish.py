@@ -124,7 +124,7 @@ def save_pipeline(
 
     `model_index.json` comes last: while it is missing, the folder is not yet a pipeline.
     """
-    for name in (set(_COPIED) & set(base.parts)) - sdxl.parts().keys():
+    for name in _untrained(base, sdxl):
         files.write_atomically(output / name, partial(_copy_part, base.part(name), variant=base.variant))
     for own, tensors in result.items():
         name = own.removesuffix("_raw")
@@ -135,15 +135,29 @@ def save_pipeline(
     files.write_json(output / "model_index.json", model_index(base, scheduler))
 
 
-def _copy_part(source: Path, folder: Path, *, variant: str | None) -> None:
-    """Copy a part's files; of the weights only those of the variant, under their plain names."""
-    folder.mkdir()
+def copied(base: Base, sdxl: SDXL) -> list[Path]:
+    """The files of the base that the pipeline's other parts are."""
+    return [path for name in _untrained(base, sdxl) for path in _chosen(base.part(name), base.variant)]
+
+
+def _untrained(base: Base, sdxl: SDXL) -> set[str]:
+    return (set(_COPIED) & set(base.parts)) - sdxl.parts().keys()
+
+
+def _chosen(source: Path, variant: str | None) -> list[Path]:
+    """A part's files; of the weights only those of the variant."""
     chosen = [p for p in source.iterdir() if p.is_file() and p.suffix in _KINDS and _variant(p.name) is None]
     weights = [p for p in source.iterdir() if p.suffix == ".safetensors" and variant and _variant(p.name) == variant]
     if weights:
         chosen = [p for p in chosen if p.suffix != ".safetensors" and ".safetensors.index" not in p.name]
         chosen += [p for p in source.iterdir() if p.is_file() and _variant(p.name) == variant and p.suffix in _KINDS]
-    for path in chosen:
+    return chosen
+
+
+def _copy_part(source: Path, folder: Path, *, variant: str | None) -> None:
+    """Copy a part's files, under their plain names."""
+    folder.mkdir()
+    for path in _chosen(source, variant):
         name = path.name.replace(f".{variant}", "") if variant and _variant(path.name) == variant else path.name
         if name.endswith(".safetensors.index.json") and variant:
             text = path.read_text(encoding="utf-8").replace(f".{variant}-", "-").replace(f".{variant}.", ".")

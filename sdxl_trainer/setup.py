@@ -12,6 +12,7 @@ from sdxl_trainer import (
     beginning,
     checkpoint,
     class_pictures,
+    disk,
     distributed,
     ema,
     files,
@@ -86,9 +87,12 @@ def prepare_job(config: Config, start: Start) -> Job | None:
         return None
     if accelerator.num_processes == 1 and distributed.sharding(config, console.say):
         console.say("sharded weights (FSDP): there is one process, which keeps everything")
-    _refuse_early(config, base, stock, accelerator.device, accelerator.num_processes, precision)
+    _refuse_early(config, base, accelerator.device, accelerator.num_processes, precision)
     alone = distributed.one_pass(config, accelerator.num_processes, len(present(order.group_of)))
-    config = fitted(config, base, stock, begin.checkpoint, precision, console.say, alone)
+    groups, sdxl = learning(config, base, stock, begin.checkpoint)
+    need = disk.need(config, base, stock, groups, sdxl, begin)
+    distributed.decided(accelerator, lambda: disk.look(need, config.output_dir, console.say))
+    config = fitted(config, groups, sdxl, stock, precision, console.say, alone)
     if config.hub.push and accelerator.is_main_process:
         hub.repository(output, config.hub)
     with watch.phase("encoding"):
@@ -104,9 +108,9 @@ def prepare_job(config: Config, start: Start) -> Job | None:
 
 def fitted(
     config: Config,
-    base: Base,
+    groups: list[parameters.Group],
+    sdxl: model.SDXL,
     stock: Stock,
-    at: Checkpoint | None,
     precision: str,
     say: Callable[[str], None],
     alone: bool = True,
@@ -114,7 +118,6 @@ def fitted(
     """The config with what fits into `train.memory`, if it says how much there is. `alone`: each step is a pass."""
     if config.train.memory is None:
         return config
-    groups, sdxl = learning(config, base, stock, at)
     step = memory.step(config, shapes(stock), precision, distributed.device_type())
     return memory.fit(config, sdxl, groups, step, say, alone)
 
@@ -169,18 +172,12 @@ def fill(config: Config, base: Base, stock: Stock, accelerator: Any, console: Co
     )
 
 
-def _refuse_early(
-    config: Config, base: Base, stock: Stock, device: torch.device, processes: int, precision: str
-) -> None:
+def _refuse_early(config: Config, base: Base, device: torch.device, processes: int, precision: str) -> None:
     """What could only fail after the encoding, which may take hours, is looked at before it."""
     noise_schedule(config, base)
     optim.refuse(config.optimizer, config.train, device)
     if processes > 1 and distributed.sharding(config, lambda line: None):
         refuse_sharded(config, precision)
-    if stock.missing_latents() or stock.missing_texts():
-        sdxl = model.skeleton(base, stock.text_learns, config.text)
-        inject(sdxl, config, base, None)
-        parameters.apply_rules(sdxl, parameters.rules(config), config.train, config.optimizer, sdxl.closed())
 
 
 def refuse_sharded(config: Config, precision: str) -> None:

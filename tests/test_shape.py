@@ -95,7 +95,7 @@ LAYERS = [
     ["run"],
     ["manifest", "resume"],
     ["export"],
-    ["kinds", "setup", "finish", "held_out"],
+    ["kinds", "setup", "finish", "held_out", "disk"],
     ["train", "check", "inspect_cache", "from_folder"],
     ["demo", "studio", "notebook", "reference"],
     ["cli", "compat", "arrivals"],

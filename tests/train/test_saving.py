@@ -164,6 +164,7 @@ def test_a_failure_beside_the_training_ends_it(
 def test_a_disk_without_room_is_told_before_anything_is_written(
     config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr("sdxl_trainer.disk.free", lambda path: 1e12)  # there was room when the run began
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"a checkpoint takes 0\.\d\d GB and the disk has 0\.00 GB free"):
         train(config())
