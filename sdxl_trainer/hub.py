@@ -4,7 +4,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from sdxl_trainer import private
 from sdxl_trainer.config import Config, Hub
 from sdxl_trainer.errors import UserError, plural, shortened
 
@@ -45,7 +47,7 @@ class Plan:
             f"to: {where}",
             f"if it is new: {'private' if self.private else 'public'}, {seen}; one that is there stays as it is",
             f"what: {plural(len(self.files), 'file')}, {total:.1f} MB: {shortened(names, 20)}",
-            "not: checkpoints, caches, logs, check.html, which shows your pictures",
+            "not: checkpoints, caches, logs, check.html, which shows your pictures; of paths their last name alone",
             f"token: {token}",
         ]
 
@@ -64,9 +66,13 @@ def planned(folder: Path, hub: Hub, left_out: Sequence[str] = ()) -> Plan:
 
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     ignored = [*LEFT_OUT, *left_out, *DEFAULT_IGNORE_PATTERNS]
-    kept = filter_repo_objects(names, ignore_patterns=ignored)
-    sizes = tuple((name, (folder / name).stat().st_size) for name in kept)
+    kept, told = filter_repo_objects(names, ignore_patterns=ignored), private.told(folder)
+    sizes = tuple((name, _size(folder / name, told(folder / name))) for name in kept)
     return Plan(hub.id or folder.resolve().name, hub.private, sizes, bool(get_token()))
+
+
+def _size(path: Path, told: bytes | None) -> int:
+    return path.stat().st_size if told is None else len(told)
 
 
 def refuse_name(output_dir: Path, hub: Hub) -> None:
@@ -94,17 +100,29 @@ def push(folder: Path, hub: Hub, left_out: Sequence[str] = ()) -> str:
     from huggingface_hub.errors import HTTPError
 
     name = hub.id or folder.resolve().name
-    ignored = [*LEFT_OUT, *left_out]
     chosen = shlex.join(["--id", name, *(["--private"] if hub.private else [])])
     later = f"the result is safe in {folder}; later: sdxl push {shlex.quote(str(folder))} {chosen}"
     repo_id = _repository(folder, hub, later)
     try:
-        HfApi().upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="End of training", ignore_patterns=ignored
-        )
+        with TemporaryDirectory() as staged:
+            _stage(folder, Path(staged), [name for name, _ in planned(folder, hub, left_out).files])
+            HfApi().upload_folder(repo_id=repo_id, folder_path=staged, commit_message="End of training")
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise _explained(error, repo_id, later) from None
     return f"{HfApi().endpoint}/{repo_id}"
+
+
+def _stage(folder: Path, staged: Path, names: Sequence[str]) -> None:
+    """Links to the files, or what others are told of them where that is less."""
+    told = private.told(folder)
+    for name in names:
+        target = staged / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = told(folder / name)
+        if content is None:
+            target.symlink_to((folder / name).absolute())
+        else:
+            target.write_bytes(content)
 
 
 def _repository(folder: Path, hub: Hub, safe: str) -> str:

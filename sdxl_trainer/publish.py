@@ -10,6 +10,7 @@ from sdxl_trainer import configfile, files, hub, lock
 from sdxl_trainer.config import Adapter, Config, Data, Hub, Model
 from sdxl_trainer.errors import UserError, plural
 from sdxl_trainer.formats import WORD_FILES
+from sdxl_trainer.private import is_hub_id, last_name
 
 TAGS = ("text-to-image", "diffusers", "diffusers-training", "stable-diffusion-xl", "stable-diffusion-xl-diffusers")
 OPENRAIL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md"
@@ -104,8 +105,8 @@ def _target(run_dir: Path, repo_id: str | None, private: bool | None) -> tuple[C
 def _front_matter(config: Config, licence: dict[str, Any], samples: list[dict[str, Any]]) -> str:
     from huggingface_hub import ModelCardData
 
-    base = config.model.path if _is_hub_id(config.model.path) else None
-    datasets = [data.path for data in config.data if _is_hub_id(data.path)]
+    base = config.model.path if is_hub_id(config.model.path) else None
+    datasets = [data.path for data in config.data if is_hub_id(data.path)]
     adapter = config.adapter
     more: dict[str, Any] = {"base_model_relation": "adapter" if adapter or config.token else "finetune"} if base else {}
     if samples:
@@ -172,7 +173,7 @@ def _gallery(samples: list[dict[str, Any]]) -> str:
 
 def _usage(name: str, config: Config, samples: list[dict[str, Any]]) -> str:
     prompt = samples[0]["prompt"] if samples else "a photograph of a lighthouse at dusk"
-    model = _short(config.model.path) if config.adapter or config.token else name
+    model = last_name(config.model.path) if config.adapter or config.token else name
     then = (_loading(name, config.adapter) if config.adapter else "") + (_words(name, config) if config.token else "")
     settings = f"num_inference_steps={config.validation.steps}, guidance_scale={config.validation.guidance}"
     averaged = (
@@ -222,7 +223,7 @@ pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token
 
 def _training(config: Config, manifest: dict[str, Any]) -> str:
     rows = [(path, _option(config, path)) for path in SETTINGS]
-    rows += [(f"data: {_short(data.path)}", _data_settings(data)) for data in config.data]
+    rows += [(f"data: {last_name(data.path)}", _data_settings(data)) for data in config.data]
     told = [(key, value) for key, value in rows if value not in (None, False, "none")]
     shown = [f"| {_code(key)} | {_escaped(str(value))} |" for key, value in told]
     text = _command(manifest.get("command"))
@@ -270,7 +271,7 @@ def _card_data(model: Model) -> dict[str, Any]:
 
     path = Path(model.path).expanduser()
     readme: Any = (path if path.is_dir() else path.parent) / "README.md"
-    if _is_hub_id(model.path):
+    if is_hub_id(model.path):
         readme = try_to_load_from_cache(model.path, "README.md", revision=model.revision)
     try:
         found = metadata_load(readme) if isinstance(readme, str | Path) else None
@@ -295,19 +296,11 @@ def last_samples(run_dir: Path) -> list[dict[str, Any]]:
     return [row for row in last if row["weights"] == "ema"] or last
 
 
-def _is_hub_id(path: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists() and path[0] not in ".~"
-
-
 def _linked(path: str | None, kind: str = "") -> str:
     """A hub id as a link to its page; of a local path only the name, which is all that others can use."""
-    if path and _is_hub_id(path):
+    if path and is_hub_id(path):
         return f"[{path}](https://huggingface.co/{kind}{path})"
-    return _code(_short(path or ""))
-
-
-def _short(path: str) -> str:
-    return path if _is_hub_id(path) else Path(path).expanduser().resolve().name
+    return _code(last_name(path or ""))
 
 
 def _option(config: Config, path: str) -> Any:

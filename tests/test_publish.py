@@ -1,9 +1,12 @@
 """The model card, and uploads to a stand-in for the hub on this machine."""
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from sdxl_trainer.config import Config, Hub
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.hub import planned, push, repository
 from sdxl_trainer.publish import card
+from sdxl_trainer.train import train
 from tests.compat import hub as standin
 
 ROOT = Path(__file__).parents[1]
@@ -193,11 +197,55 @@ def test_push_uploads_the_result_and_nothing_else(run_dir: Path, hub: standin.Hu
     kept = {"README.md", "model_index.json", "manifest.json", "unet/diffusion_pytorch_model.safetensors"}
     pictures = {f"samples/step-{step:06}/0-{i}.png" for step in (100, 250) for i in range(3)}
     assert set(arrived) == kept | pictures | {"samples/samples.jsonl"}
-    assert all(before[name] == data for name, data in arrived.items())
+    told = {"manifest.json", "README.md"}  # without where this machine has its files
+    assert all(before[name] == data for name, data in arrived.items() if name not in told)
+    assert b"sdxl train 'my run.toml'" in arrived["README.md"]
+    assert json.loads(arrived["manifest.json"])["command"] == ["sdxl", "train", "my run.toml"]
     assert len(hub.objects) == 2  # the weights, and the one picture that all six are
     assert files_of(run_dir) == before
     assert not any(TOKEN.encode() in data for data in [*before.values(), *arrived.values()])
     assert hub.private == set()
+
+
+@pytest.mark.parametrize("more", [{}, {"adapter": {"kind": "loha", "rank": 2}}], ids=["whole", "adapter"])
+def test_an_upload_does_not_tell_where_things_lie(
+    base: Path, pictures: Path, tmp_path: Path, hub: standin.Hub, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    """Not in config, records, card, page and pictures; what is used of it is still there."""
+    hidden = tmp_path / "Jane's secret & <odd>"
+    for name, source in (("tiny", base), ("photos", pictures)):
+        (hidden / name).parent.mkdir(exist_ok=True)
+        shutil.copytree(source, hidden / name)
+    monkeypatch.setattr(sys, "argv", ["sdxl", "train", f"{hidden}/a.toml", f"data.0.path={hidden}/photos"])
+    tree = {
+        "output_dir": str(hidden / "my-run"),
+        "model": {"path": str(hidden / "tiny")},
+        "data": [{"path": str(hidden / "photos"), "resolution": 64}],
+        "cache": {"path": str(hidden / "cache"), "workers": 0},
+        "train": {"steps": 1, "batch_size": 2, "checkpoint_every": 0},
+        "validation": {"prompts": ["/a red circle/"], "images": 1, "steps": 1},
+        "log": {"pictures": True},
+        "hub": {"push": True},
+    }
+    output = train(configfile.validated({**tree, **more}, "test.toml"))
+    arrived = hub.repositories["me/my-run"]
+    assert arrived.keys() == {name for name, _ in planned(output, Hub(push=True)).files}
+    left = {name: content.find(word) for name, content in arrived.items() for word in (b"secret", b"Jane")}
+    assert {name: arrived[name][max(0, at - 80) : at + 40] for name, at in left.items() if at >= 0} == {}
+    told = configfile.validated(tomllib.loads(arrived["config.toml"].decode()), "config.toml")
+    assert (told.output_dir, told.model.path, told.data[0].path, told.cache.path) == (
+        "my-run",
+        "tiny",
+        "photos",
+        "cache",
+    )
+    assert told.validation.prompts == ("/a red circle/",)
+    assert json.loads(arrived["manifest.json"])["command"] == ["sdxl", "train", "a.toml", "data.0.path=photos"]
+    (drawn,) = (name for name in arrived if name.endswith(".png"))
+    with Image.open(io.BytesIO(arrived[drawn])) as one, Image.open(output / drawn) as two:
+        assert one.tobytes() == two.tobytes()
+        assert json.loads(one.info["sdxl_trainer"])["prompt"] == "/a red circle/"
+    assert "secret" in (output / "config.toml").read_text(), "here it stays as it is"
 
 
 def test_what_an_upload_would_do_is_what_it_does(run_dir: Path, hub: standin.Hub) -> None:

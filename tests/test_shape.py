@@ -91,6 +91,7 @@ LAYERS = [
     ["overview"],
     ["distributed", "sample", "sampling", "checkpoint", "prior"],
     ["class_pictures", "mirror"],
+    ["private"],
     ["validate", "hub", "publish", "saver"],
     ["run"],
     ["manifest", "resume"],

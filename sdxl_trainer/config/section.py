@@ -2,9 +2,10 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic.fields import FieldInfo
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -66,6 +67,13 @@ def bytes_of(amount: str) -> float:
 InsidePath = Annotated[PathText, AfterValidator(_below)]
 # Sides of pictures: latents have an eighth of them. No UNet learns larger ones, and lists of their buckets are long.
 Side = Annotated[int, Field(ge=8, le=16_384, multiple_of=8)]
+
+
+def is_path(field: FieldInfo) -> bool:
+    """Whether an option is a path that may lead anywhere, and not only below output_dir."""
+    marks = [*field.metadata, *(m for kind in get_args(field.annotation) for m in getattr(kind, "__metadata__", ()))]
+    checks = {getattr(mark, "func", None) for mark in marks}
+    return _possible in checks and _below not in checks
 
 
 def option(default: Any, description: str, **limits: Any) -> Any:
