@@ -107,15 +107,13 @@ def begun(folder: Path, wish: Wish, name: str) -> tuple[dict[str, Any], dict[str
         )
     sections = {key: dict(value) for key, value in preset.values.items()}
     data: dict[str, Any] = {"path": str(folder), **sections.pop("data")}
-    notes: dict[str, str] = {}
-    if _kohya(folder):
-        data["kohya_folders"] = True
-        notes["data.0.kohya_folders"] = "folders named 10_words: seen 10 times an epoch"
+    found = guessed(folder)
+    data |= {option: value for option, (value, _) in found.items()}
+    notes = {f"data.0.{option}": why for option, (_, why) in found.items()}
     if wish.trigger is not None:
         data |= {"trigger": wish.trigger, "caption": preset.caption.replace("{trigger}", wish.trigger)}
         notes["data.0.trigger"] = "put first where a caption does not hold it"
         notes["data.0.caption"] = "of pictures that have none"
-    _captions(folder, data, notes)
     if wish.model == "micro":
         notes["model.path"] = "draws flat shapes: its pictures show how a run goes, not what SDXL makes of yours"
     _fit_to_schedule(model, sections.get("objective", {}), notes)
@@ -145,6 +143,20 @@ def begun(folder: Path, wish: Wish, name: str) -> tuple[dict[str, Any], dict[str
     train["validate_every"] = every
     tree["validation"] = {"prompts": [prompt], "images": 2, "at_start": True}
     return tree, notes
+
+
+def guessed(folder: Path) -> dict[str, tuple[Any, str]]:
+    """How a folder says that it is to be read, and why: options of a data set. Where the captions are is such an
+    option if none are where they are looked for, and one kind of file seems to hold them."""
+    options: dict[str, tuple[Any, str]] = {}
+    if _kohya(folder):
+        options["kohya_folders"] = (True, "folders named 10_words: seen 10 times an epoch")
+    tree = scan(folder, "folder", Data.model_fields["mask_suffix"].default)
+    if not tree.metadata and not beside.used(Data(path=str(folder)), tree, tree.pictures):
+        found = beside.overlooked(tree, tree.pictures)
+        if len(found) == 1:
+            options[found[0].option] = (found[0].value, "captions are there")
+    return options
 
 
 def _class(preset: Preset, data: dict[str, Any], wish: Wish, notes: dict[str, str]) -> list[dict[str, Any]]:
@@ -178,17 +190,6 @@ def _fit_to_model(model: str, data: dict[str, Any], notes: dict[str, str]) -> bo
         if data.get("buckets") == "area":
             data["bucket_step"] = max(8, 64 * side // 1024 // 8 * 8)
     return side < 512
-
-
-def _captions(folder: Path, data: dict[str, Any], notes: dict[str, str]) -> None:
-    """Where the captions are, if none are where they are looked for and one kind of file seems to hold them."""
-    tree = scan(folder, "folder", Data.model_fields["mask_suffix"].default)
-    if tree.metadata or beside.used(Data.model_validate(data), tree, tree.pictures):
-        return
-    found = beside.overlooked(tree, tree.pictures)
-    if len(found) == 1:
-        data[found[0].option] = found[0].value
-        notes[f"data.0.{found[0].option}"] = "captions are there"
 
 
 def _fit_to_schedule(model: str, objective: dict[str, Any], notes: dict[str, str]) -> None:

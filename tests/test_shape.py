@@ -98,8 +98,9 @@ LAYERS = [
     ["export"],
     ["kinds", "setup", "finish", "held_out", "disk"],
     ["train", "check", "inspect_cache", "from_folder"],
+    ["compat", "arrivals"],
     ["demo", "studio", "notebook", "reference"],
-    ["cli", "compat", "arrivals"],
+    ["cli"],
 ]
 # Heavy libraries and the only modules that may import them.
 DOORS = {

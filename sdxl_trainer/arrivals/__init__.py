@@ -45,7 +45,7 @@ def convert(path: Path, target: Path, trainer: str | None, data: Path | None, ov
     missing = [d.path for d in config.data if not Path(d.path).expanduser().exists() and d.path.count("/") != 1]
     with files.explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(target, _written(source, account))
+        files.write_text(target, head(source, account) + configfile.written(account.tree))
     lines = [f"{path}: a config of {NAMES[source.trainer]}", *account.lines(), "", account.counts()]
     lines += (
         [f"not here: {shortened(dict.fromkeys(missing))}; paths start at the folder that you run in"] if missing else []
@@ -180,11 +180,8 @@ def _without_effect(account: Account) -> None:
             account.undone(option, f"has no effect here: {why}")
 
 
-def _written(source: Source, account: Account) -> str:
-    """The config, with what was not simply kept as comments above it."""
+def head(source: Source, account: Account) -> str:
+    """Comments above a config: where it is from, and what was not simply kept."""
     told = [line for line in account.lines() if not line.startswith(("kept", "off"))]
-    head = [
-        f"# From {source.path.name}, a config of {NAMES[source.trainer]}, by `sdxl convert`.",
-        *(f"# {t}" for t in told),
-    ]
-    return "\n".join(head) + "\n" + configfile.written(account.tree)
+    lines = [f"# From {source.path.name}, a config of {NAMES[source.trainer]}, by `sdxl convert`."]
+    return "\n".join([*lines, *(f"# {line}" for line in told)]) + "\n"

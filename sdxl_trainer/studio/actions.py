@@ -128,14 +128,18 @@ def config(studio: "Studio", sent: Sent) -> Any:
 
 
 def start(studio: "Studio", sent: Sent) -> Any:
-    """A new config: from a preset for a folder, or from another run."""
-    if sent.get("copy"):
+    """A new config: from a preset for a folder, from another run, or from a config of another trainer."""
+    told: list[str] = []
+    if sent.get("text"):
+        name = checked_name(sent.get("name"))
+        told = starts.arrived(studio.workspace, sent, name)
+    elif sent.get("copy"):
         name = settings.copy(studio.workspace, sent["copy"], sent.get("name"))
     else:
         name = checked_name(sent.get("name"))
         tree, notes, _ = starts.begun(studio.workspace, sent, name)
         settings.create(studio.workspace, name, tree, notes)
-    return settings.state(studio.workspace, name)
+    return {**settings.state(studio.workspace, name), "told": told}
 
 
 def preview(studio: "Studio", sent: Sent) -> Any:

@@ -128,12 +128,14 @@ def parsed(text: str, where: str) -> tuple[dict[str, Any], Config | None, dict[s
         return tree, None, {"what": error.what, "where": error.where, "fix": error.fix}
 
 
-def create(workspace: Workspace, name: object, tree: dict[str, Any], notes: Mapping[str, str] | None = None) -> str:
-    """A new config file. UserError if there is one, or a run, of that name."""
+def create(
+    workspace: Workspace, name: object, tree: dict[str, Any], notes: Mapping[str, str] | None = None, head: str = ""
+) -> str:
+    """A new config file, `head` above it. UserError if there is one, or a run, of that name."""
     path, run = workspace.config(name), workspace.run(name)
     if path.exists() or run.exists():
         raise UserError(f"there is a run '{path.stem}' already", "name", "choose another name, or continue that one")
-    text = configfile.written({**tree, "output_dir": workspace.shown(run)}, notes)
+    text = head + configfile.written({**tree, "output_dir": workspace.shown(run)}, notes)
     files.write_text(_origin(workspace, path.stem), text)
     files.write_text(path, text)
     return path.stem

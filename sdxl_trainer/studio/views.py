@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from sdxl_trainer import from_folder
 from sdxl_trainer.config import Data
 from sdxl_trainer.data import geometry, images
 from sdxl_trainer.data.sources import folder as folders
@@ -87,10 +88,14 @@ def verdict(album: Album, data: Data) -> dict[str, Any]:
     problems: list[UserError] = []
     lost: dict[str, float] = {}
     small: list[str] = []
+    read = from_folder.guessed(album.root)
+    whole = Data.model_validate({"path": str(album.root)} | {option: value for option, (value, _) in read.items()})
+    captioned = sum(bool(entry.caption) for entry in album.entries.values())
     try:
-        folders.records(Data(path=str(album.root)), album.tree, "train", str(album.root))
+        captioned = len(folders.records(whole, album.tree, "train", str(album.root)))
     except UserError as error:
-        problems.append(error)
+        fix = "write them below, or give the words that call it up under Settings, which become their caption"
+        problems.append(UserError(error.what, error.where, fix) if "no caption" in error.what else error)
     with ThreadPoolExecutor(4) as pool:
         for name, found in zip(names, pool.map(lambda n: _crop(album, n, data), names[:COUNTED]), strict=False):
             if isinstance(found, UserError):
@@ -104,7 +109,8 @@ def verdict(album: Album, data: Data) -> dict[str, Any]:
     captions = [entry.caption for entry in album.entries.values()]
     return {
         "pictures": len(names),
-        "captions": sum(map(bool, captions)),
+        "captions": captioned,
+        "read": [f"{option} = {json.dumps(value)}: {why}" for option, (value, why) in read.items()],
         "problems": together(problems),
         "sizes": [{"width": w, "height": h, "pictures": count} for (w, h), count in sizes.most_common()],
         "cut": [{"name": n, "lost": lost[n]} for n in sorted(lost, key=lambda n: -lost[n])[:12] if lost[n] > 0.15],

@@ -100,6 +100,7 @@ const judged = (found) => {
     { class: "verdict" },
     h("p", {}, h("span", { class: `chip ${bad || missing ? "open" : "good"}` }, words), ` ${plural(found.pictures, "picture")}, ${plural(found.captions, "caption")}`),
     found.problems.map(problem),
+    found.read.map((line) => h("p", { class: "muted" }, `Read with ${line}`)),
     found.small.length ? h("p", {}, `${plural(found.small.length, "picture is", "pictures are")} much smaller than trained, at ${found.for}: ${found.small.slice(0, 5).join(", ")}`) : null,
     found.cut.length ? h("p", {}, "Cut off most: ", found.cut.slice(0, 6).map((cut) => button(`${cut.name} (${Math.round(100 * cut.lost)} %)`, () => crop(cut.name), { class: "link" }))) : null,
     found.same.length ? h("p", {}, `${found.same[0].pictures} pictures have the same caption: “${found.same[0].caption}”`) : null,

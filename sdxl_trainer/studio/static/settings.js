@@ -28,28 +28,33 @@ const beginning = (go) => {
   const trigger = h("input", { type: "text", autocomplete: "off" });
   const name = h("input", { type: "text", value: "first", autocomplete: "off", spellcheck: "false" });
   const copied = choice([["", "no: from a preset"], ...studio.now.runs.map((run) => [run.name])], studio.copied);
+  const other = h("input", { type: "file", accept: ".json,.toml,.yaml,.yml,.sh,.bat" });
   studio.copied = "";
   const shown = h("div", { "aria-live": "polite" });
   const values = h("details", { open: true }, h("summary", {}, "Values that it sets"), shown);
   const sent = () => ({ folder: folder.value, preset: what.value, model: model.value, micro: micro.checked, trigger: trigger.value, name: name.value, copy: copied.value });
   const preview = trying(async () => {
-    fresh.hidden = values.hidden = Boolean(copied.value);
+    const elsewhere = copied.value || other.files.length;
+    fresh.hidden = Boolean(elsewhere);
+    values.hidden = Boolean(elsewhere) || !folder.value;
     model.disabled = micro.checked;
-    if (copied.value) return;
+    if (elsewhere || !folder.value) return;
     const found = await post("preview", sent());
     shown.replaceChildren(table("Values that it sets", ["option", "value", "because"], found.values.map(({ key, is }) => [key, JSON.stringify(is), found.notes[key] ?? ""])), command(found.command, "The same as a command: writes this config and trains it"));
   });
   card.addEventListener("change", fits);
-  for (const field of [folder, what, model, micro, trigger, copied, name]) field.addEventListener("change", preview);
+  for (const field of [folder, what, model, micro, trigger, copied, other, name]) field.addEventListener("change", preview);
   const make = async () => {
-    const made = await post("start", sent());
+    const [file] = other.files;
+    const made = await post("start", file ? { name: name.value, file: file.name, text: await file.text() } : sent());
     studio.run = made.name;
+    studio.told = { name: made.name, file: file?.name, lines: made.told };
     making = false;
     studio.now = await get("watched");
     await go();
   };
-  if (!chosen.length && !copied.value) return section("Something new", h("p", {}, "Choose a folder of pictures first: ", h("a", { href: "#pictures" }, "Pictures"), "."));
-  const fresh = h("div", { class: "form" },
+  const first = h("p", {}, "Choose a folder of pictures first: ", h("a", { href: "#pictures" }, "Pictures"), ".");
+  const fresh = !chosen.length ? first : h("div", { class: "form" },
       labelled("What is to be learned?", what),
       labelled("From which pictures?", folder),
       labelled("How much memory has the graphics card?", card, "a small card gets the preset that it can hold; the check reckons it exactly"),
@@ -63,6 +68,7 @@ const beginning = (go) => {
     h("form", { class: "form", onsubmit: (event) => (event.preventDefault(), trying(make)()) },
       fresh,
       labelled("With the settings of another run?", copied),
+      labelled("Or from a config of kohya, OneTrainer, SimpleTuner, ai-toolkit or diffusers?", other, "what becomes of each of its options is said, and written into the new one"),
       labelled("Name of the run", name),
       h("button", { class: "main" }, "Make the config")),
     values,
@@ -72,6 +78,7 @@ const beginning = (go) => {
 const form = async (page, go) => {
   const name = studio.run;
   const [place, start] = [h("div", {}), before(name)];
+  if (studio.told?.name === name && studio.told.lines.length) page.append(h("details", { open: true }, h("summary", {}, `What became of ${studio.told.file}`), h("pre", { class: "log", tabindex: "0" }, studio.told.lines.join("\n"))));
   page.append(place, start.place);
   const draw = (state) => {
     place.replaceChildren(...parts(state, save, go));
