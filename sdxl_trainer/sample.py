@@ -57,7 +57,7 @@ def drawn(
     def step() -> None:
         nonlocal done
         done += 1
-        if done < total:  # samplers of second order take more steps than they are asked for
+        if done <= total:  # samplers of second order take more steps than they are asked for
             console.progress(done, total, "denoising")
 
     # A model is loaded once, wherever it stands in a grid.

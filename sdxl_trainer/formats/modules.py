@@ -33,7 +33,8 @@ def check(component: str, config: dict[str, Any], weights: Mapping[str, Tensor],
     raise UserError(
         f"the weights of '{component}' do not fit its configuration: {'; '.join(problems)}",
         where,
-        "if this model is smaller or larger than SDXL base 1.0, name a diffusers folder that has its configurations",
+        "if this model is smaller or larger than SDXL base 1.0, name a diffusers folder that has its configurations: "
+        "sdxl convert --base FOLDER, or model.configs in a config",
     )
 
 

@@ -178,7 +178,9 @@ def test_the_command(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     argv = ["sdxl", "sample", str(base), "--prompt", "a red circle", "--steps", "1", "--out", str(tmp_path / "a")]
     monkeypatch.setattr("sys.argv", [*argv, "--sampler", "Euler a", "--original-size", "100x50", "--seed", "3"])
     assert cli.guarded(cli.command) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "0-0.png")
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "a" / "0-0.png")
+    assert [line.split()[1] for line in said.err.splitlines() if line.startswith("denoising")][-1] == "1/1"
     monkeypatch.setattr(
         "sys.argv", ["sdxl", "sample", "--like", str(tmp_path / "a" / "0-0.png"), "--out", str(tmp_path / "b")]
     )
