@@ -183,7 +183,12 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """The command with its options: every setting of a picture is one."""
     option, several = typer.Option, list[str] | None
     rows: list[tuple[str, Any, Any, Any]] = [
-        ("model", str | None, typer.Argument(help="diffusers folder, hub id or .safetensors file"), None),
+        (
+            "model",
+            str | None,
+            typer.Argument(help="diffusers folder, hub id, .safetensors file, or folder of a run"),
+            None,
+        ),
         ("prompt", several, option(help="what to draw; may be given several times"), None),
         ("prompts", Path | None, option(help="file of prompts: .txt, .jsonl or .toml"), None),
         ("like", Path | None, option(help="draw as this picture was drawn, where nothing else is said"), None),

@@ -1,6 +1,7 @@
 """A checkpoint of a fine-tune as a model to draw with: what it holds, and links to the rest of its base."""
 
 import json
+import tomllib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from sdxl_trainer.data.cache import key
 from sdxl_trainer.errors import UserError
 
 STATE = "state.json"
+# What a run, or a checkpoint of it, holds beside its base -> the setting of a picture that it is.
+ADDED = {"loras": "pytorch_lora_weights.safetensors", "embeddings": "learned_embeds.safetensors"}
 DEFAULT = "EulerDiscreteScheduler"  # that of SDXL base
 # Schedulers of diffusers that can begin without signal; the others pass over rescale_betas_zero_snr.
 FROM_ZERO = (
@@ -38,6 +41,22 @@ def model_index(of: Base, scheduler: dict[str, Any]) -> dict[str, Any]:
     kind = scheduler.get("_class_name")
     changed = kind != of.config("scheduler").get("_class_name")
     return of.config("model_index") | ({"scheduler": ["diffusers", kind]} if changed else {})
+
+
+def added(folder: Path) -> tuple[str, dict[str, tuple[str, ...]]] | None:
+    """The base of a run or a checkpoint that holds no model, but an adapter or new words, and these by the settings of
+    a picture. None for everything else, and where nothing says which base it was."""
+    own: dict[str, tuple[str, ...]] = {
+        setting: (str(folder),) for setting, name in ADDED.items() if (folder / name).is_file()
+    }
+    if not own or (folder / "model_index.json").is_file() or (folder / "unet").is_dir():
+        return None
+    if (folder / STATE).is_file():
+        return str(_config(folder)["model"]["path"]), own
+    try:
+        return str(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))["model"]["path"]), own
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def assembled(folder: Path, cache: Path) -> Path | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trainer.errors import UserError
-from sdxl_trainer.sampling import draw, metadata, models, prompts, samplers
+from sdxl_trainer.sampling import checkpoints, draw, metadata, models, prompts, samplers
 from sdxl_trainer.sampling.grid import Axis, axis
 from sdxl_trainer.sampling.request import Request, settings
 
@@ -98,6 +98,7 @@ def _request(told: dict[str, Any]) -> Request:
     """A request with the sizes that its model or picture has by default; refuses what contradicts itself."""
     if not told.get("model"):
         raise UserError("there is no model", "sdxl sample", "give a diffusers folder, a hub id or a .safetensors file")
+    told = _with_base(told)
     found = models.find(str(told["model"]))
     sides = _sides(told, models.side(found))
     request = Request(**{**told, **sides})
@@ -122,6 +123,15 @@ def _request(told: dict[str, Any]) -> Request:
         what = f"'{request.refiner}' is no refiner: it has two text encoders"
         raise UserError(what, "--refiner", "give SDXL's refiner; a second pass with a base is --image")
     return request
+
+
+def _with_base(told: dict[str, Any]) -> dict[str, Any]:
+    """A run of an adapter or new words as MODEL means its base with them."""
+    run = checkpoints.added(Path(told["model"]).expanduser())
+    if run is None:
+        return told
+    base, own = run
+    return told | {"model": base} | {setting: (*files, *told.get(setting, ())) for setting, files in own.items()}
 
 
 def _refuse_contradictions(request: Request, where: str) -> None:

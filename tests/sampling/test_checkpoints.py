@@ -43,11 +43,22 @@ def test_it_draws_what_the_result_draws(config: Callable[..., Any], tmp_path: Pa
     assert last != drawn(output / "checkpoint-1", tmp_path / "first")
 
 
-def test_a_checkpoint_of_an_adapter_says_how(config: Callable[..., Any], tmp_path: Path) -> None:
-    output = train(config(train={"steps": 1, "checkpoint_every": 1}, adapter={"rank": 2}))
-    with pytest.raises(UserError) as caught:
-        drawn(output / "checkpoint-1", tmp_path / "out")
-    assert caught.value.fix.endswith(f"--lora {output / 'checkpoint-1'}")
+def test_a_run_of_an_adapter_and_its_checkpoints_draw_with_their_base(
+    config: Callable[..., Any], base: Path, tmp_path: Path
+) -> None:
+    rates = {"steps": 2, "checkpoint_every": 1, "learning_rate": 1e-1}
+    data = [{"caption_suffix": " <x>"}]
+    output = train(config(train=rates, data=data, adapter={"rank": 2}, token=[{"name": "<x>"}]))
+    (request,) = [request for _, request in made(str(output), HOW | {"loras": ("other:0.5",)}, ["a"]).pictures]
+    assert request.model == str(base)
+    assert (request.loras, request.embeddings) == ((str(output), "other:0.5"), (str(output),))
+    result, last = drawn(output, tmp_path / "a"), drawn(output / "checkpoint-2", tmp_path / "b")
+    assert result == last
+    assert len({result, drawn(output / "checkpoint-1", tmp_path / "c"), drawn(base, tmp_path / "d")}) == 3
+    (output / "config.toml").unlink()
+    with pytest.raises(UserError, match="no diffusers model") as caught:
+        drawn(output, tmp_path / "out")
+    assert "give the base it was made for" in caught.value.fix
 
 
 @pytest.mark.parametrize("kind", ["PNDMScheduler", "DPMSolverSinglestepScheduler", "DDIMScheduler"])
