@@ -5,7 +5,7 @@ checkpoint-N/  unet/  unet_ema/          as diffusers folders, in the type in wh
                added.safetensors         or, of a run with an adapter, what was injected, by parameter name; its
                added_ema.safetensors     averages; and the adapter as other programs load it
                optimizer.safetensors     tensors named <parameter>|<key>, or #<group>|<key>
-               state.json                step, counts, loss scale, the run's config
+               state.json                step, counts, loss scale, the last losses, the run's config
                manifest.json             SHA-256 of every file above
 """
 

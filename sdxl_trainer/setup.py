@@ -1,5 +1,6 @@
 """From a config to a job that is ready for its next step."""
 
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -349,10 +350,11 @@ def _model(
     groups = parameters.rebound(groups, sdxl)
     optimizer = accelerator.prepare(optim.make(groups, config.optimizer, config.seed, accelerator.device, bool(split)))
     averages = ema.make(groups, config.ema.decay) if config.ema.enabled else None
+    saved = at.state() if at is not None else {}
     if at is not None:
         checkpoint.load_training_state(at, sdxl, optimizer.optimizer, groups, averages)
-        if accelerator.scaler is not None and at.state()["scaler"]:
-            accelerator.scaler.load_state_dict(at.state()["scaler"])
+        if accelerator.scaler is not None and saved["scaler"]:
+            accelerator.scaler.load_state_dict(saved["scaler"])
         console.say(f"continuing after step {at.step} ({at.path})")
     scale = model.latent_scale(base.config("vae")).to(accelerator.device)
     # Under autocast the inputs stay fp32 and each layer casts; bf16 weights want bf16 inputs.
@@ -363,8 +365,8 @@ def _model(
         prior = priors.beside(sdxl, copy, bool(split))
     run = Run(config, accelerator, sdxl, prepared, optimizer, groups, goal, scale, inputs, begin.steps, prior)
     broken = torch.zeros((), dtype=torch.bool, device=accelerator.device)
-    skipped = at.state().get("skipped", 0) if at else 0
-    return run, State(at.step if at else 0, averages, broken, skipped)
+    spikes = guards.Spikes(deque(saved.get("losses", ()), guards.WINDOW))
+    return run, State(at.step if at else 0, averages, broken, saved.get("skipped", 0), spikes=spikes)
 
 
 def _frozen_copy(

@@ -342,6 +342,7 @@ def _save(job: Job) -> None:
             "data": job.data_hash,
             "unet": resume.unet_beside(run.config, job.base),
             "skipped": state.skipped,
+            "losses": list(state.spikes.recent),
         }
         optimizer = run.optimizer.optimizer
         contents = checkpoint.contents(state.step, run.sdxl, state.ema, optimizer, run.groups, record)

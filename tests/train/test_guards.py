@@ -79,8 +79,8 @@ def test_a_spike_is_told_with_its_pictures(
     step = training.train_step
 
     def jumping(run: Any, state: Any, batches: list[Any], images: int) -> Any:
-        loss, norm, rate = step(run, state, batches, images)
-        return (loss * 1000 if state.step == 5 else loss), norm, rate
+        loss, norm = step(run, state, batches, images)
+        return (loss * 1000 if state.step == 5 else loss), norm
 
     monkeypatch.setattr(training, "train_step", jumping)
     train(config(train={"steps": 6}))
@@ -194,3 +194,24 @@ def test_memory_is_told_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(distributed.sys, "platform", system)
     monkeypatch.setattr(distributed.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=most))
     assert distributed.memory_gb(torch.device("cpu")) == pytest.approx(2.048)
+
+
+def test_a_run_that_continues_knows_the_losses_before(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first twenty steps after an interruption would have no usual loss, and no spikes."""
+    known: list[list[float]] = []
+    height = guards.Spikes.height
+
+    def noted(spikes: guards.Spikes, loss: float) -> float | None:
+        known.append([*spikes.recent])
+        return height(spikes, loss)
+
+    monkeypatch.setattr(guards.Spikes, "height", noted)
+    train(config(train={"steps": 6, "checkpoint_every": 3}, output_dir=str(tmp_path / "whole")))
+    whole, known[:] = known[3:], []
+    train(config(train={"steps": 3, "checkpoint_every": 3}))
+    known.clear()
+    train(config(train={"steps": 6, "checkpoint_every": 3}))
+    assert known == whole
+    assert [len(losses) for losses in known] == [3, 4, 5]
