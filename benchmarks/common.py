@@ -108,5 +108,7 @@ def write(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """<folder>/<name>.json, with the machine."""
     path = folder / f"{name}.json"
     folder.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**result, "machine": machine()}, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".json.new")
+    unfinished.write_text(json.dumps({**result, "machine": machine()}, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
     return path

@@ -1,360 +1,187 @@
 """Full-size SDXL on one GPU, in ten minutes: images per second, share of the measured limits, memory, numerics.
 
-    python benchmarks/gpu.py [--minutes 9] [--only limits,full,...]
+    python benchmarks/gpu.py [--minutes 8.5] [--only full,low_memory,...] [--missing] [--results FOLDER]
     python benchmarks/gpu.py --device cpu --size tiny --sides 64 --samples 2 --steps 2     what the tests run
 
-It needs torch, numpy, safetensors and pydantic; with diffusers it also measures the library's UNet in the loop of the
-reference script (fp32 weights under autocast, AdamW as PyTorch makes it, the norm clipped and the loss read every
-step; its data pipeline is left out, in its favour). Weights and inputs are random. What counts most comes first; each
-figure is written as soon as it is there, into what an earlier call on the same device left, and what no time or no
-library is there for is named.
+Weights and inputs are random. What counts most comes first (FIRST). Each figure is written as soon as it is there, into
+what an earlier call on the same device left; `--missing` measures only what is not there yet. What no time or no
+library is there for is named. Rows run in a process of their own: where a kernel hangs, or breaks the device or the
+process, that row has failed and the rest goes on.
+
+It needs torch, numpy, safetensors and pydantic. With diffusers it also measures the library's UNet in the loop of the
+reference script (fp32 weights under autocast, AdamW as PyTorch makes it, the norm clipped and the loss read every step;
+its data pipeline is left out, in its favour), and builds bases for `whole` and `tests`, which run `sdxl train` itself
+and want pytest, accelerate, transformers, peft and the like; with bitsandbytes nf4 and 8-bit AdamW. To a machine that
+has PyTorch for CUDA 13 on Python 3.12 and reaches no package index they are brought as wheels; of bitsandbytes only the
+part for that CUDA is wanted:
+
+    pip download -d wheels --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+        --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+        -c constraints.txt pydantic pydantic_core annotated-types diffusers importlib_metadata lazy-importer \
+        bitsandbytes
+    zip -q -d wheels/bitsandbytes-*.whl '*cuda11*' '*cuda12*' '*cuda132*' '*rocm*' '*xpu*'
+    pip install --no-index --no-deps --no-compile --target SITE wheels/*.whl      # there, then:
+    PYTHONPATH=SITE python benchmarks/gpu.py --results FOLDER
 """
 
-import gc
+import argparse
 import json
-import math
-import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parent.parent))  # where the package is not installed
+
 import common
-import torch
-import torch.nn.functional as F
-from gpu_step import Bench, add_lora, figures, make_inputs, make_optimizer, make_passes, make_step, make_unet, update
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdxl_trainer import model as models
-from sdxl_trainer import narrow
-from sdxl_trainer import unet as unets
-from sdxl_trainer.optim import backward
+# What is measured first, in this order: whether it is right and reaches what is promised; then all else, group by
+# group, in the order of `gpu_rows.BENCHMARKS`.
+FIRST = [
+    "limits: bf16 product",
+    "limits: copy",
+    "full: ours bf16, 1024 px, batch 8",
+    "full: ours bf16, 512 px, batch 16",
+    "full: reference, 1024 px, batch 8",
+    "full: reference, 512 px, batch 16",
+    "low_memory: bf16, Adafactor, fused backward",
+    "adapter: fp8 base, batch 1, checkpointing",
+    "low_memory: bf16, Adafactor",
+    "adapter: bf16 base, batch 1, checkpointing",
+    "gate: 512 px",
+    "tests: on this device",
+    "kernels: 1024 px, batch 8",
+    "kernels: 512 px, batch 16",
+    "full: ours bf16, 1024 px, batch 1",
+    "ladder: channels last, 1024 px, batch 8",
+    "ladder: flash attention, 1024 px, batch 8",
+    "ladder: compiled blocks, 1024 px, batch 8",
+    "drift: fp32",
+    "drift: bf16",
+    "drift: bf16, Adafactor",
+]
+GROUPS = "limits,full,gate,low_memory,adapter,kernels,ladder,drift,vae,graphs,attention,tests,whole"
+# Seconds that a row of a group is given at least, without which it is left out, and at most. Rows bound themselves by
+# `gpu_step.ROW_SECONDS` or a limit of their own; at most is for what hangs.
+LEAST = {"tests": 60.0, "whole": 150.0, "ladder: compiled": 75.0}
+MOST = {"tests": 150.0, "whole": 300.0, "ladder": 240.0, "gate": 150.0, "drift": 120.0}
+USUALLY = 90.0
+# Seconds for the row that is measured when time is up.
+GRACE = 25.0
 
-CONFIG = Path(unets.__file__).parent / "assets" / "sdxl" / "unet" / "config.json"
-TINY = {"block_out_channels": [32, 64, 64], "attention_head_dim": [2, 4, 4], "transformer_layers_per_block": [1, 1, 1]}
-TINY |= {"layers_per_block": 1, "norm_num_groups": 16}
-# What compilers, drivers and libraries raise where they have not been tried.
-FAILURES = (RuntimeError, ImportError, OSError, ValueError, TypeError, AttributeError, AssertionError, LookupError)
-# Seconds that a row is given at least; without them it is left out.
-LEAST = {"compiled": 90.0}
 
-
-def main() -> None:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", default="sdxl", choices=["sdxl", "tiny"])
     parser.add_argument("--sides", default="1024,512", help="pixels")
-    parser.add_argument("--samples", default="8,4,16,1", help="batches to try, in this order")
+    parser.add_argument("--samples", default="8,16,4,1,32", help="batches to try, in this order")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--only", default=",".join(BENCHMARKS), help="some of " + ", ".join(BENCHMARKS))
+    parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--only", default=GROUPS, help=f"some of {GROUPS}")
+    parser.add_argument("--missing", action="store_true", help="keep the rows that an earlier call measured")
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder")
-    options = parser.parse_args()
-    config = json.loads(CONFIG.read_text(encoding="utf-8")) | (TINY if options.size == "tiny" else {})
-    sides, samples = (tuple(int(n) for n in text.split(",")) for text in (options.sides, options.samples))
-    ends = time.monotonic() + 60 * options.minutes
-    bench = Bench(torch.device(options.device), config, sides, samples, options.steps, ends)
-    result = _earlier(options.results / "gpu.json", {"device": _device(bench), "size": options.size, "left_out": []})
-    for name in options.only.split(","):
-        result["left_out"] = [text for text in result["left_out"] if not text.startswith(f"{name}: ")]
-        for key, measure in BENCHMARKS[name](bench):
-            if isinstance(measure, str):
-                result["left_out"].append(f"{name}: {key}: {measure}")
-                continue
-            if time.monotonic() + LEAST.get(name, 0.0) > ends:
-                result["left_out"].append(f"{name}: {key}: no time")
-                continue
-            began = time.monotonic()
-            found = {**_attempt(bench, measure), "took": round(time.monotonic() - began, 1)}
-            result.setdefault(name, {})[key] = found
-            print(f"{name}: {key}: {json.dumps(found)}", flush=True)
-            common.write("gpu", result, options.results)
-    common.write("gpu", result, options.results)
+    parser.add_argument("--compiler", default="inductor", help="what compiles blocks: a backend of torch.compile")
+    parser.add_argument("--call", help=argparse.SUPPRESS)  # names this call, in the process that measures
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Keep a process at work that measures: one that ends early or hangs is followed by another, for other rows."""
+    arguments, options, call = sys.argv[1:], parse(sys.argv[1:]), str(time.time_ns())
+    ends, path, progress = time.monotonic() + 60 * options.minutes, options.results / "gpu.json", 0
+    while (left := ends - time.monotonic()) > 0:
+        again = ["--call", call, "--minutes", f"{left / 60:.4f}"]
+        with subprocess.Popen([sys.executable, __file__, *arguments, *again]) as process:
+            if _watched(process, path, call, ends) == 0:
+                return
+        before, progress = progress, len(_of_call(path, call).get("begun", []))
+        if progress == before:
+            sys.exit("the process that measures ended without a row")
+
+
+def _watched(process: "subprocess.Popen[bytes]", path: Path, call: str, ends: float) -> int:
+    """How the process ends: by itself, or because a row takes longer than any should."""
+    started = time.time()
+    while True:
+        try:
+            return process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            row = _of_call(path, call).get("now", {})
+            since = time.time() - max(started, row.get("began", started))
+            if since > MOST.get(row.get("group"), USUALLY) or time.monotonic() > ends + GRACE:
+                process.kill()
+
+
+def _of_call(path: Path, call: str) -> dict[str, Any]:
+    """What the processes of this call have written."""
+    found = read(path)
+    return found if found.get("call") == call else {}
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or just being written
+        return {}
+    return found
+
+
+def measure(options: argparse.Namespace) -> None:
+    """All rows that this call has not begun yet."""
+    import gpu_rows
+
+    bench, path = gpu_rows.bench(options), options.results / "gpu.json"
+    result = _earlier(path, {"device": gpu_rows.device(bench), "size": options.size, "left_out": []})
+    begun = set(result.pop("begun", [])) if result.get("call") == options.call else set()
+    result |= {"call": options.call}
+    groups = options.only.split(",")
+    if not begun:
+        result["left_out"] = [text for text in result["left_out"] if text.partition(":")[0] not in groups]
+    for name, key, row in rows(bench, groups):
+        label = f"{name}: {key}"
+        known = result.get(name, {}).get(key)
+        if label in begun or (options.missing and known and "failed" not in known):
+            continue
+        least = next((seconds for start, seconds in LEAST.items() if label.startswith(start)), 0.0)
+        lacks = row if isinstance(row, str) else "no time" if time.monotonic() + least > bench.ends else None
+        if lacks:
+            result["left_out"] = [
+                *(text for text in result["left_out"] if text != f"{label}: {lacks}"),
+                f"{label}: {lacks}",
+            ]
+            continue
+        begun.add(label)
+        result.setdefault(name, {})[key] = {"failed": "it took too long, or the process ended"}
+        now = {"group": name, "key": key, "began": time.time()}
+        common.write("gpu", result | {"begun": sorted(begun), "now": now}, options.results)
+        began = time.monotonic()
+        found = {**gpu_rows.attempt(bench, row), "took": round(time.monotonic() - began, 1)}
+        result[name][key] = found
+        print(f"{label}: {json.dumps(found)}", flush=True)
+        common.write("gpu", result | {"begun": sorted(begun)}, options.results)
+        if gpu_rows.is_broken(bench):
+            sys.exit(f"{label} broke the device")
+    common.write("gpu", {key: value for key, value in result.items() if key != "call"}, options.results)
+
+
+def rows(bench: Any, groups: list[str]) -> list[tuple[str, str, Any]]:
+    """Group, name, and what is measured or why it is not, in the order of what counts."""
+    import gpu_rows
+
+    found = [(name, *row) for name in groups for row in gpu_rows.BENCHMARKS[name](bench)]
+    order = {label: number for number, label in enumerate(FIRST)}
+    return sorted(found, key=lambda row: order.get(f"{row[0]}: {row[1]}", len(FIRST)))
 
 
 def _earlier(path: Path, new: dict[str, Any]) -> dict[str, Any]:
     """The results of an earlier call on the same device with the same model, to which more are added; else new ones."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read(path)
     alike = all(found.get(key) == new[key] for key in ("device", "size"))
-    return {key: value for key, value in found.items() if key != "machine"} if alike else new
-
-
-def _attempt(bench: Bench, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What is measured, or that it does not fit or fails: the rest is worth its time. Nothing of it stays in memory."""
-    try:
-        return measure()
-    except torch.OutOfMemoryError:
-        return {"out_of_memory": True}
-    except (*FAILURES, subprocess.SubprocessError) as error:
-        return {"failed": f"{type(error).__name__}: {error}"[:500]}
-    finally:
-        gc.collect()  # models too that something holds in a circle
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _device(bench: Bench) -> dict[str, Any]:
-    if bench.device.type != "cuda":
-        return {"name": bench.device.type}
-    facts, cudnn = torch.cuda.get_device_properties(0), torch.backends.cudnn.version()
-    return {"name": facts.name, "bytes": facts.total_memory, "cuda": torch.version.cuda, "cudnn": cudnn}
-
-
-# Rows: what is measured, or why it is not.
-Measures = Iterator[tuple[str, Callable[[], dict[str, Any]] | str]]
-
-
-def limits(bench: Bench) -> Measures:
-    """Matrix products, copies, convolutions: what other figures are set against."""
-    large, size = bench.device.type == "cuda", 8192 if bench.device.type == "cuda" else 256
-
-    def product() -> dict[str, Any]:
-        a, b = (torch.randn(size, size, device=bench.device).bfloat16() for _ in range(2))
-        return {"operations_per_second": 2 * size**3 / min(bench.seconds(lambda: a @ b))}
-
-    def copy() -> dict[str, Any]:
-        source = torch.empty(1 << (32 if large else 20), dtype=torch.uint8, device=bench.device)
-        target = torch.empty_like(source)
-        return {"bytes_per_second": 2 * source.numel() / min(bench.seconds(lambda: target.copy_(source)))}
-
-    def convolution(layout: torch.memory_format) -> dict[str, Any]:
-        layer = nn.Conv2d(320, 320, 3, padding=1, device=bench.device, dtype=torch.bfloat16).to(memory_format=layout)
-        x = torch.randn(4, 320, 128 if large else 8, 128 if large else 8, device=bench.device).bfloat16()
-        x = x.contiguous(memory_format=layout)
-        work = 2 * 9 * 320 * x.numel()
-        return {"operations_per_second": work / min(bench.seconds(lambda: layer(x)))}
-
-    yield "bf16 product", product
-    yield "copy", copy
-    yield "convolution, channels first", lambda: convolution(torch.contiguous_format)
-    yield "convolution, channels last", lambda: convolution(torch.channels_last)
-
-
-def attention(bench: Bench) -> Measures:
-    """Each of PyTorch's kernels on SDXL's shapes: speed forward and backward, and how far it is from fp32."""
-    places = ((10, 4096), (20, 1024)) if bench.device.type == "cuda" else ((2, 64),)
-    kinds = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-
-    def measure(heads: int, length: int, kind: SDPBackend) -> dict[str, Any]:
-        draw = torch.Generator(bench.device).manual_seed(0)
-        shape = (4, heads, length, 64)
-        q, k, v, up = (torch.randn(shape, generator=draw, device=bench.device) for _ in range(4))
-        exact = _attended(F.scaled_dot_product_attention, (q, k, v), up)
-        narrow = tuple(t.bfloat16() for t in (q, k, v))
-        try:
-            with sdpa_kernel(kind):
-                found = _attended(F.scaled_dot_product_attention, narrow, up.bfloat16())
-                seconds = bench.seconds(lambda: _attended(F.scaled_dot_product_attention, narrow, up.bfloat16()))
-        except RuntimeError as error:
-            return {"not_here": str(error).splitlines()[0][:120]}
-        off = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
-        work = 3.5 * 4 * 4 * heads * length**2 * 64
-        return {"operations_per_second": work / statistics.median(seconds), "off": off, "finite": max(off) < 0.02}
-
-    for heads, length in places:
-        for kind in kinds:
-            yield f"{kind.name.lower()}, {heads} heads, {length}", lambda h=heads, n=length, k=kind: measure(h, n, k)
-
-
-def _attended(function: Any, inputs: Any, up: Tensor) -> list[Tensor]:
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    out = function(*leaves)
-    out.backward(up)
-    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-
-
-def full(bench: Bench) -> Measures:
-    """Full fine-tuning: ours in bf16 with rounding by chance, ours in fp32 under autocast, the reference's loop, and
-    that around our UNet."""
-    least: dict[tuple[str, int], float] = {}  # what did not fit, of which no more has to be tried
-
-    def measure(name: str, side: int, samples: int) -> dict[str, Any]:
-        if samples >= least.get((name, side), math.inf):
-            return {"out_of_memory": True}
-        try:
-            return _full(bench, name, side, samples)
-        except torch.OutOfMemoryError:
-            least[name, side] = samples
-            raise
-
-    for samples in bench.samples:
-        for side in bench.sides:
-            for name in ("ours bf16", "reference", "ours fp32", "reference's loop, our UNet"):
-                key = f"{name}, {side} px, batch {samples}"
-                if name == "reference" and not find_spec("diffusers"):
-                    yield key, "no diffusers"
-                elif name in {"ours bf16", "reference"} or samples == bench.samples[0]:
-                    yield key, lambda n=name, s=side, b=samples: measure(n, s, b)
-
-
-def _full(bench: Bench, name: str, side: int, samples: int) -> dict[str, Any]:
-    dtype, ours = torch.bfloat16 if name == "ours bf16" else torch.float32, name.startswith("ours")
-    model = make_unet(bench, dtype, library=name == "reference")
-    parameters = list(model.parameters())
-    if ours:
-        optimizer = make_optimizer(model, "adamw_bf16" if name == "ours bf16" else "adamw", 1e-6)
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-    step = make_step(bench, model, optimizer, parameters, side, samples, dtype, reads=not ours)
-    return figures(bench, bench.seconds(step), side, samples)
-
-
-def low_memory(bench: Bench) -> Measures:
-    """One picture at the first side: what each step down takes, and its speed."""
-    narrow, wide = torch.bfloat16, torch.float32
-    levels = {
-        "bf16, Adafactor, fused backward": ("adafactor", narrow, 1.0, True),
-        "bf16, Adafactor": ("adafactor", narrow, 1.0, False),
-        "bf16, AdamW": ("adamw_bf16", narrow, 1.0, False),
-        "bf16, AdamW, half of the blocks": ("adamw_bf16", narrow, 0.5, False),
-        "bf16, AdamW, nothing computed again": ("adamw_bf16", narrow, 0.0, False),
-        "fp32, AdamW": ("adamw", wide, 1.0, False),
-        "fp32, Adafactor, fused backward": ("adafactor", wide, 1.0, True),
-    }
-
-    def measure(name: str, dtype: torch.dtype, share: float, fused: bool) -> dict[str, Any]:
-        model, side = make_unet(bench, dtype), bench.sides[0]
-        model.enable_gradient_checkpointing(share)
-        optimizer, parameters = make_optimizer(model, name, 1e-6), list(model.parameters())
-        step = make_step(bench, model, optimizer, parameters, side, 1, dtype)
-        if fused:
-            passes = make_passes(model, *make_inputs(bench, side, 1, dtype), dtype)
-
-            def step() -> None:
-                _, norm = backward.norm(parameters, passes)
-                if bool(torch.isfinite(norm)):
-                    backward.step(optimizer, parameters, norm, 1.0, passes)
-
-        return figures(bench, bench.seconds(step), side, 1)
-
-    for label, level in levels.items():
-        yield label, lambda chosen=level: measure(*chosen)
-
-
-def adapter(bench: Bench) -> Measures:
-    """LoRA of rank 16 on all attention layers, the base in each of the types it may be kept in."""
-
-    def measure(kind: str, samples: int, share: float) -> dict[str, Any]:
-        model = make_unet(bench, torch.float32).requires_grad_(False)
-        sdxl = models.SDXL(model)
-        narrow.pack(sdxl, kind, torch.bfloat16)
-        layers = add_lora(model, 16)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        model.enable_gradient_checkpointing(share)
-        optimizer = make_optimizer(model, "adamw", 1e-4)
-
-        def call(**given: Any) -> Any:
-            with sdxl.saving():
-                return model(**given)
-
-        step = make_step(bench, call, optimizer, parameters, bench.sides[0], samples, torch.float32)
-        return {**figures(bench, bench.seconds(step), bench.sides[0], samples), "layers": layers}
-
-    for kind, share, samples in (
-        ("fp8", 1.0, 1), ("bf16", 1.0, 1), ("bf16", 0.0, 1), ("fp8", 0.0, 1), ("int8", 1.0, 1), ("nf4", 1.0, 1),
-        ("bf16", 0.0, 4), ("bf16", 1.0, 4),
-    ):  # fmt: skip
-        name = f"{kind} base, batch {samples}" + (", checkpointing" if share else "")
-        lacks = kind == "nf4" and not find_spec("bitsandbytes")
-        yield name, "no bitsandbytes" if lacks else lambda k=kind, b=samples, s=share: measure(k, b, s)
-
-
-def graphs(bench: Bench) -> Measures:
-    """What replaying the passes as one CUDA graph would gain."""
-
-    def made(samples: int) -> Callable[[], None]:
-        model = make_unet(bench, torch.bfloat16)
-        passes = make_passes(model, *make_inputs(bench, bench.sides[0], samples, torch.bfloat16), torch.bfloat16)
-
-        def run() -> None:
-            model.zero_grad()
-            passes()
-
-        return run
-
-    def graphed(samples: int) -> list[float]:
-        run, stream = made(samples), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())  # on which weights and inputs were made
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return bench.seconds(graph.replay)
-
-    def measure(samples: int, seconds: Callable[[int], list[float]]) -> dict[str, Any]:
-        return {**figures(bench, seconds(samples), bench.sides[0], samples), "of_it": "forward and backward alone"}
-
-    for samples in sorted(bench.samples)[:2]:
-        yield f"eager passes, batch {samples}", lambda b=samples: measure(b, lambda n: bench.seconds(made(n)))
-        if bench.device.type == "cuda":
-            yield f"graph of the passes, batch {samples}", lambda b=samples: measure(b, graphed)
-
-
-def compiled(bench: Bench) -> Measures:
-    """What compiling the transformer blocks would gain."""
-
-    def measure(samples: int) -> dict[str, Any]:
-        model = make_unet(bench, torch.bfloat16)
-        for module in model.modules():
-            if type(module).__name__ in model._repeated_blocks:
-                module.compile(dynamic=False)
-        parameters = list(model.parameters())
-        optimizer = make_optimizer(model, "adamw_bf16", 1e-6)
-        step = make_step(bench, model, optimizer, parameters, bench.sides[0], samples, torch.bfloat16)
-        began = time.perf_counter()
-        step()
-        bench.wait()
-        warm = time.perf_counter() - began
-        return {**figures(bench, bench.seconds(step), bench.sides[0], samples), "first_step_seconds": warm}
-
-    for samples in sorted(bench.samples)[:2] if bench.device.type == "cuda" else ():
-        yield f"compiled blocks, batch {samples}", lambda b=samples: measure(b)
-
-
-def drift(bench: Bench) -> Measures:
-    """Losses of bf16 weights, rounded by chance, and of fp32 ones on the same random pictures over 150 steps."""
-
-    def measure(dtype: torch.dtype, name: str) -> dict[str, Any]:
-        model = make_unet(bench, dtype)
-        parameters = list(model.parameters())
-        optimizer = make_optimizer(model, name, RATES[name])
-        losses: list[Tensor] = []
-        count = 150 if bench.device.type == "cuda" else 3
-        sets = [make_inputs(bench, bench.sides[-1], 1, dtype, seed) for seed in range(8)]
-        for number in range(count):
-            losses.append(make_passes(model, *sets[number % 8], dtype)())
-            update(optimizer, parameters)
-            if time.monotonic() > bench.ends:
-                return {"steps": number + 1, "failed": "no time"}
-        values = torch.stack(losses).tolist()
-        return {"first": statistics.mean(values[:8]), "last": statistics.mean(values[-16:])}
-
-    yield "fp32", lambda: measure(torch.float32, "adamw")
-    yield "bf16", lambda: measure(torch.bfloat16, "adamw_bf16")
-    yield "fp32, Adafactor", lambda: measure(torch.float32, "adafactor")
-    yield "bf16, Adafactor", lambda: measure(torch.bfloat16, "adafactor")
-
-
-# Of drift; Adafactor's is relative to each tensor.
-RATES = {"adamw": 1e-5, "adamw_bf16": 1e-5, "adafactor": 1e-3}
-# In the order of what counts.
-BENCHMARKS: dict[str, Callable[[Bench], Measures]] = {
-    "limits": limits,
-    "full": full,
-    "low_memory": low_memory,
-    "adapter": adapter,
-    "drift": drift,
-    "attention": attention,
-    "graphs": graphs,
-    "compiled": compiled,
-}
+    return {key: value for key, value in found.items() if key not in {"machine", "now"}} if alike else new
 
 
 if __name__ == "__main__":
-    main()
+    given = parse(sys.argv[1:])
+    measure(given) if given.call else main()

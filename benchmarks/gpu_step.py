@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -29,6 +29,12 @@ class Bench:
     samples: tuple[int, ...]
     steps: int
     ends: float
+    compiler: str = "inductor"
+
+    @property
+    def large(self) -> bool:
+        """Whether it measures what a GPU is for, or only runs, in tests."""
+        return max(self.sides) >= 512
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -59,6 +65,10 @@ class Bench:
 
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+
+
+# Rows: what is measured, or why it is not.
+Measures = Iterator[tuple[str, Callable[[], dict[str, Any]] | str]]
 
 
 def make_optimizer(model: Any, name: str, rate: float) -> Any:
@@ -189,6 +199,9 @@ def figures(bench: Bench, seconds: list[float], side: int, samples: int) -> dict
     median = statistics.median(seconds)
     found: dict[str, Any] = {"seconds": median, "spread": [min(seconds), max(seconds)], "steps": len(seconds)}
     found |= {"images_per_second": samples / median, "peak_bytes": bench.peak()}
+    if bench.device.type == "cuda":  # with what the allocator holds, and CUDA and its libraries for themselves
+        free, every = torch.cuda.mem_get_info()
+        found["card_bytes"] = every - free
     if side in OPERATIONS and bench.device.type == "cuda":
         found["operations_per_second"] = OPERATIONS[side] * samples / median
     return found

@@ -289,13 +289,15 @@ def gpu() -> list[str]:
     found = result("gpu")
     if not found:
         return [
-            "Not measured yet. `python benchmarks/gpu.py` measures full-size SDXL on one GPU in ten minutes:",
-            "limits, attention kernels, full fine-tuning, adapters, low-memory settings, graphs, numerics. The targets",
-            "are for one H200.",
+            "Not measured yet. `python benchmarks/gpu.py` measures full-size SDXL on one GPU in ten minutes: first the",
+            "losses and speeds that are promised, beside the library's UNet in the reference's loop, then where the",
+            "time of a step goes, what compiled blocks, graphs and other layouts would gain, low-memory settings and",
+            "whole runs. What has to be installed there, and how where no package index is reached, is said at the top",
+            "of that file. The targets are for one H200.",
         ]
     made = ["| what | images/s | share of the measured limit | memory |", "| --- | --- | --- | --- |"]
     limit = found.get("limits", {}).get("bf16 product", {}).get("operations_per_second")
-    for part in ("full", "adapter", "low_memory", "graphs", "compiled"):
+    for part in ("full", "low_memory", "adapter", "ladder", "graphs", "whole"):
         for name, one in found.get(part, {}).items():
             if "images_per_second" in one:
                 share = (

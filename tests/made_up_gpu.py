@@ -264,6 +264,7 @@ CUDA: dict[str, Any] = {
     "get_device_properties": lambda device=None: Properties,
     "is_available": lambda: True,
     "is_bf16_supported": lambda including_emulation=True: True,
+    "is_current_stream_capturing": lambda: False,
     "is_initialized": lambda: True,
     "manual_seed_all": lambda seed: None,
     "max_memory_allocated": lambda device=None: 0,

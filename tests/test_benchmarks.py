@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,84 +16,155 @@ from tests.made_up_gpu import made_up_gpu
 ROOT = Path(__file__).parent.parent
 
 
+SMALL = ["--size", "tiny", "--sides", "64", "--samples", "1", "--steps", "1", "--compiler", "aot_eager"]
+
+
 def test_the_gpu_s_runs_on_a_cpu(tmp_path: Path) -> None:
-    size = ["--device", "cpu", "--size", "tiny", "--sides", "64", "--samples", "1", "--steps", "1"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *size, "--results", str(tmp_path)]
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    """Where the package is not installed."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", *SMALL]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    groups = ["--only", "limits,gate,ladder,attention,whole"]
+    subprocess.run([*command, *groups, "--results", str(tmp_path)], env=environment, cwd=tmp_path, check=True)
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert [text for text in found["left_out"] if "bitsandbytes" not in text] == []
-    assert found["full"]["ours fp32, 64 px, batch 1"]["images_per_second"] > 0
-    names = ("ours bf16", "ours fp32", "reference", "reference's loop, our UNet")
-    assert found["full"].keys() == {f"{name}, 64 px, batch 1" for name in names}
-    assert {"limits", "attention", "full", "adapter", "low_memory", "graphs", "drift"} <= found.keys()
+    assert found["left_out"] == []
     assert '"failed"' not in json.dumps(found)
     assert all(fact["finite"] for fact in found["attention"].values() if "not_here" not in fact)
+    assert found["gate"]["64 px"]["off"]["ours fp32"] < 1e-3
+    assert found["gate"]["64 px"]["off"]["ours bf16"] < 1e-2
+    assert found["whole"]["sdxl train, 64 px, batch 1, bf16 weights"]["images_per_second"] > 0
+
+
+def gpu() -> Any:
+    """`gpu.py`, where `rows` has found it."""
+    import gpu
+
+    return gpu
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`gpu_rows`, on a path where benchmarks find each other."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_rows
+
+    return gpu_rows
+
+
+def measured(folder: Path, *options: str, call: str = "1") -> dict[str, Any]:
+    """What the process that measures writes."""
+    gpu().measure(gpu().parse([*SMALL, "--results", str(folder), "--call", call, *options]))
+    return json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
 
 
 def test_the_gpu_s_goes_on_from_an_earlier_call_and_names_what_it_lacks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu
-    import gpu_step
-
-    rows = {"one": lambda: {"value": 1}, "two": "no library", "three": lambda: {"value": 3}}
-    monkeypatch.setattr(gpu, "BENCHMARKS", {"some": lambda bench: iter(rows.items()), "more": lambda bench: iter(())})
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu_step, "find_spec", lambda name: None)
-
-    def called(*options: str) -> dict[str, Any]:
-        given = ["gpu.py", "--device", "cpu", "--size", "tiny", "--results", str(tmp_path), *options]
-        monkeypatch.setattr(sys, "argv", given)
-        gpu.main()
-        return json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-
-    found = called()
+    some = {"one": lambda: {"value": 1}, "two": "no library", "three": lambda: {"value": 3}}
+    monkeypatch.setattr(rows, "BENCHMARKS", {"some": lambda bench: iter(some.items()), "more": lambda bench: iter(())})
+    cpu = ("--device", "cpu", "--only")
+    found = measured(tmp_path, *cpu, "some")
     assert [found["some"][name]["value"] for name in ("one", "three")] == [1, 3]
     assert found["left_out"] == ["some: two: no library"]
-    rows |= {"one": lambda: {"value": 4}, "two": lambda: {"value": 2}}
-    del rows["three"]
-    found = called("--only", "some")
+    some |= {"one": lambda: {"value": 4}, "two": lambda: {"value": 2}}
+    missing = measured(tmp_path, *cpu, "some", "--missing", call="2")
+    assert [missing["some"][name]["value"] for name in ("one", "two", "three")] == [1, 2, 3]
+    del some["three"]
+    found = measured(tmp_path, *cpu, "some", call="3")
     assert [found["some"][name]["value"] for name in ("one", "two", "three")] == [4, 2, 3]
     assert found["left_out"] == []
-    assert called("--only", "some", "--minutes", "0")["left_out"] == ["some: one: no time", "some: two: no time"]
-    assert "some" in called("--only", "more")
-    assert "some" not in called("--only", "more", "--size", "sdxl")
-    bench = gpu_step.Bench(
-        torch.device("cpu"), json.loads(gpu.CONFIG.read_text("utf-8")) | gpu.TINY, (64,), (1,), 1, time.monotonic() + 60
-    )
-    lacking = {key: why for name in (gpu.full, gpu.adapter) for key, why in name(bench) if isinstance(why, str)}
+    late = measured(tmp_path, *cpu, "some", "--minutes", "0", call="4")
+    assert late["left_out"] == ["some: one: no time", "some: two: no time"]
+    assert "some" in measured(tmp_path, *cpu, "more", call="5")
+    assert "some" not in measured(tmp_path, *cpu, "more", "--size", "sdxl", call="6")
+
+
+def test_what_the_gpu_s_has_no_library_for(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_ladder
+    import gpu_step
+    import gpu_whole
+
+    for module in (rows, gpu_ladder, gpu_step, gpu_whole):
+        monkeypatch.setattr(module, "find_spec", lambda name: None, raising=False)
+    bench = rows.bench(gpu().parse(["--device", "cpu", *SMALL]))
+    kinds = (rows.full, rows.adapter, rows.gate, rows.whole)
+    lacking = {key: why for kind in kinds for key, why in kind(bench) if isinstance(why, str)}
     assert set(lacking.values()) == {"no diffusers", "no bitsandbytes"}
-    row = dict(gpu.adapter(bench))["bf16 base, batch 1"]
+    row = dict(rows.adapter(bench))["bf16 base, batch 1"]
     assert not isinstance(row, str)
     assert row()["layers"] == "like peft's"
 
 
-def test_the_gpu_s_rows_run_on_a_gpu_that_is_made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu
+def test_the_gpu_s_measures_first_what_counts(rows: Any) -> None:
+    bench = rows.bench(gpu().parse(["--device", "cpu"]))
+    labels = [f"{name}: {key}" for name, key, _ in gpu().rows(bench, gpu().GROUPS.split(","))]
+    assert len(labels) == len(set(labels))
+    there = [label for label in gpu().FIRST if not label.startswith("tests")]  # those are for GPUs alone
+    assert labels[: len(there)] == there
+
+
+class Stands:
+    """For streams and graphs of CUDA: what is captured takes place at once, and once more when it is replayed."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> "Stands":
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def wait_stream(self, other: "Stands") -> None: ...
+
+    def replay(self) -> None: ...
+
+
+def test_the_gpu_s_rows_run_on_a_gpu_that_is_made_up(
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_ladder
     import gpu_step
 
+    for name in [name for name in gpu_ladder.CHANGES if "compiled" in name]:  # those are taken on the CPU
+        monkeypatch.delitem(gpu_ladder.CHANGES, name)
+    names = set(gpu().GROUPS.split(",")) - {"gate", "tests", "whole"}
     monkeypatch.setattr(gpu_step, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu.Bench, "seconds", lambda bench, step, warm=3: [step() or 1.0])
-    size = ["--size", "tiny", "--sides", "64", "--samples", "1", "--only", "full,adapter"]
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *size, "--results", str(tmp_path)])
+    monkeypatch.setattr(gpu_step.Bench, "seconds", lambda bench, step, warm=3: [(step(), 1.0)[1]])
+    for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, Stands)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
     with made_up_gpu():
-        gpu.main()
-    text = (tmp_path / "gpu.json").read_text(encoding="utf-8")
-    assert json.loads(text)["device"]["name"] == "a GPU that is made up"
-    assert '"failed"' not in text
+        found = measured(tmp_path, "--only", ",".join(names))
+    assert found["device"]["name"] == "a GPU that is made up"
+    assert found["graphs"]["graph of the passes, 64 px, batch 1"]["card_bytes"] == 79 << 30
+    assert found["full"]["ours fp32, 64 px, batch 1"]["images_per_second"] > 0
+    assert names <= found.keys()
+    assert '"failed"' not in json.dumps(found)
 
 
-def test_layers_like_peft_s_compute_what_peft_s_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu
+def test_a_row_that_ends_the_process_or_hangs_has_failed_and_the_others_are_measured(tmp_path: Path) -> None:
+    """Rows of a program that stands for `gpu.py`, whose process ends at one and hangs at another."""
+    program = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu, gpu_rows
+gpu.__file__, gpu.MOST = __file__, {{"some": 8.0}}
+some = {{"ends": lambda: os._exit(3), "is": lambda: {{"value": 1}}}}
+some |= {{"hangs": lambda: time.sleep(60), "is too": lambda: {{"value": 2}}, "raises": lambda: 1 / 0}}
+gpu_rows.BENCHMARKS = {{"some": lambda bench: iter(some.items())}}
+options = gpu.parse(sys.argv[1:])
+gpu.measure(options) if options.call else gpu.main()
+"""
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    command = [sys.executable, "program.py", "--device", "cpu", "--only", "some", "--results", "."]
+    subprocess.run([*command, *SMALL], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["some"]
+    assert [found[name]["value"] for name in ("is", "is too")] == [1, 2]
+    assert [name for name, row in found.items() if "failed" in row] == ["ends", "hangs", "raises"]
+
+
+def test_layers_like_peft_s_compute_what_peft_s_do(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import gpu_step
 
-    bench = gpu_step.Bench(
-        torch.device("cpu"), json.loads(gpu.CONFIG.read_text("utf-8")) | gpu.TINY, (64,), (1,), 1, 0.0
-    )
-    found = []
+    bench, found = rows.bench(gpu().parse(["--device", "cpu", *SMALL])), []
     for library in (True, False):
         monkeypatch.setattr(gpu_step, "find_spec", lambda name, there=library: there or None)
         model = gpu_step.make_unet(bench, torch.float32).requires_grad_(False)
@@ -149,11 +219,7 @@ def test_the_page_tells_what_a_gpu_is_to_reach(tmp_path: Path, monkeypatch: pyte
     assert figures == [30.0, None, 0.75, 1.5, 7.0, pytest.approx(1 / 3), 7.0]
 
 
-def test_what_fails_on_a_gpu_is_told_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu
-    from gpu_step import Bench
-
+def test_what_fails_on_a_gpu_is_told_and_leaves_nothing_behind(rows: Any) -> None:
     kept = []
 
     def measure() -> dict[str, float]:
@@ -162,7 +228,7 @@ def test_what_fails_on_a_gpu_is_told_and_leaves_nothing_behind(monkeypatch: pyte
         kept.append(weakref.ref(model))
         raise RuntimeError("no compiler here")
 
-    found = gpu._attempt(Bench(torch.device("cpu"), {}, (), (), 1, 0.0), measure)
+    found = rows.attempt(rows.Bench(torch.device("cpu"), {}, (), (), 1, 0.0), measure)
     assert found == {"failed": "RuntimeError: no compiler here"}
     assert kept[0]() is None
 

@@ -299,3 +299,25 @@ def test_group_norms_learn_behind_what_is_frozen(dtype: torch.dtype) -> None:
         ours.weight.grad.float(), theirs.weight.grad, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-4
     )
     assert not x.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler imports what PyTorch has given up
+def test_blocks_compile_whole_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the compiler stops within a block it cannot fuse what takes most of a GPU's memory traffic."""
+    monkeypatch.setattr(kernels, "stands_for", "cuda")
+    torch.manual_seed(0)
+    blocks = {
+        unets.BasicTransformerBlock(64, 4, 32): (2, 16, 64),
+        unets.ResnetBlock2D(32, 64, 48, 8, 1e-5): (2, 32, 8, 8),
+    }
+    for block, shape in blocks.items():
+        beside = torch.randn(2, 7, 32) if len(shape) == 3 else torch.randn(2, 48)
+        found = []
+        for run in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            given = run(x, beside)
+            given.square().sum().backward()
+            found.append([given, x.grad, *(p.grad for p in block.parameters())])
+            block.zero_grad()
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)
