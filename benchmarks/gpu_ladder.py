@@ -95,7 +95,7 @@ def ladder(bench: Bench) -> Measures:
 
 
 def _step(bench: Bench, model: Any, side: int, samples: int) -> Callable[[], None]:
-    optimizer = make_optimizer(model, "adamw_bf16", 1e-6)
+    optimizer = make_optimizer(model, "adamw", 1e-6, master=True)
     return make_step(bench, model, optimizer, list(model.parameters()), side, samples, torch.bfloat16)
 
 

@@ -148,8 +148,8 @@ def _attended(function: Any, inputs: Any, up: Tensor) -> list[Tensor]:
 
 
 def full(bench: Bench) -> Measures:
-    """Full fine-tuning: ours in bf16 with rounding by chance, ours in fp32 under autocast, the reference's loop, and
-    that around our UNet."""
+    """Full fine-tuning: ours in bf16, with fp32 masters or rounded by chance, ours in fp32 under autocast, the loop of
+    the reference, and that around our UNet."""
     least: dict[tuple[str, int], float] = {}  # what did not fit, of which no more has to be tried
 
     def measure(name: str, side: int, samples: int) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def full(bench: Bench) -> Measures:
     for samples in bench.samples:
         for side in bench.sides:
             for name, needs in LOOPS.items():
-                key, always = f"{name}, {side} px, batch {samples}", name in {"ours bf16", "reference"}
+                key, always = f"{name}, {side} px, batch {samples}", name.startswith("ours bf16") or name == "reference"
                 if lacks := [package for package in needs if not find_spec(package)]:
                     yield key, f"no {lacks[0]}"
                 elif always or samples in bench.samples[:2]:
@@ -174,6 +174,7 @@ def full(bench: Bench) -> Measures:
 # Of `full`, and the packages that they need.
 LOOPS: dict[str, tuple[str, ...]] = {
     "ours bf16": (),
+    "ours bf16, by chance": (),
     "reference": ("diffusers",),
     "ours fp32": (),
     "reference, 8-bit AdamW": ("diffusers", "bitsandbytes"),
@@ -182,11 +183,12 @@ LOOPS: dict[str, tuple[str, ...]] = {
 
 
 def _full(bench: Bench, name: str, side: int, samples: int) -> dict[str, Any]:
-    dtype, ours = torch.bfloat16 if name == "ours bf16" else torch.float32, name.startswith("ours")
+    dtype, ours = torch.bfloat16 if name.startswith("ours bf16") else torch.float32, name.startswith("ours")
     model = make_unet(bench, dtype, library=name.startswith("reference") and not name.endswith("our UNet"))
     parameters = list(model.parameters())
     if ours:
-        optimizer = make_optimizer(model, "adamw_bf16" if name == "ours bf16" else "adamw", 1e-6)
+        own = "adamw_bf16" if name.endswith("by chance") else "adamw"
+        optimizer = make_optimizer(model, own, 1e-6, master=name == "ours bf16")
     elif name.endswith("8-bit AdamW"):
         from bitsandbytes.optim import AdamW8bit
 
@@ -203,7 +205,7 @@ def gate(bench: Bench) -> Measures:
     def measure(side: int) -> dict[str, Any]:
         torch.manual_seed(0)
         weights = {name: t.detach().cpu() for name, t in make_unet(bench, torch.float32).state_dict().items()}
-        losses = {name: _losses(bench, name, weights, side) for name in ("reference", "ours fp32", "ours bf16")}
+        losses = {name: _losses(bench, name, weights, side) for name in ("reference", *GATED)}
         expected = losses["reference"]
         off = {
             name: max(abs(a - b) / b for a, b in zip(found, expected, strict=True)) for name, found in losses.items()
@@ -214,20 +216,24 @@ def gate(bench: Bench) -> Measures:
     yield f"{side} px", (lambda: measure(side)) if find_spec("diffusers") else "no diffusers"
 
 
+# Of `gate`: the optimizer, and whether it steps on masters.
+GATED = {"ours fp32": ("adamw", False), "ours bf16": ("adamw", True), "ours bf16, by chance": ("adamw_bf16", False)}
+
+
 def _losses(bench: Bench, name: str, weights: dict[str, Tensor], side: int) -> list[float]:
-    dtype = torch.bfloat16 if name == "ours bf16" else torch.float32
+    dtype = torch.bfloat16 if name.startswith("ours bf16") else torch.float32
     model = make_unet(bench, dtype, library=name == "reference")
     model.load_state_dict(weights)
     parameters, samples = list(model.parameters()), 4 if bench.large else 1
-    own = {"ours bf16": "adamw_bf16", "ours fp32": "adamw"}
-    # What `make_optimizer` gives beside the rate.
-    plain = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
-    optimizer = make_optimizer(model, own[name], 1e-5) if name in own else torch.optim.AdamW(parameters, **plain)
+    if name in GATED:
+        optimizer = make_optimizer(model, GATED[name][0], 1e-5, GATED[name][1])
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=1e-2)
     losses = []
     for number in range(20 if bench.large else 3):
         passes = make_passes(model, *make_inputs(bench, side, samples, dtype, seed=number), dtype)
         losses.append(passes())
-        if name in own:
+        if name in GATED:
             update(optimizer, parameters)
             continue
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -299,10 +305,10 @@ def adapter(bench: Bench) -> Measures:
 def drift(bench: Bench) -> Measures:
     """Losses of bf16 weights, rounded by chance, and of fp32 ones on the same random pictures over 150 steps."""
 
-    def measure(dtype: torch.dtype, name: str) -> dict[str, Any]:
+    def measure(dtype: torch.dtype, name: str, master: bool = False) -> dict[str, Any]:
         model = make_unet(bench, dtype)
         parameters = list(model.parameters())
-        optimizer = make_optimizer(model, name, RATES[name])
+        optimizer = make_optimizer(model, name, RATES[name], master)
         losses: list[Tensor] = []
         count = 150 if bench.large else 3
         sets = [make_inputs(bench, bench.sides[-1], 1, dtype, seed) for seed in range(8)]
@@ -315,7 +321,8 @@ def drift(bench: Bench) -> Measures:
         return {"first": statistics.mean(values[:8]), "last": statistics.mean(values[-16:])}
 
     yield "fp32", lambda: measure(torch.float32, "adamw")
-    yield "bf16", lambda: measure(torch.bfloat16, "adamw_bf16")
+    yield "bf16", lambda: measure(torch.bfloat16, "adamw", master=True)
+    yield "bf16, by chance", lambda: measure(torch.bfloat16, "adamw_bf16")
     yield "fp32, Adafactor", lambda: measure(torch.float32, "adafactor")
     yield "bf16, Adafactor", lambda: measure(torch.bfloat16, "adafactor")
 

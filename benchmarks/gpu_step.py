@@ -71,9 +71,11 @@ class Bench:
 Measures = Iterator[tuple[str, Callable[[], dict[str, Any]] | str]]
 
 
-def make_optimizer(model: Any, name: str, rate: float) -> Any:
+def make_optimizer(model: Any, name: str, rate: float, master: bool = False) -> Any:
     names, tensors = zip(*model.named_parameters(), strict=True)
-    return optim.make([Group("", rate, 1e-2, names, tensors)], Optimizer(name=name), 0, tensors[0].device)
+    return optim.make(
+        [Group("", rate, 1e-2, names, tensors)], Optimizer(name=name, master=master), 0, tensors[0].device
+    )
 
 
 def make_unet(bench: Bench, dtype: torch.dtype, library: bool = False) -> Any:

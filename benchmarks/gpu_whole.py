@@ -44,7 +44,7 @@ def whole(bench: Bench) -> Measures:
             return _run(bench, Path(folder), samples)
 
     samples = bench.samples[0]
-    key = f"sdxl train, {bench.sides[0]} px, batch {samples}, bf16 weights"
+    key = f"sdxl train, {bench.sides[0]} px, batch {samples}, bf16 weights, masters"
     yield key, f"no {lacks}" if lacks else lambda: measure(samples)
 
 
@@ -74,7 +74,8 @@ def _run(bench: Bench, place: Path, samples: int) -> dict[str, Any]:
         weights = "bf16"
         checkpoint_every = 0
         [optimizer]
-        name = "adamw_bf16"
+        name = "adamw"
+        master = true
         [log]
         every = {bench.steps}
     """

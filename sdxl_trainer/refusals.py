@@ -261,6 +261,8 @@ def _optimizer(config: Config, where: str) -> None:
     refuse = _REFUSALS.get(options.name)
     if refuse is not None:
         refuse(config, where)
+    if options.master:
+        _master(config, where)
 
 
 def _schedulefree(config: Config, where: str) -> None:
@@ -287,6 +289,16 @@ def _adamw_bf16(config: Config, where: str) -> None:
     if config.train.weights != "bf16":
         what = "optimizer.name = 'adamw_bf16' with fp32 weights, which need no stochastic rounding"
         raise UserError(what, where, 'set train.weights = "bf16", or optimizer.name = "adamw"')
+
+
+def _master(config: Config, where: str) -> None:
+    able = [name for name in (*STEP_APART, "muon") if name != "adamw_bf16"]
+    if config.train.weights != "bf16":
+        what = "optimizer.master with fp32 weights, which are exact by themselves"
+        raise UserError(what, where, 'set train.weights = "bf16", or remove it')
+    if config.optimizer.name.removeprefix("paged_") not in able:
+        what = f"optimizer.master with {config.optimizer.name}, which cannot take its steps on copies"
+        raise UserError(what, where, f"use {', '.join(able)}; or remove it")
 
 
 _REFUSALS: dict[str, Callable[[Config, str], Any]] = {

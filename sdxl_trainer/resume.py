@@ -128,7 +128,7 @@ def _refuse_another(old: dict[str, Any], old_data: str, config: Config, data_has
 def _refuse_other_state(changed: list[tuple[str, Any, Any]], where: str) -> None:
     """Whatever else may change from a named checkpoint on: an optimizer cannot go on with another's state."""
     for key, then, now in changed:
-        if key in {"optimizer.name", "train.weights"}:
+        if key in {"optimizer.name", "optimizer.master", "train.weights"}:
             what = f"this checkpoint holds the optimizer's state of a run with {key} = {then}, not {now}"
             raise UserError(what, where, f"set {key} back, or begin a new run from its weights")
 

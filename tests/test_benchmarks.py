@@ -31,7 +31,7 @@ def test_the_gpu_s_runs_on_a_cpu(tmp_path: Path) -> None:
     assert all(fact["finite"] for fact in found["attention"].values() if "not_here" not in fact)
     assert found["gate"]["64 px"]["off"]["ours fp32"] < 1e-3
     assert found["gate"]["64 px"]["off"]["ours bf16"] < 1e-2
-    assert found["whole"]["sdxl train, 64 px, batch 1, bf16 weights"]["images_per_second"] > 0
+    assert found["whole"]["sdxl train, 64 px, batch 1, bf16 weights, masters"]["images_per_second"] > 0
 
 
 def gpu() -> Any:

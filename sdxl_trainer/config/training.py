@@ -90,6 +90,11 @@ class Optimizer(Section):
     )
     eps: float | None = option(None, "added to the denominator; default: 1e-8", gt=0, validate_default=True)
     weight_decay: float = option(1e-2, "weight decay, decoupled but for sgd", ge=0)
+    master: bool = option(
+        False,
+        "with train.weights = bf16: keep the weights in fp32 beside them, and take its steps on these in place of "
+        "rounding by chance; 4 bytes more for each number",
+    )
     arguments: dict[str, bool | int | float | str | list[float]] = option(
         {}, "any further keyword arguments of the optimizer's class, such as d_coef of prodigy"
     )

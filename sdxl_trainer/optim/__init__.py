@@ -16,7 +16,7 @@ from torch import nn
 from sdxl_trainer import sharding
 from sdxl_trainer.config import Optimizer, Train
 from sdxl_trainer.errors import UserError, closest
-from sdxl_trainer.optim import adafactor, muon, rounding
+from sdxl_trainer.optim import adafactor, masters, muon, rounding
 from sdxl_trainer.optim.clipping import clip
 from sdxl_trainer.optim.rates import SHAPES, factor, set_learning_rates
 from sdxl_trainer.parameters import Group
@@ -135,7 +135,7 @@ def make(
     _refuse_unknown(arguments, taken, options)
     try:
         with redirect_stdout(StringIO()):  # prodigyopt prints
-            made = _rounding(found, kind, groups, seed)(described, **arguments)
+            made = _on_bf16(found, kind, groups, options, seed)(described, **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         what = f"{options.name} cannot be made: {error}"
         raise UserError(what, "optimizer", "change the options under [optimizer]") from error
@@ -144,11 +144,13 @@ def make(
     return made
 
 
-def _rounding(found: Any, kind: Kind, groups: Sequence[Group], seed: int) -> Any:
-    """The class with steps that are rounded by chance, where weights are bf16 and it can have them."""
+def _on_bf16(found: Any, kind: Kind, groups: Sequence[Group], options: Optimizer, seed: int) -> Any:
+    """Where weights are bf16, the class with steps on fp32 masters or, where it can have them, rounded by chance."""
     narrow = {p.dtype for group in groups for p in group.parameters} == {torch.bfloat16}
     if kind.narrow and not narrow:
         raise ValueError("all learning tensors have to be bf16")
+    if narrow and options.master:
+        return masters.kept(found)
     return rounding.rounded(found, seed, kind.narrow) if kind.rounds and narrow else found
 
 
@@ -195,7 +197,7 @@ def state_bytes(options: Optimizer, weight: int) -> float:
     kind = KINDS.get(options.name, Kind(""))
     copies, beside = kind.state
     momentum = options.name == "sgd" and bool(options.arguments.get("momentum"))
-    return (copies + momentum) * (4 if kind.rounds else weight) + beside
+    return (copies + momentum) * (4 if kind.rounds else weight) + beside + 4 * options.master
 
 
 def workspace_bytes(options: Optimizer, shapes: Sequence[torch.Size], weight: int, most: float = math.inf) -> float:
@@ -204,7 +206,8 @@ def workspace_bytes(options: Optimizer, shapes: Sequence[torch.Size], weight: in
     every = bool(options.arguments.get("foreach", False))
     own = min((_all if every else kind.workspace)(shapes), most)
     if kind.rounds and weight == 2:
-        return 4 * (own + rounding.copies(shapes, len(kind.narrow), most))
+        kinds = 1 if options.master else 2 + len(kind.narrow)
+        return 4 * (own + rounding.copies(shapes, kinds, most))
     return weight * own
 
 

@@ -7,6 +7,7 @@ some tensors after the others.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -44,15 +45,10 @@ def rounded(inner: Any, seed: int, narrow: Sequence[str] = ()) -> Any:
                     self._step(group, some)
 
         def _step(self, group: dict[str, Any], some: list[Tensor]) -> None:
-            """Let `inner` see copies of some tensors, and no others: it need not look for them among all."""
-            groups, own = self.param_groups, {"params": group["params"], "names": group["names"]}
             called = [self._called[p] for p in some]
             exact, widened, before = _lent(self.state, some, narrow)
-            self.param_groups = [group]
-            group.update(params=exact.copies, names=[name for _, name in called])
-            super().step()
-            group.update(own)
-            self.param_groups = groups
+            with lent(self, group, exact.copies, [name for _, name in called]):
+                super().step()
             counts = [kept.get(STEPS, 0) for kept in before]
             drawn = {count: _keys(seed, count, len(self._called), 1 + len(narrow)) for count in set(counts)}
             keys = [drawn[count][number] for count, (number, _) in zip(counts, called, strict=True)]
@@ -60,6 +56,18 @@ def rounded(inner: Any, seed: int, narrow: Sequence[str] = ()) -> Any:
 
     Rounded.__name__ = inner.__name__
     return Rounded
+
+
+@contextmanager
+def lent(optimizer: Any, group: dict[str, Any], copies: list[Tensor], names: list[str]) -> Iterator[None]:
+    """Let an optimizer see copies in the place of a group's tensors, and no others: it need not look for them among
+    all."""
+    groups, own = optimizer.param_groups, {"params": group["params"], "names": group["names"]}
+    optimizer.param_groups = [group]
+    group.update(params=copies, names=names)
+    yield
+    group.update(own)
+    optimizer.param_groups = groups
 
 
 def _lent(
@@ -123,7 +131,7 @@ class Wide:
         else:
             whole = torch.empty(sum(t.numel() for t in tensors), dtype=torch.float32, device=tensors[0].device)
             made = cls(list(_unflatten_dense_tensors(whole, tensors)), whole)
-        torch._foreach_copy_(_local(made.copies), _local(tensors))
+        torch._foreach_copy_(local(made.copies), local(tensors))
         return made
 
     def store(self, tensors: Sequence[Tensor], keys: Sequence[int]) -> None:
@@ -132,7 +140,7 @@ class Wide:
         bits = torch.Generator(self.copies[0].device)
         if self.whole is None:
             drawn = [torch.empty(t.shape, dtype=torch.int32, device=t.device) for t in self.copies]
-            noise, exact = drawn, _local(self.copies)
+            noise, exact = drawn, local(self.copies)
         else:
             whole = torch.empty_like(self.whole, dtype=torch.int32)
             drawn = list(whole.split([t.numel() for t in self.copies]))
@@ -140,12 +148,12 @@ class Wide:
         for part, key in zip(drawn, keys, strict=True):
             part.random_(0, 1 << 16, generator=bits.manual_seed(key))
         if self.whole is None:
-            noise = _local([sharding.like(part, t) for part, t in zip(drawn, self.copies, strict=True)])
+            noise = local([sharding.like(part, t) for part, t in zip(drawn, self.copies, strict=True)])
         stochastically(exact, noise)
-        torch._foreach_copy_(_local(tensors), _local(self.copies))
+        torch._foreach_copy_(local(tensors), local(self.copies))
 
 
-def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [sharding.local(t) for t in tensors]
 
 
@@ -162,12 +170,12 @@ def stochastically(exact: Sequence[Tensor], noise: list[Tensor]) -> None:
         part &= -(1 << 16)
 
 
-def copies(shapes: Sequence[torch.Size], narrow: int, most: float) -> int:
-    """Numbers in fp32 that are there for a moment: weights, gradients (later random bits) and `narrow` tensors of state
-    of what is updated together, which are no more than `most`."""
+def copies(shapes: Sequence[torch.Size], kinds: int, most: float) -> int:
+    """Numbers in fp32 that are there for a moment: so many `kinds` of copies (weights, gradients, narrow state) of what
+    is updated together, which is no more than `most`."""
     largest = max((shape.numel() for shape in shapes), default=0)
     every = sum(shape.numel() for shape in shapes)
-    return (2 + narrow) * int(min(every, max(TOGETHER, largest), most))
+    return kinds * int(min(every, max(TOGETHER, largest), most))
 
 
 def together(parameters: Sequence[Tensor], most: float | None = None) -> Iterator[list[Tensor]]:

@@ -47,6 +47,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "bf16 weights, averages": {
         "train": {"weights": "bf16"}, "optimizer": {"name": "adamw_bf16"}, "ema": {"enabled": True},
     },
+    "bf16 weights, masters": {"train": {"weights": "bf16"}, "optimizer": {"name": "adamw", "master": True}},
     "bf16 weights, SGD": {"train": {"weights": "bf16"}, "optimizer": {"name": "sgd"}},
     "fused backward": {"train": {"fused_backward": True, "batch_size": 1}},
     "prior prediction, micro-batches, half computed again": {
