@@ -67,6 +67,8 @@ _DROPPED = {
     "save_last_n_steps_state": "checkpoints always hold the whole state: train.checkpoints_limit",
     "save_last_n_epochs": "train.checkpoints_limit counts checkpoints: set it yourself",
     "save_n_epoch_ratio": "set train.checkpoint_every",
+    "epoch": "of the window, which makes max_train_steps of it",
+    "noise_offset_type": "of the window, which gives the options of that type alone",
     "resume": "a state of sd-scripts cannot be continued; adapter.start begins with an adapter's weights",
     "initial_epoch": "a run begins at its beginning",
     "initial_step": "a run begins at its beginning",

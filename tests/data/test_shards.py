@@ -72,6 +72,20 @@ def test_samples_of_shards(kind: str, request: pytest.FixtureRequest) -> None:
     assert len({r.stamp for r in found}) == 3
 
 
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+def test_tables_beside_their_shards_are_no_data_set(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """As img2dataset leaves them; a table without a shard of its name is one that was not asked for."""
+    place = request.getfixturevalue(kind)
+    system = fsspec.filesystem("memory" if kind == "memory" else "file")
+    folder = place.removeprefix("memory:/")
+    for name in ("s-10.parquet", "s-2.parquet", "s-2_stats.json"):
+        system.pipe({f"{folder}/{name}": b"-"})
+    assert len(records(place)) == 3
+    system.pipe({f"{folder}/other.parquet": b"-"})
+    with pytest.raises(UserError):
+        records(place)
+
+
 def test_captions_by_line_and_for_the_second_encoder() -> None:
     system = fsspec.filesystem("memory")
     files = {"a.jpg": PICTURES[0], "a.txt": b"one\n\ntwo\n", "a.json": b'{"b": ["eins", "zwei"]}'}

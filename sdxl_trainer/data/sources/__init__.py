@@ -135,7 +135,9 @@ def _scanned(
 ) -> Iterable[Record] | Lasting:
     """What a folder here holds: pictures, a dataset or shards. What the user is told is added to `told`."""
     tree = scan(path / (data.folder or ""), place, data.mask_suffix, notes)
-    if tree.tables and (not tree.pictures or dataset.holds(tree.tables[0], data.image_column)):
+    tables = [path.relative_to(tree.root).as_posix() for path in tree.tables]
+    of_shards = not tree.pictures and set(addresses.without_tables([*tree.archives, *tables])).isdisjoint(tables)
+    if tree.tables and not of_shards and (not tree.pictures or dataset.holds(tree.tables[0], data.image_column)):
         _refuse_folders_only(data, place)
         return dataset.loaded(data, split, place, datasets_dir, path, notes)
     if not tree.pictures and tree.archives and all(name.endswith(".tar") for name in tree.archives):

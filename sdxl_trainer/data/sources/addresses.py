@@ -18,7 +18,7 @@ def files(address: str, place: str) -> tuple[str, list[File]]:
     def look() -> tuple[list[str], list[File]]:
         system, path = addresses.opened(address, place)
         there = system.glob(path) if "*" in path else [path] if path.endswith(KINDS) else system.find(path)
-        names = [name for name in there if name.endswith(KINDS)]
+        names = without_tables([name for name in there if name.endswith(KINDS)])
         return names, [stamped(system, name) for name in sorted(names, key=natural)]
 
     names, found = addresses.asked(look, address, place)
@@ -30,6 +30,12 @@ def files(address: str, place: str) -> tuple[str, list[File]]:
         what = "there are both .tar shards and parquet files at this address"
         raise UserError(what, place, "give each kind a folder, and a data set, of its own")
     return kinds[0], found
+
+
+def without_tables(names: list[str]) -> list[str]:
+    """Without 0.parquet where there is 0.tar: img2dataset writes a table of what is in each shard beside it."""
+    shards = {name.removesuffix(".tar") for name in names if name.endswith(".tar")}
+    return [name for name in names if not (name.endswith(".parquet") and name.removesuffix(".parquet") in shards)]
 
 
 def stamped(system: Any, name: str) -> File:
