@@ -7,27 +7,20 @@ from sdxl_trainer.arrivals.account import Account, Entry, plain
 from sdxl_trainer.errors import UserError
 
 # Per data set there, handed down to its subsets.
-_SETS: tuple[str, ...] = (
-    "resolution",
-    "enable_bucket",
-    "min_bucket_reso",
-    "max_bucket_reso",
-    "bucket_reso_steps",
-    "bucket_no_upscale",
+_SETS = tuple(
+    """
+    resolution enable_bucket min_bucket_reso max_bucket_reso bucket_reso_steps bucket_no_upscale
+    resize_interpolation validation_split validation_seed network_multiplier
+    """.split()
 )
-_SETS += ("resize_interpolation", "validation_split", "validation_seed", "network_multiplier")
-_SUBSETS: tuple[str, ...] = (
-    "num_repeats",
-    "dataset_repeats",
-    "shuffle_caption",
-    "caption_separator",
-    "keep_tokens",
-    "flip_aug",
+_SUBSETS = tuple(
+    """
+    num_repeats dataset_repeats shuffle_caption caption_separator keep_tokens flip_aug keep_tokens_separator
+    secondary_separator enable_wildcard color_aug face_crop_aug_range random_crop caption_prefix caption_suffix
+    caption_dropout_rate caption_extension caption_dropout_every_n_epochs caption_tag_dropout_rate token_warmup_min
+    token_warmup_step cache_info alpha_mask class_tokens caption_extention masked_loss
+    """.split()
 )
-_SUBSETS += ("keep_tokens_separator", "secondary_separator", "enable_wildcard", "color_aug", "face_crop_aug_range")
-_SUBSETS += ("random_crop", "caption_prefix", "caption_suffix", "caption_dropout_rate", "caption_extension")
-_SUBSETS += ("caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "token_warmup_min", "token_warmup_step")
-_SUBSETS += ("cache_info", "alpha_mask", "class_tokens", "caption_extention", "masked_loss")
 PLACES = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir", "dataset_class")
 _KEPT = {
     "keep_tokens": "keep_tags",

@@ -22,42 +22,31 @@ _NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "LyCORIS/Diag-OFT": ("lycoris.kohya", {"algo": "diag-oft"}),
     "LyCORIS/Native Fine-Tuning": ("lycoris.kohya", {"algo": "full"}),
 }
-_LYCORIS: tuple[str, ...] = (
-    "conv_dim",
-    "conv_alpha",
-    "rank_dropout",
-    "module_dropout",
-    "rank_dropout_scale",
-    "use_tucker",
-    "use_scalar",
+_LYCORIS = tuple(
+    """
+    conv_dim conv_alpha rank_dropout module_dropout rank_dropout_scale use_tucker use_scalar dora_wd bypass_mode
+    train_norm decompose_both factor use_cp constrain rescaled
+    """.split()
 )
-_LYCORIS += ("dora_wd", "bypass_mode", "train_norm", "decompose_both", "factor", "use_cp", "constrain", "rescaled")
-_PLAIN: tuple[str, ...] = (
-    "block_dims",
-    "block_alphas",
-    "rank_dropout",
-    "module_dropout",
-    "loraplus_lr_ratio",
-    "loraplus_unet_lr_ratio",
+_LORA_PLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+_PLAIN = (
+    *"block_dims block_alphas rank_dropout module_dropout".split(),
+    *_LORA_PLUS,
+    *"down_lr_weight mid_lr_weight up_lr_weight conv_block_dims conv_block_alphas".split(),
 )
-_PLAIN += ("loraplus_text_encoder_lr_ratio", "down_lr_weight", "mid_lr_weight", "up_lr_weight", "conv_block_dims")
-_PLAIN += ("conv_block_alphas",)
 # Which of them a network is given.
-_ARGUMENTS = {"networks.lora": _PLAIN, "networks.lora_fa": _PLAIN, "lycoris.kohya": (*_LYCORIS, *_PLAIN[4:7])}
+_ARGUMENTS = {"networks.lora": _PLAIN, "networks.lora_fa": _PLAIN, "lycoris.kohya": (*_LYCORIS, *_LORA_PLUS)}
 _ARGUMENTS |= dict.fromkeys(
     ("networks.loha", "networks.lokr"), ("conv_dim", "conv_alpha", "rank_dropout", "module_dropout")
 )
 _OF_NETWORKS = {*_LYCORIS, *_PLAIN, "LyCORIS_preset", "unit", "train_on_input", "block_lr_zero_threshold", "conv_dims"}
 _OF_NETWORKS |= {"conv_alphas"}
-_LAUNCHER: tuple[str, ...] = (
-    "num_processes",
-    "num_machines",
-    "multi_gpu",
-    "num_cpu_threads_per_process",
-    "main_process_port",
-    "gpu_ids",
+_LAUNCHER = tuple(
+    """
+    num_processes num_machines multi_gpu num_cpu_threads_per_process main_process_port gpu_ids dynamo_mode
+    dynamo_use_fullgraph dynamo_use_dynamic extra_accelerate_launch_args
+    """.split()
 )
-_LAUNCHER += ("dynamo_mode", "dynamo_use_fullgraph", "dynamo_use_dynamic", "extra_accelerate_launch_args")
 _NAMES = {
     "optimizer": "optimizer_type",
     "max_resolution": "resolution",
@@ -72,39 +61,17 @@ _FINETUNING = {"image_folder": "train_data_dir", "batch_size": "train_batch_size
 # That page writes the captions beside the pictures into one file, and may name another for the sizes.
 _METADATA = ("caption_metadata_filename", "latent_metadata_filename")
 # Of the window, not of the training.
-_WINDOW: tuple[str, ...] = (
-    "sdxl",
-    "v2",
-    "train_data_dir_input",
-    "print_only",
-    "headless",
-    "model_list",
-    "folders",
-    "no_token_padding",
+_WINDOW = tuple(
+    """
+    sdxl v2 train_data_dir_input print_only headless model_list folders no_token_padding sdxl_checkbox
+    create_buckets create_caption full_path use_latent_files work_folder generate_image_buckets
+    """.split()
 )
-_WINDOW += ("sdxl_checkbox", "create_buckets", "create_caption", "full_path", "use_latent_files", "work_folder")
-_WINDOW += ("generate_image_buckets",)
-_OTHER_MODELS: tuple[str, ...] = (
-    "flux",
-    "sd3",
-    "t5xxl",
-    "hunyuan",
-    "anima",
-    "lumina",
-    "clip_g",
-    "clip_l",
-    "img_",
-    "txt_",
-    "single_",
-)
-_OTHER_MODELS += (
-    "discrete_flow",
-    "guidance_scale",
-    "timestep_sampling",
-    "double_",
-    "ae",
-    "apply_t5",
-    "model_prediction",
+_OTHER_MODELS = tuple(
+    """
+    flux sd3 t5xxl hunyuan anima lumina clip_g clip_l img_ txt_ single_ discrete_flow guidance_scale
+    timestep_sampling double_ ae apply_t5 model_prediction
+    """.split()
 )
 
 

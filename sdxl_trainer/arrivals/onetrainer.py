@@ -183,7 +183,7 @@ def _bf16(made: Account, name: str, rounds: bool) -> None:
 def _method(made: Account) -> None:
     method = made.text("training_method", "FINE_TUNE")
     text = [p for p in ("text_encoder", "text_encoder_2") if _trains(made, p)]
-    unet = ["unet"] if _trains(made, "unet", True) else []
+    unet = ["unet"] if _trains(made, "unet") else []
     base = made.tree["train"]["learning_rate"]
     rates = {part: float((made.options.get(part) or {}).get("learning_rate") or base) for part in [*unet, *text]}
     if method == "EMBEDDING":
@@ -205,9 +205,9 @@ def _method(made: Account) -> None:
         made.options.pop(name)
 
 
-def _trains(made: Account, part: str, default: bool = True) -> bool:
+def _trains(made: Account, part: str) -> bool:
     found = made.options.get(part)
-    return bool(found.get("train", default)) if isinstance(found, dict) else default
+    return bool(found.get("train", True)) if isinstance(found, dict) else True
 
 
 def _adapter(made: Account, parts: list[str]) -> None:

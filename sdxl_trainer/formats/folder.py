@@ -7,17 +7,15 @@ that has it is complete.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from sdxl_trainer import files
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import stream
 from sdxl_trainer.formats.metadata import fill_hashes
-
-if TYPE_CHECKING:
-    import torch
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "sdxl"
 # A complete SDXL of 7.6 million parameters; recipes/micro makes it, docs/micro.md describes it.
@@ -79,7 +77,7 @@ def write_component(
     component: str,
     weights: Mapping[str, stream.Source],
     config: dict[str, Any],
-    dtype: "torch.dtype | None" = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write one component's weights and configuration into a pipeline folder."""
     if component.startswith("text_encoder"):
@@ -105,7 +103,7 @@ def write_tensors(
     path: Path,
     tensors: Mapping[str, stream.Source],
     metadata: Mapping[str, str] | None = None,
-    dtype: "torch.dtype | None" = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a safetensors file whole or not at all. Places for hashes in the metadata are filled.
 

@@ -44,7 +44,6 @@ def modelspec(
     v_prediction: bool = False,
     kind: str = "",
     architecture: str = ARCHITECTURE,
-    implementation: str = IMPLEMENTATION,
     date: datetime | None = None,
     **more: str,
 ) -> dict[str, str]:
@@ -56,7 +55,7 @@ def modelspec(
     entries = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{architecture}/{kind}" if kind else architecture,
-        "implementation": implementation,
+        "implementation": IMPLEMENTATION,
         "title": title,
         "resolution": "{}x{}".format(*resolution),
         "date": (date or datetime.now(UTC)).isoformat(timespec="seconds"),

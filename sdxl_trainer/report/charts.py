@@ -171,7 +171,7 @@ def figure(chart: Chart, metrics: Sequence[dict[str, Any]]) -> str:
     return (
         f'<figure class="chart {chart.key}" tabindex="0" data-title="{chart.title}" {_hover(lines, x, scales)}>'
         f"<figcaption><b>{chart.title}</b>{_legend(chart, len(points))}{scale_switch(scales)}</figcaption>"
-        f"{plots(x, scales, lambda scale: _svg(lines, x, scale, spoken))}"
+        f"{plots(x, scales, lambda scale: svg(lines, x, scale, spoken))}"
         f'<output aria-live="polite">{"; ".join(readout)}</output></figure>'
     )
 
@@ -198,15 +198,15 @@ def labels(x: Axis, y: Axis) -> str:
     return across + up
 
 
-def _svg(lines: Sequence[tuple[str, Sequence[Point]]], x: Axis, y: Axis, spoken: str) -> str:
+def svg(lines: Sequence[tuple[str, Sequence[Point]]], x: Axis, y: Axis, spoken: str, below: str = "") -> str:
+    """Lines (class, points) over a grid; `below` lies between them and it."""
     grid = "".join(
         f'<line class="grid" x1="0" x2="1000" y1="{1000 - y.place(tick):.1f}" y2="{1000 - y.place(tick):.1f}"/>'
         for tick in y.ticks
     )
     paths = "".join(f'<path class="{name}" d="{_path(points, x, y)}"/>' for name, points in lines)
-    return (
-        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{spoken}">{grid}{paths}</svg>'
-    )
+    head = f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{spoken}">'
+    return f"{head}{grid}{below}{paths}</svg>"
 
 
 def _path(points: Sequence[Point], x: Axis, y: Axis) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdxl_trainer.errors import plural
+from sdxl_trainer.report import charts
 from sdxl_trainer.report.charts import LIMIT, Axis, Chart, Point, axis, logarithmic, plots, scale_switch, vertical
 from sdxl_trainer.report.words import count, safe, short
 
@@ -41,7 +42,8 @@ def figure(title: str, series: Sequence[Series], from_zero: bool = False, wide: 
     x = axis(steps[0], steps[-1], 5, whole=True)
     y, above = vertical(Chart("", title, from_zero), values)
     scales = [y, *(logarithmic([value for line in shown for _, value in line.points]) if log else ())]
-    thin = {line.name: _thinned(line.points, max(2, LIMIT // len(shown))) for line in shown}
+    limit = max(2, LIMIT // len(shown))
+    thin = {line.name: [line.points[i] for i in charts.kept(line.points, limit)] for line in shown}
     said = "; ".join(f"{line.name} {short(line.points[-1][1])} at step {count(line.points[-1][0])}" for line in shown)
     beyond = f"; {plural(above, 'value lies', 'values lie')} above the frame" if above else ""
     keys = "".join(
@@ -58,28 +60,8 @@ def figure(title: str, series: Sequence[Series], from_zero: bool = False, wide: 
 
 
 def _svg(shown: Sequence[Series], thin: dict[str, list[Point]], x: Axis, y: Axis, spoken: str) -> str:
-    grid = "".join(
-        f'<line class="grid" x1="0" x2="1000" y1="{1000 - y.place(tick):.1f}" y2="{1000 - y.place(tick):.1f}"/>'
-        for tick in y.ticks
-    )
-    drawn = "".join(_band(line, i, x, y) for i, line in enumerate(shown))
-    drawn += "".join(
-        f'<path class="c{i % COLOURS}" d="{_path(thin[line.name], x, y)}"/>' for i, line in enumerate(shown)
-    )
-    return (
-        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{spoken}">{grid}{drawn}</svg>'
-    )
-
-
-def _thinned(points: Sequence[Point], limit: int) -> list[Point]:
-    from sdxl_trainer.report.charts import kept
-
-    return [points[i] for i in kept(points, limit)]
-
-
-def _path(points: Sequence[Point], x: Axis, y: Axis) -> str:
-    places = [f"{x.place(step):.1f} {1000 - y.place(value):.1f}" for step, value in points]
-    return "M" + "L".join(places if len(places) > 1 else places * 2)
+    bands = "".join(_band(line, i, x, y) for i, line in enumerate(shown))
+    return charts.svg([(f"c{i % COLOURS}", thin[line.name]) for i, line in enumerate(shown)], x, y, spoken, bands)
 
 
 def _band(line: Series, number: int, x: Axis, y: Axis) -> str:

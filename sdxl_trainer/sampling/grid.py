@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Axes that are no plain settings: another model; the first value searched in the prompt and replaced by each.
 SPECIAL = ("prompt", "replace", "model", "lora")
+LINES = 4  # of a value beside the pictures, at most
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,10 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-def _wrapped(text: str, font: Any, width: int, most: int = 4) -> list[str]:
-    """A text in lines of at most that width in pixels; the last one ends in dots where there is more."""
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """A text in at most `LINES` lines of that width in pixels; the last one ends in dots where there is more."""
     lines, rest = list[str](), text
-    while rest and len(lines) < most:
+    while rest and len(lines) < LINES:
         size = next((n for n in range(len(rest), 1, -1) if font.getlength(rest[:n]) <= width), 1)
         space = rest.rfind(" ", 0, size + 1)
         size = space if len(rest) > size and space > 0 else size
