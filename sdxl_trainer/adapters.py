@@ -206,6 +206,11 @@ def _oft(options: Adapter, places: list[Site]) -> Any:
     """The layer's input is rotated in blocks (Qiu et al. 2023)."""
     from peft import OFTConfig
 
+    for place in places:
+        if isinstance(place.layer, nn.Conv2d) and place.layer.kernel_size != (1, 1):
+            # peft adds up patches that overlap: unturned they already multiply the layer's input by up to 9.
+            what = f"oft on '{place.name}', a convolution of 3 x 3, with which peft's does not begin as the base"
+            raise UserError(what, "adapter.targets", 'set targets = "linear", or kind = "boft", which turns weights')
     size = _block(options, places, 32)
     # The exact rotation; peft's default is the first terms of a series for it.
     return OFTConfig(r=0, oft_block_size=size, use_cayley_neumann=False, target_modules=[s.name for s in places])

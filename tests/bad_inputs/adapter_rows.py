@@ -27,6 +27,8 @@ ROWS = [
     Bad("targets no expression", "not a regular expression", "attn2", options={**NEW, "adapter.targets": "(attn"}),
     Bad("rank pattern names nothing", "decides nothing", "look like", options=NEW,
         command=("train", "config.toml", "adapter.ranks={zzz = 2}")),
+    Bad("oft on convolutions", "a convolution of 3 x 3, with which peft's does not begin as the base", "linear",
+        options={**NEW, "adapter.kind": "oft", "adapter.block_size": 4, "adapter.targets": "all"}),
     Bad("conv rank without convolutions", "conv_rank has no effect", "all", options={**NEW, "adapter.conv_rank": 2}),
     Bad("dropout of loha", "adapter.dropout = 0.1 has no effect", "remove",
         options={"adapter.kind": "loha", "adapter.dropout": 0.1}),

@@ -1,5 +1,6 @@
 """Adapters: only they move, they resume bitwise, and diffusers draws with them what the live model draws."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,3 +323,20 @@ def test_kohya_files_are_begun_with_by_their_alpha(config: Callable[..., Any], t
     assert all(torch.allclose(new[name], mine[name], atol=1e-9) for name in mine)
     with pytest.raises(UserError, match=r"alpha 2; the config has alpha / rank, 4"):
         train(config(adapter={**start, "alpha": 4.0}, output_dir=str(tmp_path / "other")))
+
+
+def test_why_oft_is_for_linear_layers() -> None:
+    """peft's OFT on a convolution of 3 x 3 is no identity at first, BOFT's is. Once it is, it need not be refused."""
+    from peft import BOFTConfig, OFTConfig, inject_adapter_in_model
+
+    options = {"target_modules": ["0"]}
+    oft = OFTConfig(r=0, oft_block_size=8, use_cayley_neumann=False, **options)
+    boft = BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=1, **options)
+    x = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+    for config, same in ((oft, False), (boft, True)):
+        network = torch.nn.Sequential(torch.nn.Conv2d(8, 4, 3, padding=1))
+        before = network(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(config, network)
+        assert torch.allclose(network(x), before, atol=1e-5) == same
