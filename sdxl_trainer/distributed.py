@@ -278,6 +278,7 @@ def make(config: Config, computing: str) -> "Accelerator":
     from accelerate.state import AcceleratorState
     from accelerate.utils import (
         AutocastKwargs,
+        DistributedDataParallelKwargs,
         GradientAccumulationPlugin,
         InitProcessGroupKwargs,
         ProjectConfiguration,
@@ -294,6 +295,13 @@ def make(config: Config, computing: str) -> "Accelerator":
     # bf16 weights compute in bf16 by themselves; autocast is for fp32 weights.
     autocast = "no" if computing == "fp32" or config.train.weights == "bf16" else computing
     output = Path(config.output_dir).expanduser()
+    handlers = [
+        InitProcessGroupKwargs(timeout=_PATIENCE),
+        # A pass casts each weight once: to keep what was cast until its end would only take memory.
+        AutocastKwargs(cache_enabled=False),
+        # Gradients of replicas lie in the buckets that are sent: as tensors of their own they would be there twice.
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+    ]
     # One process may make several runs, each with its own precision; accelerate would keep the first one's.
     AcceleratorState._reset_state()
     _meet()
@@ -301,8 +309,7 @@ def make(config: Config, computing: str) -> "Accelerator":
         # Without a word accelerate takes several processes without an accelerator for as many runs.
         cpu=device_type() == "cpu",
         mixed_precision=autocast,
-        # A pass casts each weight once: to keep what was cast until its end would only take memory.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE), AutocastKwargs(cache_enabled=False)],
+        kwargs_handlers=handlers,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / config.log.dir)),
     )

@@ -37,18 +37,27 @@ class Ema:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The model with averaged weights; the raw ones are back afterwards, bit by bit."""
-        raw = [p.detach().clone() for p in self.parameters]
-        self._copy(self.averages)
+        """The model with averaged weights; the raw ones are back afterwards, bit by bit. Meanwhile fp32 weights lie
+        where their averages did, and only narrower ones take memory of their own."""
+        narrow = [(p, a) for p, a in zip(self.parameters, self.averages, strict=True) if p.dtype != a.dtype]
+        raw = [p.detach().clone() for p, _ in narrow]
+        self._exchange([a for _, a in narrow])
         try:
             yield
         finally:
-            self._copy(raw)
+            self._exchange(raw)
 
     @torch.no_grad()
-    def _copy(self, source: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, source, strict=True):
-            parameter.copy_(value)
+    def _exchange(self, narrow: Sequence[Tensor]) -> None:
+        """Weights and averages of one type change places, tensor by tensor; other weights become those of `narrow`."""
+        others = iter(narrow)
+        for parameter, average in zip(self.parameters, self.averages, strict=True):
+            if parameter.dtype != average.dtype:
+                parameter.copy_(next(others))
+                continue
+            value = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(value)
 
     def state(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.averages, strict=True))

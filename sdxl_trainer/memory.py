@@ -210,6 +210,9 @@ def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dic
     most = learns / backward.PARTS + max(shape.numel() for shape in shapes) if freed else float("inf")
     workspace = optim.workspace_bytes(config.optimizer, shapes, weight, most)
     pass_, stepping = working(config, sdxl, setting, workspace) - wider, gradients + workspace
+    # Pictures are drawn and losses measured with averages, narrow weights being kept beside; there are no gradients.
+    judged = bool(config.ema.enabled and (config.validation.prompts or config.validation.loss_every))
+    aside = learns * weight if judged and weight < 4 else 0
     prior = any(data.prior_prediction for data in config.data) and not beside
     return {
         "context and libraries": _LIBRARIES.get(setting.device, 0),
@@ -218,7 +221,7 @@ def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dic
         "optimizer": learns * optim.state_bytes(config.optimizer, weight),
         "averages (EMA)": learns * 4 if config.ema.enabled else 0,
         "gradients": gradients,
-        "activations and workspace": max(pass_, stepping) - gradients,
+        "activations and workspace": max(pass_, stepping, aside) - gradients,
     }
 
 

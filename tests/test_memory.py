@@ -115,6 +115,22 @@ def test_parts_follow_from_sizes(config: Callable[..., Any]) -> None:
     assert all(p.is_meta for p in sdxl.parameters())  # the model is as it was
 
 
+def test_narrow_weights_are_kept_beside_averages_that_are_judged(config: Callable[..., Any]) -> None:
+    """Where the backward pass leaves no gradients, their copy is what takes most."""
+    more = {"train": {"weights": "bf16", "fused_backward": True, "gradient_checkpointing": True}}
+    plain, judged = (
+        config(**more, optimizer={"name": "adamw_bf16"}, ema={"enabled": True}, validation=asked)
+        for asked in ({}, {"prompts": ["a"]})
+    )
+    sdxl, groups = skeleton(plain)
+    without, beside = (
+        memory.parts(chosen, sdxl, groups, memory.Step((1, 2, 2), "bf16", "cuda")) for chosen in (plain, judged)
+    )
+    copy = 2 * sum(group.size for group in groups)
+    assert beside["activations and workspace"] == max(copy, without["activations and workspace"])
+    assert copy > without["activations and workspace"]
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "lokr, whole", "oft", "boft"])
 def test_every_adapter_can_be_counted(config: Callable[..., Any], kind: str) -> None:
     more: dict[str, Any] = {"dropout": 0.1} if kind in {"lora", "dora"} else {}

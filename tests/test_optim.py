@@ -129,14 +129,20 @@ def test_averages_of_narrow_weights_copy_few_at_once(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(average.double(), decay * was + (1 - decay) * p.double(), rtol=0, atol=1e-6)
 
 
-def test_swapping_averages_in_leaves_the_weights_bitwise() -> None:
-    module = network()
+@pytest.mark.parametrize("narrow", [False, True])
+def test_swapping_averages_in_leaves_the_weights_bitwise(narrow: bool) -> None:
+    """Nothing but one tensor at a time is held twice, unless weights are narrower than averages."""
+    module = nn.Sequential(*(nn.Linear(100, 10) for _ in range(20)))
+    module = module.bfloat16() if narrow else module
     groups = parameters.apply_rules(module, (Learn(match=".*"),), TRAIN, Optimizer())
     averages = ema.make(groups, 0.9)
     with torch.no_grad():
         for p in module.parameters():
             p.add_(1.0)
-    before = [p.clone() for p in module.parameters()]
-    with averages.swapped_in():
-        assert all(torch.equal(p, a) for p, a in zip(module.parameters(), averages.averages, strict=True))
+    before, means = [p.clone() for p in module.parameters()], [a.clone() for a in averages.averages]
+    rounded = [a.to(p) for p, a in zip(module.parameters(), means, strict=True)]
+    with memory.Live([*module.parameters(), *averages.averages]) as live, averages.swapped_in():
+        assert all(torch.equal(p, a) for p, a in zip(module.parameters(), rounded, strict=True))
+    assert live.peak == (2 * 20 * 1010 if narrow else 4 * 1010), "a tensor and the one before it"
     assert all(torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True))
+    assert all(torch.equal(a, m) for a, m in zip(averages.averages, means, strict=True))

@@ -25,8 +25,10 @@ TRAIN = {"steps": 6, "batch_size": 4, "micro_batch": 2, "checkpoint_every": 3, "
 
 
 def asking_rank(path: str, number: int, processes: int, port: int) -> None:
-    """In the second step the last process, which does not lead, leaves wishes in the folder; paused, it goes on."""
-    from sdxl_trainer import train, wishes
+    """In the second step the last process, which does not lead, leaves wishes in the folder; paused, it goes on. What
+    its gradients are is in <name>.<rank>.gradients: how many, how many pieces of memory they lie in, and the numbers of
+    both."""
+    from sdxl_trainer import optim, train, wishes
 
     original = train.train_step
 
@@ -40,7 +42,15 @@ def asking_rank(path: str, number: int, processes: int, port: int) -> None:
         if number == processes - 1 and wishes.asked_to_pause(folder):
             wishes.ask(folder, ["continue"])
 
-    train.train_step, train.sleep = step, rest
+    clip = optim.clip
+
+    def counting(optimizer: Any, learning: list[Any], limit: Any) -> Any:
+        places = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in learning}
+        found = [len(learning), len(places), sum(p.grad.numel() for p in learning), sum(places.values()) // 4]
+        Path(path).with_suffix(f".{number}.gradients").write_text(json.dumps(found))
+        return clip(optimizer, learning, limit)
+
+    train.train_step, train.sleep, optim.clip = step, rest, counting
     rank(path, number, processes, port)
 
 
@@ -190,6 +200,10 @@ def test_all_processes_do_what_is_asked_after_the_same_step(config: Callable[...
     assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"]
     assert len(list((run / "samples" / "step-000002").glob("*.png"))) == 3
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
+    for number in range(2):
+        gradients, pieces, numbers, there = json.loads(path.with_suffix(f".{number}.gradients").read_text())
+        assert gradients > 20 * pieces, "they lie in the few buckets that are sent"
+        assert numbers == there, "and nowhere else"
 
 
 def test_two_processes_read_from_a_mirror(config: Callable[..., Any], tmp_path: Path) -> None:
