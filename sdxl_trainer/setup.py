@@ -103,7 +103,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if accelerator.is_main_process:
         manifest.begin(job, stock)
     if config.log.trackers:
-        job.trackers.start(manifest.flat(config))
+        job.trackers.start(manifest.flat(config), continues=job.state.step > 0)
     return job
 
 

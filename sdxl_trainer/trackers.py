@@ -4,9 +4,11 @@ What a tracker raises, or how long it hangs, is its own affair: the run is told 
 everything. Where a tracker cannot hold pictures or tables it gets none.
 """
 
+import os
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 from sdxl_trainer.config import Log
 from sdxl_trainer.errors import UserError, closest, plural
+from sdxl_trainer.files import write_text
 
 PATIENCE = 30.0  # seconds that the end of a run waits for what is still to be sent
 WAITING = 2000  # calls that may wait for a slow tracker; what comes then is left out, and counted
@@ -51,13 +54,15 @@ class Caught:
 
 @dataclass
 class Worker:
-    """One tracker and its thread. `failures` counts calls that it refused, `left` those that it was too slow for."""
+    """One tracker and its thread. `failures` counts calls that it refused, `left` those that it was too slow for; what
+    belongs to steps before `first` it has already."""
 
     name: str
     say: Callable[[str], None]
     tracker: Any = None
     failures: int = 0
     left: int = 0
+    first: int = 0
     calls: "queue.Queue[Callable[[], None] | None]" = field(default_factory=lambda: queue.Queue(WAITING))
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -109,39 +114,43 @@ class Trackers:
         self.workers = [Worker(name, say) for name in (names if main else ())]
         self.project, self.folder = project, folder
 
-    def start(self, options: dict[str, Any]) -> None:
-        """Begin; `options` are the run's, on one level."""
+    def start(self, options: dict[str, Any], continues: bool = False) -> None:
+        """Begin; `options` are the run's, on one level. A run that continues is the same one there, where that goes."""
         for worker in self.workers:
-            worker.put(lambda worker=worker: self._begin(worker, options))  # type: ignore[misc]
+            worker.put(lambda worker=worker: self._begin(worker, options, continues))  # type: ignore[misc]
             worker.start()
 
-    def _begin(self, worker: Worker, options: dict[str, Any]) -> None:
+    def _begin(self, worker: Worker, options: dict[str, Any], continues: bool) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         kind = LOGGER_TYPE_TO_CLASS[worker.name]
         told = {"logging_dir": str(self.folder)} if kind.requires_logging_directory else {}
+        if worker.name == "wandb":
+            told |= _same_run(self.folder, continues)
         tracker = kind(self.project, **told)
         tracker.start()
+        if worker.name == "wandb" and continues:
+            worker.first = getattr(tracker.run, "step", 0)
         worker.tracker = tracker
         tracker.store_init_configuration(options)
 
     def scalars(self, row: dict[str, Any], step: int) -> None:
         """Numbers of a step; a table in a row becomes numbers named <key>/<inner>."""
         flat = dict(_flat(row))
-        self._each(lambda worker: worker.tracker.log(flat, step=step))
+        self._each(lambda worker: worker.tracker.log(flat, step=step), step)
 
     def pictures(self, title: str, files: Sequence[Path], step: int) -> None:
         """Pictures of one prompt, to the trackers that can hold them."""
-        self._each(lambda worker: PICTURES[worker.name](worker.tracker, title, files, step), PICTURES)
+        self._each(lambda worker: PICTURES[worker.name](worker.tracker, title, files, step), step, PICTURES)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         """A table, to the trackers that can hold one."""
-        self._each(lambda worker: TABLES[worker.name](worker.tracker, title, list(columns), rows, step), TABLES)
+        self._each(lambda worker: TABLES[worker.name](worker.tracker, title, list(columns), rows, step), step, TABLES)
 
-    def _each(self, call: Callable[[Worker], Any], known: dict[str, Any] | None = None) -> None:
+    def _each(self, call: Callable[[Worker], Any], step: int, known: dict[str, Any] | None = None) -> None:
         for worker in self.workers:
             if known is None or worker.name in known:
-                worker.put(lambda worker=worker: _with(worker, call))  # type: ignore[misc]
+                worker.put(lambda worker=worker: _with(worker, call, step))  # type: ignore[misc]
 
     def close(self, patience: float = PATIENCE) -> None:
         """Finish the trackers, or leave those that do not answer. Closing again does nothing."""
@@ -153,11 +162,25 @@ class Trackers:
         self.workers = []
 
 
-def _with(worker: Worker, call: Callable[[Worker], Any]) -> None:
+def _with(worker: Worker, call: Callable[[Worker], Any], step: int | None = None) -> None:
     if worker.tracker is None:
         worker.left += 1  # it could not begin: that was told
-        return
-    call(worker)
+    elif step is None or step >= worker.first:
+        call(worker)
+
+
+def _same_run(folder: Path, continues: bool) -> dict[str, Any]:
+    """How W&B calls a run, and finds it again when it continues: it is one there too, however often it is interrupted.
+    The environment's WANDB_NAME and WANDB_RUN_ID win; a run that is kept offline cannot be found again."""
+    place, told = folder / "wandb-run", {}
+    if not continues or not place.is_file():
+        write_text(place, uuid.uuid4().hex[:16])
+    if "WANDB_NAME" not in os.environ:
+        told["name"] = folder.resolve().parent.name
+    online = os.environ.get("WANDB_MODE", "online") in {"online", "shared"}
+    if online and not {"WANDB_RUN_ID", "WANDB_RESUME"} & os.environ.keys():
+        told |= {"id": place.read_text(encoding="utf-8"), "resume": "allow"}
+    return told
 
 
 def _flat(row: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -48,8 +48,8 @@ class Fake:
     hangs: threading.Event | None = None
     got: list[tuple[str, Any]]
 
-    def __init__(self, name: str) -> None:
-        self._do("init", name)
+    def __init__(self, run_name: str, **told: Any) -> None:
+        self._do("init", run_name, told)
 
     def _do(self, what: str, *told: Any) -> None:
         if what in type(self).fails:
@@ -146,6 +146,29 @@ def test_a_tracker_that_hangs_does_not_hold_the_run(fake: Callable[..., type[Fak
     assert said[0].endswith("it does not answer")
     made.close()
     made.scalars({"loss": 1.0}, 1)
+
+
+def test_a_run_is_one_in_wandb_however_often_it_is_interrupted(
+    config: Callable[..., Any], fake: Callable[..., type[Fake]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found again by its id; what was sent before the interruption is not sent again."""
+    for name in ("WANDB_MODE", "WANDB_NAME", "WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.delenv(name, raising=False)
+    made = fake()
+    given = {"log": {"trackers": ["wandb"]}}
+    output = train(config(**given, train={"steps": 2, "checkpoint_every": 1}))
+    made.run = type("Run", (), {"step": 4})  # type: ignore[attr-defined]  # steps 0 to 3 are there already
+    train(config(**given, train={"steps": 5, "checkpoint_every": 1}))
+    first, second = (told for what, told in made.got if what == "init")
+    assert first == second
+    assert first[1].keys() == {"name", "id", "resume"}
+    assert (first[1]["name"], first[1]["resume"]) == (output.name, "allow")
+    assert [told[1] for what, told in made.got if what == "log"] == [1, 2, 4, 5]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    assert trackers._same_run(output / "logs", continues=True) == {}
+    monkeypatch.delenv("WANDB_MODE")
+    assert trackers._same_run(output / "logs", continues=False)["id"] != first[1]["id"], "begun anew it is another"
 
 
 def test_other_processes_have_none(tmp_path: Path) -> None:
