@@ -32,6 +32,7 @@ from sdxl_trainer.parameters import Group
 PREFIX = "checkpoint-"
 _NEEDED = {"state.json", "optimizer.safetensors"}
 _WEIGHTS = {"unet/config.json", "added.safetensors"}  # one of them
+_FIX = "delete this folder: the same command continues from the checkpoint before it"
 
 
 class Damaged(UserError):
@@ -64,8 +65,7 @@ def understood(folder: Path) -> Iterator[None]:
         yield
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        fix = "delete this folder: the same command continues from the checkpoint before it"
-        raise Damaged(f"this is not a checkpoint of this run: {said}", str(folder), fix) from error
+        raise Damaged(f"this is not a checkpoint of this run: {said}", str(folder), _FIX) from error
 
 
 def found(output: Path) -> list[Checkpoint]:
@@ -77,18 +77,18 @@ def found(output: Path) -> list[Checkpoint]:
 def verify(checkpoint: Checkpoint, from_disk: bool = False) -> Checkpoint:
     """Compare every file with the manifest; Damaged names the first that differs. `from_disk`: read what the disk
     holds, not what the system still has in memory from writing it."""
-    where, fix = checkpoint.path, "delete this folder: the same command continues from the checkpoint before it"
+    where = checkpoint.path
     try:
         manifest = dict(json.loads((where / "manifest.json").read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise Damaged("the checkpoint has no readable manifest.json", str(where), fix) from None
+        raise Damaged("the checkpoint has no readable manifest.json", str(where), _FIX) from None
     lacking = _NEEDED if _WEIGHTS & manifest.keys() else _NEEDED | {"unet/config.json"}
     for name in lacking - manifest.keys():
-        raise Damaged(f"the checkpoint's manifest.json does not name {name}", str(where), fix)
+        raise Damaged(f"the checkpoint's manifest.json does not name {name}", str(where), _FIX)
     for name, digest in manifest.items():
         path = where / name
         if not path.is_file():
-            raise Damaged(f"the checkpoint lacks {name}", str(where), fix)
+            raise Damaged(f"the checkpoint lacks {name}", str(where), _FIX)
         try:
             if from_disk:
                 files.forget(path)
@@ -96,7 +96,7 @@ def verify(checkpoint: Checkpoint, from_disk: bool = False) -> Checkpoint:
         except OSError as error:
             raise UserError(f"{name} cannot be read: {error.strerror}", str(where), "make it readable") from None
         if found_digest != digest:
-            raise Damaged(f"{name} is damaged: its bytes are not those that were written", str(where), fix)
+            raise Damaged(f"{name} is damaged: its bytes are not those that were written", str(where), _FIX)
     return checkpoint
 
 
@@ -230,9 +230,7 @@ def load_training_state(
     state = checkpoint.state()
     with understood(checkpoint.path):
         optim_state.load(optimizer, groups, checkpoint.path / "optimizer.safetensors", state["optimizer"])
-        if ema is not None:
-            averages = dict(_averages(checkpoint, sdxl))
-            ema.load({name: averages[name] for name in ema.names}, state["ema_updates"])
+        _load_averages(checkpoint, sdxl, ema)
 
 
 @torch.no_grad()
@@ -244,9 +242,7 @@ def restore(checkpoint: Checkpoint, sdxl: SDXL, ema: Ema | None) -> None:
         for key, tensor in _weights(name, part, checkpoint.path / name).items():
             own = part.get_parameter(key)
             own.copy_(sharding.like(tensor, own))
-    if ema is not None:
-        averages = dict(_averages(checkpoint, sdxl))
-        ema.load({name: averages[name] for name in ema.names}, checkpoint.state()["ema_updates"])
+    _load_averages(checkpoint, sdxl, ema)
 
 
 def _weights(name: str, part: Any, folder: Path) -> dict[str, Tensor]:
@@ -255,6 +251,12 @@ def _weights(name: str, part: Any, folder: Path) -> dict[str, Tensor]:
     read = read_weights(folder) if name == "unet" else type(part).from_pretrained(folder).state_dict()
     known = {key for key, _ in part.named_parameters()}
     return {key: tensor for key, tensor in read.items() if key in known}
+
+
+def _load_averages(checkpoint: Checkpoint, sdxl: SDXL, ema: Ema | None) -> None:
+    if ema is not None:
+        averages = dict(_averages(checkpoint, sdxl))
+        ema.load({name: averages[name] for name in ema.names}, checkpoint.state()["ema_updates"])
 
 
 def _averages(checkpoint: Checkpoint, sdxl: SDXL) -> Iterator[tuple[str, Tensor]]:
