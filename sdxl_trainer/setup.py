@@ -96,6 +96,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     config = fitted(config, groups, sdxl, stock, precision, console.say, alone)
     if config.hub.push and accelerator.is_main_process:
         hub.repository(output, config.hub)
+    console.say(_ahead(config, stock, order, begin.steps, groups))
     with watch.phase("encoding"):
         fill(config, base, stock, accelerator, console)
     with watch.phase("loading the model"):
@@ -105,6 +106,12 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     if config.log.trackers:
         job.trackers.start(manifest.flat(config), continues=job.state.step > 0)
     return job
+
+
+def _ahead(config: Config, stock: Stock, order: plan.Plan, steps: int, groups: list[parameters.Group]) -> str:
+    """What the run is: a first look for its user, as `sdxl check` gives at length."""
+    shown = f"{plural(len(stock.pictures), 'picture')}, {plural(steps, 'step')} of {config.train.batch_size}"
+    return f"{shown}: {steps / order.steps_per_epoch:.3g} epochs; {sum(g.size for g in groups):,} parameters learn"
 
 
 def fitted(

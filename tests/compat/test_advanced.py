@@ -215,4 +215,7 @@ def test_blora_of_one_picture(subject: list[str], base: Path, tmp_path: Path, ca
     names = set(load_file(tmp_path / "run" / FILE))
     assert names
     assert all(name.startswith(f"{PARTS[0]}up_blocks.0.attentions.0.") for name in names)
-    assert "a single picture is cut in its middle" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "a single picture is cut in its middle" in said
+    learn = sum(tensor.numel() for tensor in load_file(tmp_path / "run" / FILE).values())
+    assert f"1 picture, 2 steps of 1: 2 epochs; {learn:,} parameters learn\n" in said
