@@ -71,7 +71,8 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
         lines.append(f"continues after step {begin.checkpoint.step} ({begin.checkpoint.path})")
     alone = distributed.one_pass(config, int(os.environ.get("WORLD_SIZE", "1")), len(present(order.group_of)))
     groups, sdxl = setup.learning(config, base, stock, begin.checkpoint)
-    config = setup.fitted(config, groups, sdxl, stock, precision, lines.append, alone)
+    free = distributed.free_memory() if config.train.memory == "auto" else 0.0
+    config = setup.fitted(config, groups, sdxl, stock, precision, lines.append, alone, free, begin.checkpoint)
     unet = sum(p.numel() for p in sdxl.parameters())
     need = disk.need(config, base, stock, groups, sdxl, begin)
     words = captions(config, base, stock)

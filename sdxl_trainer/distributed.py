@@ -12,9 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import psutil
 import torch
 from torch import Tensor
 
+from sdxl_trainer import cpus
 from sdxl_trainer.config import Config
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.model import SDXL
@@ -159,6 +161,15 @@ def memory_gb(device: torch.device) -> float:
     except (OSError, ValueError):
         unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def free_memory() -> float:
+    """Bytes that are free where this process will compute: on its GPU, or its share of the host's."""
+    kind = device_type()
+    if kind == "cuda":
+        return float(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0])
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return min(psutil.virtual_memory().available, cpus.memory_left()) / beside
 
 
 @cache

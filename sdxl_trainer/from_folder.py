@@ -121,7 +121,8 @@ def begun(folder: Path, wish: Wish, name: str) -> tuple[dict[str, Any], dict[str
     records = _records(folder, data, wish)
     count = len(records)
     steps = preset.steps_for(count)
-    train = {"steps": steps, **sections.pop("train")}
+    # What the preset says of memory is not written down: it would bind `train.memory`, as the user's own words do.
+    train = {"steps": steps, **presets.unplanned(sections.pop("train"))}
     if small:
         notes["train.gradient_checkpointing"] = "so small a model needs no saving of memory"
         train["gradient_checkpointing"] = False

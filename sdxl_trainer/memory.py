@@ -28,6 +28,9 @@ from sdxl_trainer.model import SDXL
 from sdxl_trainer.optim import backward
 from sdxl_trainer.parameters import Group
 
+# Of the free memory, how much `train.memory = "auto"` plans with: predictions are off by some percent
+# (docs/performance.md), and what a device gives and takes leaves gaps.
+SHARE = 0.9
 # What CUDA with its libraries takes for itself, and oneDNN for the kernels that it compiles.
 _LIBRARIES = {"cuda": 0.6e9, "cpu": 40e6}
 
@@ -99,14 +102,24 @@ class Way(NamedTuple):
 
 
 def fit(
-    config: Config, sdxl: SDXL, groups: list[Group], setting: Step, say: Callable[[str], None], alone: bool = True
+    config: Config,
+    sdxl: SDXL,
+    groups: list[Group],
+    setting: Step,
+    say: Callable[[str], None],
+    alone: bool = True,
+    free: float = 0.0,
+    before: dict[str, Any] | None = None,
 ) -> Config:
     """The config with the fastest micro-batch, checkpointing and, where a pass is `alone` in its step, fused backward
-    pass whose step fits into `train.memory`: none changes what is learned. UserError tells what the smallest takes,
-    and what other settings would."""
+    pass whose step fits into `train.memory`, which may be a share of the `free` bytes: none changes what is learned.
+    Those of `before` stay where they fit, since sums in another order round otherwise. UserError tells what the
+    smallest takes, and what other settings would."""
     if config.train.memory is None:
         return config
-    room, every = bytes_of(config.train.memory), setting.shape[0]
+    auto, every = config.train.memory == "auto", setting.shape[0]
+    room = SHARE * free if auto else bytes_of(config.train.memory)
+    given = f"{room / 1e9:.2f} GB of {free / 1e9:.2f} GB that are free" if auto else config.train.memory
 
     @cache
     def takes(way: Way, samples: int) -> float:
@@ -116,6 +129,13 @@ def fit(
         return takes(way, way.least(every))
 
     shares, own = _shares(config, sdxl), config.train.fused_backward
+    if auto and before is not None:
+        way = Way(float(before["gradient_checkpointing"]), before["fused_backward"])
+        samples, may = before["micro_batch"] or every, own or _may_fuse(config, setting, alone)
+        allowed = samples <= every and way.share in shares and own <= way.fused <= may
+        if allowed and takes(way, samples) <= room:
+            say(f"memory {given}: {samples} per pass{way.told()[0]}, as before")
+            return _with(config, train=before)
     for fused in [own, True] if _may_fuse(config, setting, alone) and not own else [own]:
         ways = [Way(share, fused) for share in shares]
         fits = bisect_left(ways, True, key=lambda way: smallest(way) <= room)  # a larger share takes less
@@ -128,7 +148,7 @@ def fit(
             samples = 1 + bisect_right(range(2, every), room, key=partial(takes, way))
             needs = takes(way, samples)
         words, price = way.told()
-        say(f"memory {config.train.memory}: {samples} per pass{words}, {needs / 1e9:.2f} GB{price}")
+        say(f"memory {given}: {samples} per pass{words}, {needs / 1e9:.2f} GB{price}")
         return _with(config, train={**way.options, "micro_batch": samples})
     way = min(Way(1.0, own), Way(1.0, fused), key=smallest)
     further = _NARROWER if config.adapter or config.token else _FURTHER
@@ -139,7 +159,7 @@ def fit(
         other = _with(other, train=lowest.options)
         costs.append(f"{name}: {_together(other, sdxl, groups, setting, lowest.least(every)) / 1e9:.2f} GB")
     what = f"the smallest step takes {smallest(way) / 1e9:.2f} GB: {way.least(every)} per pass{way.told()[0]}"
-    raise UserError(what, f"train.memory = {config.train.memory}", f"these change what is computed: {'; '.join(costs)}")
+    raise UserError(what, f"train.memory = {given}", f"these change what is computed: {'; '.join(costs)}")
 
 
 def _shares(config: Config, sdxl: SDXL) -> list[float]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "assets" / "presets"
 DEFAULT = "lora-character"
+# Options that `train.memory` chooses: under it a preset's values for them are no limits, as the file's own are.
+PLANNED = ("micro_batch", "gradient_checkpointing", "fused_backward")
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,13 @@ def under(tree: dict[str, Any], where: str) -> dict[str, Any]:
         if section == "data" and isinstance(given, list):
             merged[section] = [{**values, **entry} if isinstance(entry, dict) else entry for entry in given]
         elif isinstance(given, dict):
-            merged[section] = {**values, **given}
+            merged[section] = {**(unplanned(values) if section == "train" and "memory" in given else values), **given}
     return merged
+
+
+def unplanned(train: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's values for training, without those that only say how much memory it had in mind."""
+    return {option: value for option, value in train.items() if option not in PLANNED}
 
 
 def effective_rate(config: "Config") -> tuple[float, str] | None:

@@ -28,6 +28,7 @@ from sdxl_trainer import (
     objective,
     optim,
     parameters,
+    presets,
     resume,
     schedule,
     text,
@@ -93,7 +94,8 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     groups, sdxl = learning(config, base, stock, begin.checkpoint)
     need = disk.need(config, base, stock, groups, sdxl, begin)
     distributed.decided(accelerator, lambda: disk.look(need, config.output_dir, console.say))
-    config = fitted(config, groups, sdxl, stock, precision, console.say, alone)
+    free = min(distributed.gathered([distributed.free_memory()])) if config.train.memory == "auto" else 0.0
+    config = fitted(config, groups, sdxl, stock, precision, console.say, alone, free, begin.checkpoint)
     if config.hub.push and accelerator.is_main_process:
         hub.repository(output, config.hub)
     console.say(_ahead(config, stock, order, begin.steps, groups))
@@ -122,12 +124,15 @@ def fitted(
     precision: str,
     say: Callable[[str], None],
     alone: bool = True,
+    free: float = 0.0,
+    at: Checkpoint | None = None,
 ) -> Config:
     """The config with what fits into `train.memory`, if it says how much there is. `alone`: each step is a pass."""
     if config.train.memory is None:
         return config
+    before = {name: at.state()["config"]["train"][name] for name in presets.PLANNED} if at else None
     step = memory.step(config, shapes(stock), precision, distributed.device_type())
-    return memory.fit(config, sdxl, groups, step, say, alone)
+    return memory.fit(config, sdxl, groups, step, say, alone, free, before)
 
 
 def shapes(stock: Stock) -> set[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """How many CPUs a process may keep busy: quotas of control groups, as the kernel writes them."""
 
+import math
 import os
 import subprocess
 import sys
@@ -51,6 +52,37 @@ def test_quotas(
         (groups / name).parent.mkdir(parents=True, exist_ok=True)
         (groups / name).write_text(text, encoding="utf-8")
     assert cpus.allowed(groups, own) == count
+
+
+MEMORY = {
+    "no limit": ("0::/", {"memory.max": "max", "memory.current": "100", "memory.stat": ""}, math.inf),
+    "a container's": ("0::/", {"memory.max": "1000", "memory.current": "400", "memory.stat": "anon 300"}, 600),
+    "cached files give way": (
+        "0::/",
+        {"memory.max": "1000", "memory.current": "400", "memory.stat": "anon 300\ninactive_file 90\n"},
+        690,
+    ),
+    "version 1": (
+        "4:memory:/a\n2:cpu:/",
+        {
+            "memory/memory.limit_in_bytes": "1000\n",
+            "memory/memory.usage_in_bytes": "400\n",
+            "memory/memory.stat": "total_inactive_file 50\n",
+        },
+        650,
+    ),
+    "none": ("0::/", {"cgroup.procs": ""}, math.inf),
+}
+
+
+@pytest.mark.parametrize(("line", "written", "left"), MEMORY.values(), ids=list(MEMORY))
+def test_what_memory_is_left(line: str, written: dict[str, str], left: float, tmp_path: Path) -> None:
+    own, groups = tmp_path / "own", tmp_path / "groups"
+    own.write_text(line + "\n", encoding="utf-8")
+    for name, text in written.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(text, encoding="utf-8")
+    assert cpus.memory_left(groups, own) == left
 
 
 def test_where_nothing_is_known_all_are_allowed(tmp_path: Path) -> None:

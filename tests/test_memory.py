@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdxl_trainer import base as bases
-from sdxl_trainer import blueprint, memory, model, optim, parameters, setup, text
+from sdxl_trainer import blueprint, configfile, memory, model, optim, parameters, presets, setup, text
 from sdxl_trainer import unet as unets
 from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError
@@ -209,6 +209,65 @@ def test_the_fastest_setting_that_fits_is_chosen(config: Callable[..., Any]) -> 
     assert 1 <= found[1][0] < 8
     assert not found[1][1]
     assert found[2][1]
+
+
+def test_a_preset_does_not_bind_the_plan_and_the_file_does(tree: Callable[..., Any]) -> None:
+    """lora-style says one picture per pass and checkpointing, for those who do not say how much memory there is."""
+    under = {"preset": "lora-style@1", "train": {"batch_size": 4, "steps": 1}, "data": [{"resolution": 64}]}
+    plain = configfile.validated(tree(**under), "test.toml")
+    assert (plain.train.micro_batch, plain.train.gradient_checkpointing) == (1, True)
+    roomy = {**under, "train": {**under["train"], "memory": "8GB"}}
+    free, _ = fitted(configfile.validated(tree(**roomy), "test.toml"), 4)
+    assert (free.train.micro_batch, free.train.gradient_checkpointing) == (4, False)
+    roomy["train"] |= {"micro_batch": 2, "gradient_checkpointing": 0.5}
+    bound = configfile.validated(tree(**roomy), "test.toml")
+    assert (bound.train.micro_batch, bound.train.gradient_checkpointing) == (2, 0.5)
+    assert fitted(bound, 2)[0].train.gradient_checkpointing == 0.5
+
+
+def automatic(config: Any, free: float, before: dict[str, Any] | None = None) -> tuple[Any, list[str]]:
+    told: list[str] = []
+    sdxl, groups = skeleton(config)
+    setting = memory.Step((config.train.micro_batch or 8, 16, 16), "fp32", "cpu")
+    return memory.fit(config, sdxl, groups, setting, told.append, True, free, before), told
+
+
+def test_auto_plans_with_a_share_of_what_is_free(config: Callable[..., Any]) -> None:
+    asked = {"batch_size": 8, "memory": "auto"}
+    found, told = automatic(config(train=asked), 85e6 / memory.SHARE)
+    by_hand, _ = fitted(config(train={"batch_size": 8, "memory": "85MB"}), 8)
+    assert found.train.model_copy(update={"memory": "85MB"}) == by_hand.train
+    assert found.train.micro_batch < 8
+    assert told[0].startswith("memory 0.09 GB of 0.09 GB that are free: ")
+    with pytest.raises(UserError, match="the smallest step takes") as refused:
+        automatic(config(train=asked), 5e6)
+    assert refused.value.where == "train.memory = 0.00 GB of 0.01 GB that are free"
+
+
+def test_auto_keeps_what_the_run_began_with_where_it_still_fits(config: Callable[..., Any]) -> None:
+    """Other passes add up in another order: a run that goes on beside less free memory is the same, bit by bit."""
+    asked, small = {"batch_size": 8, "memory": "auto"}, 85e6 / memory.SHARE
+    first = automatic(config(train=asked), small)[0].train
+    before = {name: getattr(first, name) for name in presets.PLANNED}
+    again, told = automatic(config(train=asked), 2e9, before)
+    assert again.train == first
+    assert told[0].endswith(", as before")
+    assert automatic(config(train=asked), 2e9)[0].train.micro_batch == 8
+    assert automatic(config(train=asked), 70e6 / memory.SHARE, before)[0].train != first, "it does not fit any more"
+    limited = automatic(config(train={**asked, "micro_batch": 1}), 2e9, before)[0].train
+    assert limited.micro_batch == 1, "what the file says is a limit"
+
+
+def test_a_run_tells_what_it_chose_of_the_free_memory_and_continues_so(
+    config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sdxl_trainer.distributed.free_memory", lambda: 4e9)
+    output = train(config(train={"memory": "auto", "steps": 2}))
+    assert "memory 3.60 GB of 4.00 GB that are free: 2 per pass, " in capsys.readouterr().err
+    monkeypatch.setattr("sdxl_trainer.distributed.free_memory", lambda: 3e9)
+    train(config(train={"memory": "auto", "steps": 4}))
+    assert "memory 2.70 GB of 3.00 GB that are free: 2 per pass, as before" in capsys.readouterr().err
+    assert 'memory = "auto"' in (output / "config.toml").read_text()
 
 
 @pytest.mark.parametrize("share", [False, 0.25, 0.5, 0.75, True])

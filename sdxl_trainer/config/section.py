@@ -55,7 +55,15 @@ def _amount(text: str) -> str:
     return text
 
 
+def _amount_or_auto(text: str) -> str:
+    try:
+        return text if text == "auto" else _amount(text)
+    except ValueError as error:
+        raise ValueError(f"auto, or {error}") from None
+
+
 Amount = Annotated[str, AfterValidator(_amount)]
+AmountOrAuto = Annotated[str, AfterValidator(_amount_or_auto)]
 
 
 def bytes_of(amount: str) -> float:

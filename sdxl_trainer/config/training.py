@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationInfo, field_validator
 
-from sdxl_trainer.config.section import Amount, Fraction, PathText, Positive, Section, Share, option
+from sdxl_trainer.config.section import AmountOrAuto, Fraction, PathText, Positive, Section, Share, option
 from sdxl_trainer.errors import closest
 
 
@@ -24,8 +24,10 @@ class Train(Section):
     gradient_checkpointing: Share = option(
         False, "recompute activations in the backward pass to save memory: of all blocks, or of a share such as 0.5"
     )
-    memory: Amount | None = option(
-        None, "what a step may take, such as 12GB: the fastest of what changes only time and memory"
+    memory: AmountOrAuto | None = option(
+        None,
+        "what a step may take, such as 12GB, or auto for nine tenths of what is free: the fastest of what changes only"
+        " time and memory",
     )
     fused_backward: bool = option(
         False, "free each gradient once its tensor is updated, in a second pass: the same result in less memory"
