@@ -16,9 +16,9 @@ from sdxl_trainer import configfile, files, presets
 from sdxl_trainer.config import Config, Data
 from sdxl_trainer.data import sources
 from sdxl_trainer.data.records import Record
-from sdxl_trainer.data.sources import beside
+from sdxl_trainer.data.sources import beside, metadata
 from sdxl_trainer.data.sources.extras import KOHYA
-from sdxl_trainer.data.sources.tree import PICTURES, scan
+from sdxl_trainer.data.sources.tree import PICTURES, Tree, scan
 from sdxl_trainer.errors import UserError, plural
 from sdxl_trainer.formats import single_file
 from sdxl_trainer.formats.folder import MICRO, read_config
@@ -155,9 +155,19 @@ def guessed(folder: Path) -> dict[str, tuple[Any, str]]:
     tree = scan(folder, "folder", Data.model_fields["mask_suffix"].default)
     if not tree.metadata and not beside.used(Data(path=str(folder)), tree, tree.pictures):
         found = beside.overlooked(tree, tree.pictures)
-        if len(found) == 1:
+        if len(found) == 1 and _readable(
+            tree, Data.model_validate({"path": str(folder), found[0].option: found[0].value})
+        ):
             options[found[0].option] = (found[0].value, "captions are there")
     return options
+
+
+def _readable(tree: Tree, data: Data) -> bool:
+    """Whether the file of captions that a data set names has the columns that are looked for."""
+    try:
+        return data.metadata is None or bool(list(metadata.rows(tree, data, "", metadata.tables(tree, data, ""))))
+    except UserError:
+        return False
 
 
 def _class(preset: Preset, data: dict[str, Any], wish: Wish, notes: dict[str, str]) -> list[dict[str, Any]]:

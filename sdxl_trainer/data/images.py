@@ -36,7 +36,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF") + (("AVIF",) if features
 # Photographs of phones, with an extra: its plug-in is asked for these alone, and only once there is one.
 HEIC = find_spec("pillow_heif") is not None
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
-GET_HEIC = "pip install 'sdxl-trainer[heic]'"
+GET_HEIC = "pip install pillow-heif"
 # EXIF orientation to what makes the picture upright. From 5 on, height and width change places.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -234,3 +234,14 @@ def test_a_run_from_a_folder_reads_them(
     assert "not read" not in caplog.text
     found = sources.records(data, seed=0, where="data.0.path")
     assert len({record.captions for record in found}) == 2
+
+
+def test_a_run_from_a_folder_leaves_a_table_that_it_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other columns are for its user to name; the trigger is what the pictures have until then, and that is said."""
+    write(tmp_path / "photos", TWO | {"list.csv": "image,words\na.png,x\ns/b.png,y\n"})
+    monkeypatch.chdir(tmp_path)
+    config = from_folder.load(Path("photos"), from_folder.Wish(trigger="sks", model="micro"), [])
+    assert config.data[0].metadata is None
+    assert 'set metadata = "list.csv"' in caplog.text

@@ -102,11 +102,11 @@ def test_folders_with_and_without_the_package(
     monkeypatch.setattr(images, "HEIC", False)
     with pytest.raises(UserError, match="a HEIC photo") as caught:
         images.probe(files["IMG_1.HEIC"], "IMG_1.HEIC")
-    assert caught.value.fix == "pip install 'sdxl-trainer[heic]', or convert it to JPEG or PNG"
+    assert caught.value.fix == "pip install pillow-heif, or convert it to JPEG or PNG"
     monkeypatch.setattr(tree, "PICTURES", tree.PICTURES - {".heic", ".heif"})
     with pytest.raises(UserError, match=r"1 \.heic, 1 \.heif") as caught:
         records(tmp_path)
-    assert "pip install 'sdxl-trainer[heic]'" in caught.value.fix
+    assert "pip install pillow-heif" in caught.value.fix
     write(tmp_path, {"a.png": None, "a.txt": "z"})
     assert captions(records(tmp_path)) == {"a.png": ("z",)}
     assert "convert .heic and .heif to JPEG or PNG to train on them, or for .heic pip install" in caplog.text
