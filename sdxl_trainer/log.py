@@ -73,7 +73,12 @@ class Console:
         if done <= self._first or seconds <= 0:
             return ""
         rate = (done - self._first) / seconds
-        return f"  {rate:.3g}/s, {duration((total - done) / rate)} left"
+        return f"  {figure(rate)}/s, {duration((total - done) / rate)} left"
+
+
+def figure(number: float) -> str:
+    """Three figures, or a whole number: 0.0123, 45.6, 3,350."""
+    return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -28,6 +28,7 @@ from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch
 from sdxl_trainer.errors import Interrupted, UserError, shortened
 from sdxl_trainer.formats import pretrained
+from sdxl_trainer.log import figure
 from sdxl_trainer.optim import backward
 from sdxl_trainer.run import CONTINUE, Job, Run, Start, State, Stop, Unread, stopping
 from sdxl_trainer.threads import keep_freed_memory
@@ -291,7 +292,7 @@ def _read(job: Job) -> None:
         for row in rows if job.trackers.workers else []:
             job.trackers.scalars(_tracked(row), row["step"])
     last = rows[-1]
-    rate = f"{last['samples_per_second']:.3g} images/s"
+    rate = f"{figure(last['samples_per_second'])} images/s"
     rates = last.get("learning_rates", {"": last["learning_rate"]}).values()
     span = " to ".join(f"{value:.3g}" for value in dict.fromkeys([min(rates), max(rates)]))
     job.console.progress(last["step"], job.run.steps, "steps", f"loss {losses[-1]:.4f}  lr {span}  {rate}")

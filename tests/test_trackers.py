@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sdxl_trainer import checkpoint, trackers
-from sdxl_trainer.log import read_metrics
+from sdxl_trainer.log import figure, read_metrics
 from sdxl_trainer.train import train
 
 VALIDATION = {"prompts": ["a red circle"], "images": 2, "steps": 1, "loss_every": 1, "trained_pictures": 2}
@@ -199,3 +199,10 @@ def test_pictures_of_several_sizes_reach_tensorboard(tmp_path: Path) -> None:
 
     trackers.PICTURES["tensorboard"](Board(), "a cat", files, 3)
     assert got == [{"a cat 0": (1, 16, 8, 3)}, {"a cat 1": (1, 8, 16, 3)}]
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"), [(0.012345, "0.0123"), (45.67, "45.7"), (999.6, "1,000"), (33500.0, "33,500")]
+)
+def test_rates_have_no_exponent(rate: float, said: str) -> None:
+    assert figure(rate) == said
