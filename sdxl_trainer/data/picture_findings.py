@@ -25,10 +25,9 @@ def pictures(config: Config, found: Pictures, notes: Notes, seen: Survey) -> lis
     """Findings about pictures and their files."""
     several = len(config.data) > 1
     stops = [
-        Finding(
-            problem.kind, _placed(problem, several), len(problem.where), problem.fix, _split(problem.where), "stops"
-        )
-        for problem in notes.problems
+        Finding(problem.kind, _placed(problem, several), len(problem.where), problem.fix, _split(problem.where), level)
+        for level, found_there in (("stops", notes.problems), ("harms", notes.harmful))
+        for problem in found_there
     ]
     if seen.broken:
         shown = tuple((error.where, error.what) for error in list(seen.broken.values())[:EXAMPLES])

@@ -24,6 +24,7 @@ class Notes:
     """Collects problems in place of raising them, and counts by data set what was met and left out."""
 
     problems: list[Problem] = field(default_factory=list)
+    harmful: list[Problem] = field(default_factory=list)  # what stops no run, and harms what it learns
     skipped: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     unusable: Counter[str] = field(default_factory=Counter)  # pictures that cannot be used, by place
 

@@ -205,7 +205,9 @@ def test_captions_that_are_not_read_are_named(kind: str, tmp_path: Path, caplog:
     notes = Notes()
     sources.records(Data(path=str(tmp_path), caption="sks"), seed=0, where="data.0.path", notes=notes)
     assert f"captions that are not read: set {fix}" in caplog.text
-    assert any(name.endswith("with captions") for name in next(iter(notes.skipped.values())))
+    (harmful,) = notes.harmful
+    assert harmful.fix.startswith(f"set {fix}")
+    assert set(harmful.where) <= {"a.tags", "s/b.png.tags", "a.png", "s/b.png"}
     caplog.clear()
     assert records(tmp_path, caption="sks", caption_only=True), "asked for: no captions of their own"
     assert "not read" not in caplog.text

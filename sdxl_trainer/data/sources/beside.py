@@ -24,11 +24,12 @@ PROBLEMS = {
 
 @dataclass(frozen=True)
 class Overlooked:
-    """What seems to hold the captions of `pictures` pictures, and the option that reads it."""
+    """What seems to hold captions, the option that reads it, and what says so: files beside pictures, or pictures
+    that are named in it."""
 
     option: str
     value: str
-    pictures: int
+    seen: tuple[str, ...]
     what: str
 
     def fix(self) -> str:
@@ -114,21 +115,21 @@ def overlooked(tree: Tree, without: Iterable[str]) -> list[Overlooked]:
             endings.setdefault(ending, []).append(other)
     found = [
         Overlooked(
-            "caption_extension", ending, len(there), f"the {plural(len(there), f'{ending} file')} beside pictures"
+            "caption_extension", ending, tuple(there), f"the {plural(len(there), f'{ending} file')} beside pictures"
         )
         for ending, there in endings.items()
         if _text_of(tree.root / there[0])
     ]
-    some = [posixpath.basename(posixpath.splitext(name)[0]) for name in list(names)[:_NAMES]]
+    some = {name: posixpath.basename(posixpath.splitext(name)[0]) for name in list(names)[:_NAMES]}
     beside = {other for there in endings.values() for other in there}
     for table in sorted(tree.others - beside if names else ()):
         start, ending = posixpath.splitext(table)
         if ending.lower() in READERS and start not in starts:
             text = _text_of(tree.root / table)
-            count = sum(f'"{name}' in text or f"/{name}" in text or f"\n{name}" in text for name in some)
-            if count:
-                found.append(Overlooked("metadata", table, count, f"{table}, in which pictures are named"))
-    return sorted(found, key=lambda files: -files.pictures)
+            named = tuple(n for n, stem in some.items() if any(f"{mark}{stem}" in text for mark in ('"', "/", "\n")))
+            if named:
+                found.append(Overlooked("metadata", table, named, f"{table}, in which pictures are named"))
+    return sorted(found, key=lambda files: -len(files.seen))
 
 
 def _text_of(path: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sdxl_trainer.config import Data
 from sdxl_trainer.data import images
-from sdxl_trainer.data.problems import Notes, refuse, total
+from sdxl_trainer.data.problems import Notes, Problem, refuse, total
 from sdxl_trainer.data.records import Mask, Record
 from sdxl_trainer.data.sources import beside, extras, metadata
 from sdxl_trainer.data.sources.tree import PICTURES, UNREAD, Tree, natural, read_file
@@ -84,9 +84,11 @@ def records(data: Data, tree: Tree, split: str, place: str, notes: Notes | None 
         if total(problems) == before:
             found.append(record)
     refuse(problems, _hinted(tree, problems), place, notes)
-    skipped = _tell(data, tree, found, place, set(listed))
+    skipped, unread = _tell(data, tree, found, place, set(listed))
     if notes is not None:
         notes.skipped[place].update(skipped)
+        what = "pictures seem to have captions that are not read"
+        notes.harmful += [Problem("unread captions", what, files.fix(), files.seen, place) for files in unread]
         notes.unusable[place] += len(set(names) - used) - len(found)
     return found
 
@@ -264,9 +266,11 @@ def _below(name: str, folder: str) -> bool:
     return not folder or name.startswith(f"{folder}/")
 
 
-def _tell(data: Data, tree: Tree, found: list[Record], place: str, listed: set[str]) -> dict[str, int]:
+def _tell(
+    data: Data, tree: Tree, found: list[Record], place: str, listed: set[str]
+) -> tuple[dict[str, int], list[beside.Overlooked]]:
     """Lines for the user: how many pictures, where their captions are from, and what was left out, which is also
-    given; and what seems to hold captions and is not read."""
+    given; and what seems to hold captions and is not read, given too."""
     read = beside.used(data, tree, (record.name for record in found if record.name not in listed))
     skipped = Counter(tree.skipped)
     skipped.subtract(posixpath.splitext(name)[1].lower() for name in read & tree.others)
@@ -282,9 +286,8 @@ def _tell(data: Data, tree: Tree, found: list[Record], place: str, listed: set[s
         tree.told.append(f"{place}: {what}")
     own = {posixpath.splitext(name)[0] for name in read}
     alone = [r.name for r in found if r.name not in listed and not {r.name, posixpath.splitext(r.name)[0]} & own]
-    for files in [] if data.caption_only else beside.overlooked(tree, alone)[:3]:
-        left[f"{files.value} with captions"] = files.pictures
-        tree.told.append(f"{place}: captions that are not read: {files.fix()}")
+    unread = [] if data.caption_only else beside.overlooked(tree, alone)[:3]
+    tree.told += [f"{place}: captions that are not read: {files.fix()}" for files in unread]
     for line in tree.told:
         log.warning("%s", line)
-    return left
+    return left, unread
