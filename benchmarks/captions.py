@@ -6,7 +6,6 @@ machine; the times of making and tokenizing variants are this machine's.
     python benchmarks/captions.py [--captions 2000] [--latent 128]
 """
 
-import argparse
 import json
 import random
 import tempfile
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,18 +24,16 @@ from sdxl_trainer.data import captions
 from sdxl_trainer.data.records import Record
 from sdxl_trainer.formats import folder, vocabulary
 
-RESULT = Path(__file__).parent / "results" / "captions.json"
 POSITIONS = (77, 154, 231, 462, 924)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__)
     parser.add_argument("--captions", type=int, default=2000)
     parser.add_argument("--latent", type=int, default=128, help="side of the latents")
     options = parser.parse_args()
     result = {"latent": options.latent, **operations(options.latent), **speeds(options.captions)}
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    common.write("captions", result)
     print(json.dumps(result, indent=1))
 
 

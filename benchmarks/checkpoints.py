@@ -15,12 +15,9 @@ threads as cores the writer, at a lower priority, takes some of the training's t
 
 import argparse
 import itertools
-import json
-import platform
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +27,11 @@ import torch
 from sdxl_trainer import blueprint, train
 from sdxl_trainer.run import Job, Stop
 
-RESULT = Path(__file__).parent / "results" / "checkpoints.json"
 AROUND = 3  # steps around a save
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--size", default="tiny", choices=sorted(blueprint.SIZES))
     parser.add_argument("--resolution", type=int, default=256)
@@ -46,8 +42,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         result = {"command": command(options), **measure(Path(folder), options)}
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    common.write("checkpoints", result)
     print(
         f"step {result['median_seconds']:.3f} s; longest step around a save {result['around_a_save']:.2f} of it "
         f"(away from saves {result['away']:.2f}); checkpoint {result['checkpoint_bytes'] / 1e6:.0f} MB, "
@@ -61,8 +56,8 @@ def command(options: argparse.Namespace) -> str:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    saves = {"checkpoint_every": options.every, "checkpoints_limit": 1}
-    tree = {"ema": {"enabled": True}, "train": {"steps": options.every * (options.saves + 2), **saves}}
+    saving = {"checkpoint_every": options.every, "checkpoints_limit": 1}
+    tree = {"ema": {"enabled": True}, "train": {"steps": options.every * (options.saves + 2), **saving}}
     job = common.job(folder, options, tree)
     began: list[float] = []
     step = train.train_step
@@ -92,9 +87,6 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "saves": len(around),
         "checkpoint_bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
         "foreground_seconds": waited,
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "sdxl-trainer")},
     }
 
 

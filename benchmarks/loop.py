@@ -8,13 +8,10 @@ is the median of the rounds'.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import tempfile
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +21,9 @@ import torch
 from sdxl_trainer import blueprint, train
 from sdxl_trainer.run import Job, Stop
 
-RESULT = Path(__file__).parent / "results" / "loop.json"
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__)
     parser.add_argument("--data", type=Path, help="image folder; default: drawn pictures")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
@@ -39,8 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         job = common.job(Path(folder), options, {"train": {"steps": 1, "checkpoint_every": 0}}, options.data)
         result = measure(job, options)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    common.write("loop", result)
     low, high = result["share_quartiles"]
     print(
         f"loop {result['loop_seconds']:.4f} s/step, bare {result['bare_seconds']:.4f} s/step: {result['share']:.1%} "
@@ -66,9 +60,6 @@ def measure(job: Job, options: argparse.Namespace) -> dict[str, Any]:
         "bare_seconds": statistics.median(bare),
         "share": statistics.median(shares),
         "share_quartiles": statistics.quantiles(shares, n=4)[::2],
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "sdxl-trainer")},
     }
 
 
