@@ -110,9 +110,10 @@ def _watched(process: "subprocess.Popen[bytes]", path: Path, call: str, ends: fl
         try:
             return process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            row = _of_call(path, call).get("now", {})
-            since = time.time() - max(started, row.get("began", started))
-            if since > MOST.get(row.get("group"), USUALLY) or time.monotonic() > ends + GRACE:
+            row = _of_call(path, call).get("now")
+            own = row is not None and row["began"] >= started  # not that of the process before
+            long = own and time.time() - row["began"] > MOST.get(row["group"], USUALLY)
+            if long or time.monotonic() > ends + GRACE:
                 process.kill()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from gpu_step import Bench, Measures
 
 ROOT = Path(__file__).parent.parent
+TESTS = ["tests/train/test_gpu.py"]
 # Their longest, in seconds.
 TESTS_SECONDS, RUN_SECONDS = 140, 280
 
@@ -29,7 +30,7 @@ def tests(bench: Bench) -> Measures:
 def _tested() -> dict[str, Any]:
     several = ["-n", "4"] if find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *several]
-    said = _said([*command, "tests/train/test_gpu.py"], TESTS_SECONDS)
+    said = _said([*command, *TESTS], TESTS_SECONDS)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", said[-300:])}
     told = [line[:300] for line in said.splitlines() if re.match(r"(FAILED|ERROR|E |/.*: )", line)]
     return {"counts": counts, "told": told[:40]} if counts else {"failed": said[-1500:]}

@@ -4,11 +4,12 @@ computed by the CPU.
 It is as strict as CUDA about what can be seen from Python. Tensors of both sides do not mix; a generator belongs to a
 side; and whatever makes the host wait for the device is noted in `waits`: a value that is read, a copy to the host, a
 copy from memory that is not pinned, an operation whose result has a size of its own. It does not have CUDA's kernels,
-streams and memory, and of several devices it has one.
+streams and memory, and of several devices it has one. `a_gpu` is the machine's own where it has one.
 """
 
 import linecache
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -115,7 +116,7 @@ waits: list[str] = []
 def wait(what: str) -> None:
     """Note that the host waits: for what, at which of this repository's lines, and by which of a library's."""
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None)]
-    frames = [place for place in frames if place[0] != __file__]
+    frames = [place for place in frames if place[0] not in {__file__, warnings.__file__}]
     ours = [place for place in frames if place[0].startswith(str(ROOT)) and "site-packages" not in place[0]]
     places = dict.fromkeys([*ours[:1], frames[0]])
     waits.append(f"{what}: " + " > ".join(f"{Path(f).name}:{n} {linecache.getline(f, n).strip()}" for f, n in places))
@@ -183,6 +184,8 @@ class Host(TorchFunctionMode):
             wait("tolist")
             return tensor.detach().host.tolist()
         device, dtype, non_blocking = _where(name, args[1:], kwargs)
+        if device is not None and device.type == "meta":
+            return torch.empty_like(tensor, dtype=dtype, device=device)
         there = (
             tensor if device is None or (device.type == "cuda") == on_gpu(tensor) else _crossed(tensor, non_blocking)
         )
@@ -318,3 +321,29 @@ def made_up_gpu() -> Iterator[list[str]]:
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
             torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+@contextmanager
+def real_gpu() -> Iterator[list[str]]:
+    """The machine's own; gives the list of what the host waited for, as far as PyTorch tells."""
+    from accelerate.state import AcceleratorState
+
+    def told(message: Warning | str, *_: Any, **__: Any) -> None:
+        if "synchronizing CUDA operation" in str(message):
+            wait("the device")
+
+    waits.clear()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", message=".*synchronizing CUDA operation")
+            warnings.showwarning = told
+            yield waits
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+REAL = torch.cuda.is_available()
+a_gpu = real_gpu if REAL else made_up_gpu

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.made_up_gpu import made_up_gpu
+from tests.made_up_gpu import made_up_gpu, real_gpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -140,13 +141,41 @@ def test_the_gpu_s_rows_run_on_a_gpu_that_is_made_up(
     assert '"failed"' not in json.dumps(found)
 
 
+def test_the_tests_of_a_gpu_are_counted_and_those_that_fail_are_told(
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_whole
+
+    failing = tmp_path / "test_that_fails.py"
+    failing.write_text("def test_one(): pass\ndef test_other(): assert 1 == 2\n", encoding="utf-8")
+    monkeypatch.setattr(gpu_whole, "TESTS", [str(failing)])
+    monkeypatch.setattr(gpu_whole, "find_spec", lambda name: None if name == "xdist" else name)
+    with made_up_gpu():
+        row = dict(rows.tests(rows.bench(gpu().parse(SMALL))))["on this device"]
+    found = row()
+    assert found["counts"] == {"failed": 1, "passed": 1}
+    assert any("test_other" in line for line in found["told"])
+    failing.write_text("import nothing_of_this_name\n", encoding="utf-8")
+    assert row()["counts"] == {"error": 1}
+
+
+def test_what_pytorch_tells_of_waiting_for_a_real_gpu_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with real_gpu() as waits:
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally)", UserWarning, stacklevel=1)
+    assert len(waits) == 1
+    assert "test_benchmarks.py" in waits[0]
+    assert modes == ["warn", "default"]
+
+
 def test_a_row_that_ends_the_process_or_hangs_has_failed_and_the_others_are_measured(tmp_path: Path) -> None:
     """Rows of a program that stands for `gpu.py`, whose process ends at one and hangs at another."""
     program = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import gpu, gpu_rows
-gpu.__file__, gpu.MOST = __file__, {{"some": 8.0}}
+gpu.__file__, gpu.MOST, gpu.USUALLY = __file__, {{"some": 8.0}}, 0.0
 some = {{"ends": lambda: os._exit(3), "is": lambda: {{"value": 1}}}}
 some |= {{"hangs": lambda: time.sleep(60), "is too": lambda: {{"value": 2}}, "raises": lambda: 1 / 0}}
 gpu_rows.BENCHMARKS = {{"some": lambda bench: iter(some.items())}}

@@ -1,5 +1,5 @@
-"""Training on a GPU that is made up (tests/made_up_gpu.py): nothing lies on the wrong side, a step waits for nothing
-that it need not wait for, and whole runs end as on a CPU."""
+"""Training on the machine's GPU, or where it has none on one that is made up (tests/made_up_gpu.py): nothing lies on
+the wrong side, a step waits for nothing that it need not wait for, and whole runs end as on a CPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_trainer import saver, setup
+from sdxl_trainer import optim, saver, setup
 from sdxl_trainer import train as module
 from sdxl_trainer.config import Config
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.run import CONTINUE, Stop
 from tests.conftest import CAPTIONS
-from tests.made_up_gpu import DEVICE, made_up_gpu, on_gpu
+from tests.made_up_gpu import DEVICE, REAL, a_gpu
 
 ALL = ["unet", "text_encoder", "text_encoder_2"]
 MIDDLE = r"unet\.mid_block\..*"
@@ -88,7 +88,7 @@ WAITING["fused backward, Adafactor"] = (
     (LOOK,),
 )
 WAITING["fused backward, fp16"] = (
-    {"train": {"fused_backward": True, "batch_size": 1, "precision": "fp16"}},
+    {"train": {"fused_backward": True, "batch_size": 1, "precision": "fp16"}, "optimizer": {"name": "adamw"}},
     ("scaler.get_scale()", "torch.isfinite(norm)", "scaler.step(optimizer)"),
 )
 
@@ -125,7 +125,7 @@ def steps_on_a_gpu() -> Iterator[list[str]]:
         found.extend(what for what in waits[before:] if what not in found)
         return taken
 
-    with made_up_gpu() as waits, patch.object(module, "train_step", noted):
+    with a_gpu() as waits, patch.object(module, "train_step", noted):
         yield found
 
 
@@ -139,8 +139,8 @@ def waited(options: Config) -> list[str]:
         finally:
             for closing in (job.saver, job.metrics, job.validation):
                 closing.close()
-        assert all(on_gpu(p) for p in job.run.sdxl.parameters())
-        assert all(on_gpu(t) or t.dim() == 0 for s in job.run.optimizer.state.values() for t in tensors(s))
+        assert all(p.is_cuda for p in job.run.sdxl.parameters())
+        assert all(t.is_cuda or t.dim() == 0 for s in job.run.optimizer.state.values() for t in tensors(s))
     assert job.state.step == 2
     return found
 
@@ -157,13 +157,18 @@ def test_a_step_waits_for_nothing(made: Callable[..., Config], name: str) -> Non
 @pytest.mark.parametrize("name", WAITING)
 def test_what_waits_waits_for_no_more_than_is_known(made: Callable[..., Config], name: str) -> None:
     sections, known = WAITING[name]
+    pytest.importorskip(optim.KINDS[sections["optimizer"]["name"]].place.partition(":")[0].partition(".")[0])
     found = waited(made(**sections))
     assert [what for what in found if not any(part in what for part in known)] == []
-    assert [part for part in known if not any(part in what for what in found)] == []
+    if not REAL:  # of which PyTorch does not tell of all waiting
+        assert [part for part in known if not any(part in what for what in found)] == []
 
 
-def test_a_run_on_a_gpu_is_that_on_a_cpu(config: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_run_on_a_gpu_is_that_on_a_cpu(
+    config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With validation pictures, held-out losses, averages, checkpoints, and resumed."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     everything = {
         "data": [{"held_out": 0.3, "flip": True}],
         "validation": {"prompts": ["a red circle"], "images": 1, "steps": 2, "loss_every": 1, "keep_best": True},
@@ -173,9 +178,11 @@ def test_a_run_on_a_gpu_is_that_on_a_cpu(config: Callable[..., Config], tmp_path
     for place in ("cpu", "cuda"):
         sections = {**everything, "output_dir": str(tmp_path / place), "cache": {"path": str(tmp_path / place)}}
         runs[place] = [config(**sections, train={"steps": n, "precision": "fp32"}) for n in (2, 3)]
-    for options in runs["cpu"]:
-        module.train(options)
-    with made_up_gpu():
+    with monkeypatch.context() as alone:
+        alone.setenv("ACCELERATE_USE_CPU", "true")
+        for options in runs["cpu"]:
+            module.train(options)
+    with a_gpu():
         for options in runs["cuda"]:
             module.train(options)
     for place in runs:
@@ -212,7 +219,7 @@ def test_whole_runs(made: Callable[..., Config], pictures: Path, tmp_path: Path,
 
 def test_class_pictures_are_drawn_on_a_gpu(made: Callable[..., Config], tmp_path: Path) -> None:
     drawn = {"path": str(tmp_path / "class"), "caption": "a circle", "generate": 3, "generate_steps": 2}
-    with made_up_gpu():
+    with a_gpu():
         module.train(made(data=[{}, {**drawn, "regularisation": True}]))
     assert len(list((tmp_path / "class").glob("*.png"))) == 3
 
@@ -224,15 +231,15 @@ def test_what_lies_on_a_gpu_is_copied_into_few_large_pieces_of_memory(
     kept = saver.Saver(config(), tmp_path, print)
     shapes = ((3,), (5, 5), (), (0, 4), (9, 30), (2, 2))
     kinds = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.float32, torch.bool)
-    with made_up_gpu():
+    with a_gpu():
         given = [torch.full(shape, 1, dtype=kind, device=DEVICE) for shape, kind in zip(shapes, kinds, strict=True)]
         copies = [kept._kept(str(number), tensor) for number, tensor in enumerate(given)]
         again = [kept._kept(str(number), tensor) for number, tensor in enumerate(given)]
+        for tensor, copy, same in zip(given, copies, again, strict=True):
+            assert not copy.is_cuda
+            assert copy.data_ptr() == same.data_ptr()
+            assert torch.equal(copy, tensor.cpu())
     kept.close()
-    for tensor, copy, same in zip(given, copies, again, strict=True):
-        assert not on_gpu(copy)
-        assert copy.data_ptr() == same.data_ptr()
-        assert torch.equal(copy, tensor.host)  # type: ignore[attr-defined]
     sizes = sorted({copy.untyped_storage().nbytes() for copy in copies})
     assert sizes == [256, 9 * 30 * 4]
 
@@ -241,7 +248,7 @@ def test_bf16_weights_are_refused_where_a_gpu_has_no_bf16(
     config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = config(train={"weights": "bf16"}, optimizer={"name": "adamw_bf16"})
-    with made_up_gpu():
+    with a_gpu():
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
         with pytest.raises(UserError, match="a GPU that has no bf16"):
             setup.computing(options, [])
