@@ -179,6 +179,7 @@ ROWS = [
         "sdxl",
         command=("trian", "config.toml"),
     ),
+    Bad("the studio by its name", "No such command 'studio'", "the studio is: sdxl ui", "sdxl", command=("studio",)),
     Bad(
         "unknown option", "No such option: --frehs", "--help", "sdxl train", command=("train", "config.toml", "--frehs")
     ),

@@ -45,6 +45,16 @@ def test_rotation_is_applied_once(orientation: int) -> None:
     assert np.abs(at_corners(found) - np.array([RED, GREEN, BLUE, GREY])).max() <= CLOSE
 
 
+def test_photographs_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As phones write them: a picture of 512 x 512 tiles, the last ones cut off, turned as a whole."""
+    monkeypatch.setattr(pillow_heif.options, "GRID_TILE_SIZE", 512)
+    content = heic(corners(520, 600).transpose(Image.Transpose.ROTATE_90), exif=exif(6).tobytes())
+    assert b"grid" in content
+    found = shown(content)
+    assert found.shape == (600, 520, 3)
+    assert np.abs(at_corners(found) - np.array([RED, GREEN, BLUE, GREY])).max() <= CLOSE
+
+
 def test_wide_gamut_becomes_srgb_as_in_other_formats() -> None:
     profile = profile_with_primaries(P3)
     picture = corners(64, 48)
