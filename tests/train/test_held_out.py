@@ -288,6 +288,6 @@ def test_a_data_set_of_its_own_is_measured_and_never_trained(
     assert losses[0] == losses[1], "what is held out changes nothing of the training"
     rows = [row for row in read_metrics(both / "validation.jsonl") if row["set"] == "held_out"]
     assert [(row["step"], len(row["pictures"])) for row in rows] == [(0, 10), (2, 10)]
-    assert "10 pictures, all of them for validation" in (both / "report.html").read_text(encoding="utf-8")
+    assert "10 pictures, for validation alone" in (both / "report.html").read_text(encoding="utf-8")
     trained = read_metrics(run("theirs", theirs, trained_pictures=10) / "validation.jsonl")
     assert sorted(trained[0]["pictures"]) == sorted(rows[0]["pictures"])
