@@ -43,6 +43,8 @@ def settings() -> dict[str, dict[str, Any]]:
         f"bf16 weights, batch {n}": {"weights": "bf16", "optimizer": "adamw_bf16", "samples": n} for n in (1, 4, 8)
     }
     made["bf16 weights, checkpointing"] = {"weights": "bf16", "optimizer": "adamw_bf16", "checkpointing": True}
+    masters = {"weights": "bf16", "optimizer": "adamw", "master": True}
+    made |= {"masters of bf16 weights": masters, "masters, checkpointing": {**masters, "checkpointing": True}}
     made["bf16 weights, adafactor"] = {"weights": "bf16", "optimizer": "adafactor"}
     made |= {f"autocast, batch {n}": {"precision": "bf16", "samples": n} for n in (1, 4)}
     made["autocast, checkpointing"] = {"precision": "bf16", "checkpointing": True}
@@ -96,7 +98,7 @@ def described(setting: dict[str, Any]) -> Config:
             "gradient_checkpointing": setting.get("checkpointing", False),
             "fused_backward": setting.get("fused", False),
         },
-        "optimizer": {"name": setting.get("optimizer", "adamw")},
+        "optimizer": {"name": setting.get("optimizer", "adamw"), "master": setting.get("master", False)},
         "ema": {"enabled": setting.get("ema", False)},
     }
     return configfile.validated(
