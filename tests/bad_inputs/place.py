@@ -25,7 +25,9 @@ PARTS = ("base", "pictures", "cache", "run")
 RECORDS = ("config.toml", "manifest.json", "metrics.jsonl")
 # What is known about files, and saves time only.
 MEMO = tuple(f"cache/{name}" for name in ("files.json", "pictures.table", "latents.index", "texts.index"))
-PROGRESS = re.compile(r"((masked )?pictures|captions|steps) \d+/\d+|continuing after step \d+")
+PROGRESS = re.compile(
+    r"((masked )?pictures|captions|steps) \d+/\d+|continuing after step \d+|\d+ pictures?, \d+ steps? of \d+: "
+)
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def test_sdxl_s_own_sizes_stand_in_for_a_unet_that_is_not_there(without_unet: Pa
     ("sizes", "what"),
     [
         ({"block_out_channels": [32, 64]}, "has 2 numbers, and the base's UNet has 3 levels"),
-        ({"transformer_layers_per_block": [1]}, "has 1 numbers"),
+        ({"transformer_layers_per_block": [1]}, "has 1 number, and"),
         ({"block_out_channels": [32, 64, 72]}, "72 channels cannot be divided by norm_num_groups = 16"),
         ({"attention_head_dim": [1, 3, 4]}, "64 channels cannot be divided by attention_head_dim = 3"),
         ({"addition_time_embed_dim": 7}, "is odd"),
