@@ -41,17 +41,22 @@ QUOTAS = {
 }
 
 
+def laid_out(line: str, written: dict[str, str], place: Path) -> tuple[Path, Path]:
+    """The folder of control groups with these files, and the file that says to which a process belongs."""
+    own, groups = place / "own", place / "groups"
+    own.write_text(line + "\n", encoding="utf-8")
+    for name, text in written.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(text, encoding="utf-8")
+    return groups, own
+
+
 @pytest.mark.parametrize(("line", "written", "count"), QUOTAS.values(), ids=list(QUOTAS))
 def test_quotas(
     line: str, written: dict[str, str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpus, "bound", lambda: 8)
-    own, groups = tmp_path / "own", tmp_path / "groups"
-    own.write_text(line + "\n", encoding="utf-8")
-    for name, text in written.items():
-        (groups / name).parent.mkdir(parents=True, exist_ok=True)
-        (groups / name).write_text(text, encoding="utf-8")
-    assert cpus.allowed(groups, own) == count
+    assert cpus.allowed(*laid_out(line, written, tmp_path)) == count
 
 
 MEMORY = {
@@ -77,12 +82,7 @@ MEMORY = {
 
 @pytest.mark.parametrize(("line", "written", "left"), MEMORY.values(), ids=list(MEMORY))
 def test_what_memory_is_left(line: str, written: dict[str, str], left: float, tmp_path: Path) -> None:
-    own, groups = tmp_path / "own", tmp_path / "groups"
-    own.write_text(line + "\n", encoding="utf-8")
-    for name, text in written.items():
-        (groups / name).parent.mkdir(parents=True, exist_ok=True)
-        (groups / name).write_text(text, encoding="utf-8")
-    assert cpus.memory_left(groups, own) == left
+    assert cpus.memory_left(*laid_out(line, written, tmp_path)) == left
 
 
 def test_where_nothing_is_known_all_are_allowed(tmp_path: Path) -> None:
