@@ -159,10 +159,9 @@ def _data(config: Config, stock: Stock, order: plan.Plan) -> list[tuple[str, str
         for number, data in enumerate(config.data)
     )
     steps = config.train.steps or (config.train.epochs or 0) * order.steps_per_epoch
-    epochs = f"{steps / order.steps_per_epoch:.3g}"
     rows = [
         ("pictures", f"{len(stock.pictures)}, with {plural(variants, 'crop', 'crops and flips')}"),
-        ("steps", f"{order.steps_per_epoch} per epoch; {steps} in all, {epochs} epoch{'s' * (epochs != '1')}"),
+        ("steps", f"{order.steps_per_epoch} per epoch; {steps} in all, {order.epochs(steps)}"),
     ]
     return rows + ledger.rows(config, stock, order)
 

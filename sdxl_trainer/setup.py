@@ -113,8 +113,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
 def _ahead(config: Config, stock: Stock, order: plan.Plan, steps: int, groups: list[parameters.Group]) -> str:
     """What the run is: a first look for its user, as `sdxl check` gives at length."""
     shown = f"{plural(len(stock.pictures), 'picture')}, {plural(steps, 'step')} of {config.train.batch_size}"
-    epochs = f"{steps / order.steps_per_epoch:.3g}"
-    return f"{shown}: {epochs} epoch{'s' * (epochs != '1')}; {sum(g.size for g in groups):,} parameters learn"
+    return f"{shown}: {order.epochs(steps)}; {sum(g.size for g in groups):,} parameters learn"
 
 
 def fitted(

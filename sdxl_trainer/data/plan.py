@@ -59,6 +59,11 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return -(-self.samples_per_epoch // self.batch_size)
 
+    def epochs(self, steps: int) -> str:
+        """How many so many steps are, in words: `1 epoch`, `1.33 epochs`."""
+        count = f"{steps / self.steps_per_epoch:.3g}"
+        return f"{count} epoch{'s' * (count != '1')}"
+
     def step(self, step: int) -> tuple[int, tuple[int, ...]]:
         """Epoch and samples of the optimizer step with this number (from 0). Samples of one group lie together."""
         epoch, position = divmod(step, self.steps_per_epoch)

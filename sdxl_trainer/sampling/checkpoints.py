@@ -11,10 +11,11 @@ from sdxl_trainer.base import Base
 from sdxl_trainer.config import Model
 from sdxl_trainer.data.cache import key
 from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats import ADAPTER_FILE, WORD_FILES
 
 STATE = "state.json"
 # What a run, or a checkpoint of it, holds beside its base -> the setting of a picture that it is.
-ADDED = {"loras": "pytorch_lora_weights.safetensors", "embeddings": "learned_embeds.safetensors"}
+ADDED = {"loras": ADAPTER_FILE, "embeddings": WORD_FILES[0]}
 DEFAULT = "EulerDiscreteScheduler"  # that of SDXL base
 # Schedulers of diffusers that can begin without signal; the others pass over rescale_betas_zero_snr.
 FROM_ZERO = (
