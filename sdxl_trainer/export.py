@@ -72,7 +72,7 @@ def described(job: Job) -> dict[str, str]:
         told |= {"ss_output_name": export.name or job.output.resolve().name} | metadata.SDXL_ADAPTER
     told |= _settings(config) | _data(cast(Pictures, job.samples.pictures), config) | _course(job)
     given = {"author": export.author, "description": export.description, "license": export.license}
-    given |= {"trigger_phrase": _trigger(config)}
+    given |= {"trigger_phrase": publish.trigger(config)}
     # What the user wrote to be read stays, however little is said of the rest.
     return metadata.reduced(told, export.metadata) | {f"modelspec.{key}": text for key, text in given.items() if text}
 
@@ -109,7 +109,7 @@ def _data(pictures: Pictures, config: Config) -> dict[str, str]:
     folders = dict(zip(named, config.data, strict=True))
     own = {name: pictures.of(number) for number, name in enumerate(folders)}
     tags = {name: _tags(pictures[int(number)] for number in found) for name, found in own.items()}
-    trigger = _trigger(config)
+    trigger = publish.trigger(config)
     if not any(tags.values()) and trigger:
         tags = {f"{REPEATS}_trigger": {trigger: len(pictures)}}
     sizes = Counter(pictures.targets[number] for number in pictures.rows["target"].tolist())
@@ -146,11 +146,6 @@ def _tags(pictures: Iterable[Picture]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _trigger(config: Config) -> str | None:
-    """The words to insert: those given, or the first that the captions were given."""
-    return config.export.trigger or next((data.trigger for data in config.data if data.trigger), None)
-
-
 def _folder(path: str) -> str:
     return Path(path).name or path
 
@@ -161,7 +156,7 @@ def _user_data(path: Path, config: Config) -> Path:
     data = {
         "description": config.export.description or "",
         "sd version": "SDXL",
-        "activation text": _trigger(config) or "",
+        "activation text": publish.trigger(config) or "",
         "preferred weight": 1.0,
         "negative text": "",
         "notes": "",

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sdxl_trainer import checkpoint, export, files, hub, manifest, optim, publish, report, sharding
+from sdxl_trainer import checkpoint, export, files, manifest, optim, publish, report, sharding
 from sdxl_trainer.base import Base
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.run import Job
@@ -45,7 +45,7 @@ def conclude(job: Job) -> None:
     accelerator.wait_for_everyone()
     job.trackers.close()
     if accelerator.is_main_process and config.hub.push:
-        job.console.say(f"pushed to {hub.push(job.output, config.hub, hub.left_out(config, job.output))}")
+        job.console.say(f"pushed to {publish.upload(job.output, config, config.hub)}")
 
 
 def write_report(job: Job) -> None:

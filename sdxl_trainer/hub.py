@@ -1,7 +1,7 @@
 """A run's result on the Hugging Face hub: what an upload would do, and the upload. The token is never shown."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -94,8 +94,12 @@ def repository(output_dir: Path, hub: Hub) -> str:
     return _repository(output_dir, hub, "nothing has been trained yet")
 
 
-def push(folder: Path, hub: Hub, left_out: Sequence[str] = ()) -> str:
-    """Upload a run's result, without `left_out` and what only serves to continue it. The address of its page."""
+def push(
+    folder: Path, hub: Hub, left_out: Sequence[str] = (), card: Callable[[str], str | None] = lambda repo_id: None
+) -> str:
+    """Upload a run's result, without `left_out` and what only serves to continue it. The address of its page.
+
+    `card` gives the README.md for a repository of this full name; None: the one in the folder."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
@@ -105,24 +109,27 @@ def push(folder: Path, hub: Hub, left_out: Sequence[str] = ()) -> str:
     repo_id = _repository(folder, hub, later)
     try:
         with TemporaryDirectory() as staged:
-            _stage(folder, Path(staged), [name for name, _ in planned(folder, hub, left_out).files])
+            _stage(folder, Path(staged), [name for name, _ in planned(folder, hub, left_out).files], card(repo_id))
             HfApi().upload_folder(repo_id=repo_id, folder_path=staged, commit_message="End of training")
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise _explained(error, repo_id, later) from None
     return f"{HfApi().endpoint}/{repo_id}"
 
 
-def _stage(folder: Path, staged: Path, names: Sequence[str]) -> None:
-    """Links to the files, or what others are told of them where that is less."""
+def _stage(folder: Path, staged: Path, names: Sequence[str], card: str | None) -> None:
+    """Links to the files, or what others are told of them where that is less; the card, if one is given."""
     told = private.told(folder)
     for name in names:
-        target = staged / name
+        target, source = staged / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        content = told(folder / name)
-        if content is None:
-            target.symlink_to((folder / name).absolute())
-        else:
+        if name == "README.md" and card is not None:
+            source = target
+            target.write_text(card, encoding="utf-8")
+        content = told(source)
+        if content is not None:
             target.write_bytes(content)
+        elif source != target:
+            target.symlink_to(source.absolute())
 
 
 def _repository(folder: Path, hub: Hub, safe: str) -> str:

@@ -3,10 +3,11 @@
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer import configfile, files, hub, lock
+from sdxl_trainer import configfile, hub, lock
 from sdxl_trainer.config import Adapter, Config, Data, Hub, Model
 from sdxl_trainer.errors import UserError, plural
 from sdxl_trainer.formats import WORD_FILES
@@ -81,12 +82,16 @@ def planned(run_dir: Path, repo_id: str | None = None, private: bool | None = No
 
 
 def push(run_dir: Path, repo_id: str | None = None, private: bool | None = None) -> str:
-    """Upload the result of a finished run; the address of its page. A card that nobody changed will name it."""
-    config, target = _target(run_dir, repo_id, private)
-    readme = run_dir / "README.md"
-    if readme.read_text(encoding="utf-8") == card(run_dir, config):
-        files.write_text(readme, card(run_dir, config, target.id))
-    return hub.push(run_dir, target, hub.left_out(config, run_dir))
+    """Upload the result of a finished run; the address of its page."""
+    return upload(run_dir, *_target(run_dir, repo_id, private))
+
+
+def upload(run_dir: Path, config: Config, target: Hub) -> str:
+    """Upload a run's result; the address of its page. A card that nobody changed names the repository there in full,
+    as those who find it have to."""
+    own = (run_dir / "README.md").read_text(encoding="utf-8") == card(run_dir, config)
+    named = partial(card, run_dir, config) if own else lambda repo_id: None
+    return hub.push(run_dir, target, hub.left_out(config, run_dir), named)
 
 
 def _target(run_dir: Path, repo_id: str | None, private: bool | None) -> tuple[Config, Hub]:
@@ -113,6 +118,7 @@ def _front_matter(config: Config, licence: dict[str, Any], samples: list[dict[st
         more["widget"] = [_widget(row) for row in samples]
     data = ModelCardData(
         **licence,
+        instance_prompt=trigger(config),
         base_model=base,
         datasets=list(dict.fromkeys(datasets)) or None,
         library_name="diffusers",
@@ -190,7 +196,25 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained({json.dumps(model)}, torch_dtype=torch.float16).to("cuda"){then}
 image = pipeline({json.dumps(prompt, ensure_ascii=False)}, {settings}).images[0]
 image.save("picture.png")
-```{averaged}"""
+```{_called(config)}{averaged}"""
+
+
+def _called(config: Config) -> str:
+    words = trigger(config)
+    return f"\n\n{_code(words)} in a prompt calls up what was learned." if words else ""
+
+
+def trigger(config: Config) -> str | None:
+    """The words that call up what was learned: those given, or the first that the captions were given, or the one
+    caption of all pictures. Not with new words in them, which each program calls in its own way."""
+    sets = [data for data in config.data if not data.regularisation]
+    given = [config.export.trigger, *(data.trigger for data in sets)]
+    given += [data.caption for data in sets if data.caption_only and not _holds_new_word(config, data.caption)]
+    return next((words for words in given if words), None)
+
+
+def _holds_new_word(config: Config, text: str | None) -> bool:
+    return any(word.name in (text or "") for word in config.token)
 
 
 def _loading(name: str, adapter: Adapter) -> str:

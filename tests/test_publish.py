@@ -126,6 +126,28 @@ def test_averaged_pictures_are_preferred(run_dir: Path) -> None:
     assert "`unet_raw/`" in text
 
 
+CLASS = {"path": "dogs", "caption": "a dog", "caption_only": True, "regularisation": True}
+SUBJECT = {"path": "rex", "caption": "a photo of sks dog", "caption_only": True}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"data": [CLASS, SUBJECT]}, "a photo of sks dog"),
+        ({"data": [CLASS, {**SUBJECT, "trigger": "sks"}]}, "sks"),
+        ({"data": [{"path": "rex", "trigger": "sks"}], "export": {"trigger": "sks dog"}}, "sks dog"),
+        ({"data": [{"path": "rex", "caption": "a dog"}]}, None),
+        ({"data": [{**SUBJECT, "caption": "a <s0> dog"}], "token": [{"name": "<s0>"}]}, None),
+    ],
+    ids=["caption", "trigger", "given", "pictures without captions", "new word"],
+)
+def test_the_card_says_which_words_call_it_up(run_dir: Path, more: dict[str, Any], words: str | None) -> None:
+    text = card(run_dir, config(adapter={"rank": 4}, **more))
+    assert front_matter(text).get("instance_prompt") == words
+    assert ("calls up what was learned" in text) == (words is not None)
+    assert words is None or f"`{words}` in a prompt" in text
+
+
 def test_a_run_without_pictures_or_records(tmp_path: Path) -> None:
     text = card(tmp_path, config(), repo_id="me/mine")
     assert "widget" not in front_matter(text)
@@ -284,6 +306,20 @@ def test_a_finished_run_is_pushed_by_a_command(run_dir: Path, hub: standin.Hub) 
     assert hub.repositories["me/style"]["README.md"] == b"my own words"
     with lock.held(run_dir), pytest.raises(UserError, match="at work"):
         publish.planned(run_dir)
+
+
+def test_the_card_on_the_hub_names_its_repository_in_full(run_dir: Path, hub: standin.Hub) -> None:
+    """The account is known from the token alone; here the folder's own name loads it."""
+    (run_dir / "config.toml").write_text(configfile.dumps(config()))
+    (run_dir / "README.md").write_text(card(run_dir, config()))
+    before = files_of(run_dir)
+    publish.push(run_dir)
+    arrived = hub.repositories["me/my-model"]["README.md"]
+    assert b'from_pretrained("me/my-model"' in arrived
+    assert b"sdxl train 'my run.toml'" in arrived, "without where this machine has its files"
+    assert files_of(run_dir) == before
+    publish.push(run_dir, "team/other")
+    assert b'from_pretrained("team/other"' in hub.repositories["team/other"]["README.md"]
 
 
 def test_push_again_and_elsewhere(run_dir: Path, hub: standin.Hub) -> None:
