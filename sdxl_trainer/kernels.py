@@ -6,11 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# oneDNN's matrix products reach twice the speed of the BLAS that PyTorch calls, on AMD's CPUs with AVX-512 at least.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Its matrix products in fp32 reach twice the speed of the BLAS that PyTorch calls on AMD's CPUs with AVX-512 at least;
+# on Intel's that is MKL, which is the faster there.
+_FACTS: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older PyTorch
+_ON_INTEL = "Intel" in _FACTS.get("cpu_name", "")
+_MULTIPLIES_FP32 = _HAS_ONEDNN and not (_ON_INTEL and torch.backends.mkl.is_available())
 
+# Without instructions for bf16, products of it take three times as long as those of the same numbers in fp32.
+_HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
+_LACKS_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX") and not _HAS_BF16
 # oneDNN multiplies bf16 numbers that lie in fp32 (PyTorch 2.9), where the CPU has instructions for it.
-_WIDENS_BF16 = _HAS_ONEDNN and hasattr(torch._C, "_set_fp32_precision_setter") and torch.cpu._is_avx512_bf16_supported()
+_WIDENS_BF16 = _HAS_ONEDNN and hasattr(torch._C, "_set_fp32_precision_setter") and _HAS_BF16
 # Pairs of places up to which attention may keep what it computes for each: 512 x 512, 2,048 x 77 and more of text.
 _PAIRS = 1 << 18
 
@@ -29,19 +36,27 @@ def onednn() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., I] times weight [O, I] transposed, plus bias [O]."""
-    exact = x.dtype == weight.dtype == torch.float32
-    if exact and on_cpu(x) and weight.is_cpu and onednn() and not torch.is_autocast_enabled("cpu"):
+    if _is_slow(x, weight) and (x.dtype != torch.float32 or (_MULTIPLIES_FP32 and onednn())):
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
+def _is_slow(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's own operation may not be the fastest there is: in fp32, and in bf16 on CPUs without it."""
+    kinds = (torch.float32, torch.bfloat16) if _LACKS_BF16 else (torch.float32,)
+    on = on_cpu(x) and weight.is_cpu and not torch.is_autocast_enabled("cpu")
+    return on and x.dtype == weight.dtype and x.dtype in kinds
+
+
 def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left [..., K] times right [N, K] transposed, plus bias [N]."""
-    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    if left.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+    return F.linear(left.float(), right.float(), None if bias is None else bias.float()).to(left.dtype)
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer in fp32 whose three products are all oneDNN's."""
+    """A linear layer whose three products are all oneDNN's, or in bf16 those of the same numbers in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,6 +71,24 @@ class _Linear(torch.autograd.Function):
         of_x = _product(gradient, weight.t()) if wanted[0] else None
         of_weight = _product(rows.t(), x.flatten(0, -2).t()) if wanted[1] else None
         return of_x, of_weight, rows.sum(0) if wanted[2] else None
+
+
+class _Conv(torch.autograd.Function):
+    """A convolution in bf16 whose three convolutions are those of the same numbers in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.places = ([stride] * 2, [padding] * 2)
+        return F.conv2d(x.float(), weight.float(), bias.float(), stride, padding).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wide = (t.float() for t in (gradient, x, weight))
+        rest = (*ctx.places, [1, 1], False, [0, 0], 1, ctx.needs_input_grad[:3])
+        found = torch.ops.aten.convolution_backward(*wide, [len(weight)], *rest)
+        return *(None if t is None else t.to(x.dtype) for t in found), None, None
 
 
 def geglu(both: Tensor) -> Tensor:
@@ -166,6 +199,23 @@ class GroupNorm(nn.GroupNorm):
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class Conv(nn.Conv2d):
+    """A convolution with a bias that looks at square surroundings."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not on_cpu(x):
+            return super().forward(x)
+        weight, layout = self.weight, x
+        if weight.numel() > x.numel():
+            # PyTorch lays out the weight as the picture is, in each pass: the picture is the smaller one to lay out.
+            layout = x.contiguous()
+        if x.dtype == torch.bfloat16 and _is_slow(x, weight):
+            found = _Conv.apply(layout, weight, self.bias, self.stride[0], self.padding[0])
+        else:
+            found = self._conv_forward(layout, weight, self.bias)
+        return found.contiguous(memory_format=torch.channels_last)
 
 
 class Conv1x1(nn.Conv2d):

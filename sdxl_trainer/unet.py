@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sdxl_trainer.formats import folder as pipelines
 from sdxl_trainer.formats import pretrained
-from sdxl_trainer.kernels import Conv1x1, GroupNorm, Linear, attention, geglu, on_cpu
+from sdxl_trainer.kernels import Conv, Conv1x1, GroupNorm, Linear, attention, geglu, on_cpu
 
 # The library's defaults of the entries that make a UNet.
 DEFAULTS: dict[str, Any] = {
@@ -110,10 +110,10 @@ class ResnetBlock2D(nn.Module):
     def __init__(self, inputs: int, outputs: int, time: int, groups: int, eps: float) -> None:
         super().__init__()
         self.norm1 = GroupNorm(groups, inputs, eps)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv1 = Conv(inputs, outputs, 3, padding=1)
         self.time_emb_proj = Linear(time, outputs)
         self.norm2 = GroupNorm(groups, outputs, eps)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.conv2 = Conv(outputs, outputs, 3, padding=1)
         self.conv_shortcut = Conv1x1(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class Sampler(nn.Module):
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=stride, padding=1)
+        self.conv = Conv(width, width, 3, stride=stride, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         return self.conv(x if size is None else F.interpolate(x, size=size))
@@ -227,7 +227,7 @@ class UNet(nn.Module):
         super().__init__()
         config = self.config = Settings({**DEFAULTS, **config})
         widths, time = config["block_out_channels"], 4 * config["block_out_channels"][0]
-        self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
+        self.conv_in = Conv(config["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = Embedding(widths[0], time)
         self.add_embedding = Embedding(config["projection_class_embeddings_input_dim"], time)
         self.down_blocks = nn.ModuleList(_down(config))
@@ -235,7 +235,7 @@ class UNet(nn.Module):
         middle = [_resnet(config, widths[-1], widths[-1]) for _ in range(2)]
         self.mid_block = Block(middle, [_transformer(config, len(widths) - 1)])
         self.conv_norm_out = GroupNorm(config["norm_num_groups"], widths[0], config["norm_eps"])
-        self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
+        self.conv_out = Conv(widths[0], config["out_channels"], 3, padding=1)
 
     def forward(
         self,

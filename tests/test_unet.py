@@ -194,10 +194,10 @@ def test_linear_layers_are_pytorch_s(bias: bool, frozen: bool, monkeypatch: pyte
     x = torch.randn(2, 24, 5, 7).permute(0, 2, 3, 1).requires_grad_()
     layer = kernels.Linear(24, 40, bias=bias).requires_grad_(not frozen)
     found = []
-    for again in (False, True):
+    for own in (kernels._HAS_ONEDNN, False):
         x.grad = None
         layer.zero_grad()
-        monkeypatch.setattr(torch.backends.mkldnn, "enabled", not again)
+        monkeypatch.setattr(kernels, "_MULTIPLIES_FP32", own)
         layer(x).square().sum().backward()
         found.append([x.grad, *(p.grad for p in layer.parameters())])
     for one, other in zip(*found, strict=True):
@@ -207,10 +207,78 @@ def test_linear_layers_are_pytorch_s(bias: bool, frozen: bool, monkeypatch: pyte
 
 def test_linear_layers_leave_onednn_out_where_it_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = kernels.Linear(24, 40), torch.randn(6, 24)
+    monkeypatch.setattr(kernels, "_MULTIPLIES_FP32", True)
     assert layer(x).grad_fn.name().startswith("_Linear") == kernels.onednn()
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert not kernels.onednn()
     assert not layer(x).grad_fn.name().startswith("_Linear")
+
+
+# Each layer, and what it is given: channels last too, as the UNet has them.
+LAYERS: dict[str, tuple[Any, Tensor]] = {
+    "linear": (lambda: kernels.Linear(24, 40), torch.randn(2, 5, 24)),
+    "without bias": (lambda: kernels.Linear(24, 40, bias=False), torch.randn(2, 5, 24)),
+    "one place": (lambda: kernels.Conv1x1(24, 40, 1), torch.randn(2, 24, 5, 7)),
+    "more of the weight": (lambda: kernels.Conv(24, 40, 3, padding=1), torch.randn(2, 24, 5, 7)),
+    "more of the picture": (lambda: kernels.Conv(4, 6, 3, padding=1), torch.randn(2, 4, 16, 12)),
+    "every other place": (lambda: kernels.Conv(8, 8, 3, stride=2, padding=1), torch.randn(2, 8, 9, 6)),
+}
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_in_bf16_are_as_exact_as_pytorch_s(
+    name: str, last: bool, lacks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on CPUs without instructions for bf16, where products are fp32: what comes out is off by one rounding."""
+    torch.manual_seed(0)
+    make, given = LAYERS[name]
+    layer, given = make(), given.bfloat16()
+    if last and given.dim() == 4:
+        given = given.contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(kernels, "_LACKS_BF16", lacks)
+    found = {}
+    layer.bfloat16()
+    for kind in (torch.bfloat16, torch.float64):
+        x = given.to(kind, copy=True).requires_grad_()
+        layer.to(kind).zero_grad()
+        out = layer(x)
+        nodes = [out.grad_fn, *(node for node, _ in out.grad_fn.next_functions if node)]
+        ours = any(node.name().startswith(("_Linear", "_Conv")) for node in nodes)
+        assert ours == (lacks and kind == torch.bfloat16)
+        out.square().sum().backward()
+        found[kind] = [out.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
+    for one, exact in zip(*found.values(), strict=True):
+        assert one.dtype == torch.bfloat16
+        assert differs(one, exact) < (5e-3 if lacks else 1e-2)
+
+
+@pytest.mark.parametrize("learns", range(3))
+@pytest.mark.parametrize("name", ["linear", "more of the weight"])
+def test_layers_in_bf16_give_the_gradients_that_are_wanted(
+    name: str, learns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, given = LAYERS[name]
+    monkeypatch.setattr(kernels, "_LACKS_BF16", True)
+    layer, x = make().bfloat16(), given.to(torch.bfloat16, copy=True)
+    tensors = [x, layer.weight, layer.bias]
+    for number, tensor in enumerate(tensors):
+        tensor.requires_grad_(number == learns)
+    layer(x).sum().backward()
+    assert [tensor.grad is not None for tensor in tensors] == [number == learns for number in range(3)]
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("name", ["more of the weight", "more of the picture", "every other place"])
+def test_convolutions_lay_out_what_is_smaller(name: str, last: bool) -> None:
+    """And give channels last, whatever they had to lay out."""
+    make, given = LAYERS[name]
+    layer, x = make(), given.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    found = layer(x)
+    expected = F.conv2d(given, layer.weight, layer.bias, layer.stride, layer.padding)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def attended(function: Any, kind: torch.dtype, size: tuple[int, int, int, int]) -> list[Tensor]:
