@@ -182,22 +182,33 @@ def sizes(pair: dict[str, float]) -> tuple[str, str, str]:
     return size(pair["reference"]), size(pair["ours"]), f"{pair['reference'] / pair['ours']:.2f} ×"
 
 
-def unet_rows() -> list[str]:
-    found = result("unet")
-    made = []
-    for kind in (kind for kind in ("fp32", "bf16") if kind in found):
-        one = found[kind]
-        low, high = one["speed"]["quartiles"]
-        made.append(
-            f"| {kind} | {seconds(one['library']['median'])} | {seconds(one['ours']['median'])} | "
-            f"{one['speed']['ratio']:.2f} × ({low:.2f} to {high:.2f}) | {one['library_of_limit']:.0%} | "
-            f"{one['of_limit']:.0%} |"
+def unet_lines() -> list[str]:
+    """A table for each machine that it was measured on."""
+    lines: list[str] = []
+    for found in [result(path.stem) for path in sorted(common.RESULTS.glob("unet*.json"), reverse=True)]:
+        lines += [*([] if lines else ["## The UNet", ""]), *machine(found), ""]
+        lines.append(
+            f"`{found['command']}`: forward, backward and fused AdamW of `mid` (SDXL's graph, 106,694,404 parameters), "
+            f"{found['latent']} × {found['latent']} latents, batch {found['batch']}, the library's UNet and ours in "
+            "turn. The limit is the time that the step's operations take at the speed of the fastest matrix product "
+            "here."
         )
-    return made
+        lines += ["", "| type | library | ours | times | library, of the limit | ours, of the limit |"]
+        lines.append("| --- | --- | --- | --- | --- | --- |")
+        for kind in (kind for kind in ("fp32", "bf16") if kind in found):
+            one = found[kind]
+            low, high = one["speed"]["quartiles"]
+            lines.append(
+                f"| {kind} | {seconds(one['library']['median'])} | {seconds(one['ours']['median'])} | "
+                f"{one['speed']['ratio']:.2f} × ({low:.2f} to {high:.2f}) | {one['library_of_limit']:.0%} | "
+                f"{one['of_limit']:.0%} |"
+            )
+        lines.append("")
+    return lines
 
 
 def page() -> str:
-    peers, unet, memory = result("peers"), result("unet"), result("memory")
+    peers, memory = result("peers"), result("memory")
     loop, saves = result("loop"), result("checkpoints")
     lines = [
         "# Performance",
@@ -213,15 +224,7 @@ def page() -> str:
         lines += ["| what | reference | ours | times |", "| --- | --- | --- | --- |"]
         lines += [f"| {' | '.join(row)} |" for row in rows()]
         lines += ["", "![Times of the reference in units of ours](images/performance.svg)", ""]
-    if unet:
-        lines += ["## The UNet", "", *machine(unet), ""]
-        lines.append(
-            f"`{unet['command']}`: forward, backward and fused AdamW of `mid` (SDXL's graph, 106,694,404 parameters), "
-            f"{unet['latent']} × {unet['latent']} latents, batch {unet['batch']}, the library's UNet and ours in turn. "
-            "The limit is the time that the step's operations take at the speed of the fastest matrix product here."
-        )
-        lines += ["", "| type | library | ours | times | library, of the limit | ours, of the limit |"]
-        lines += ["| --- | --- | --- | --- | --- | --- |", *unet_rows(), ""]
+    lines += unet_lines()
     if loop:
         low, high = loop["share_quartiles"]
         lines += [

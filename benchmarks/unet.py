@@ -1,6 +1,6 @@
 """A training step of our UNet against the library's: same weights, same inputs, same fused optimizer, in turn.
 
-    python benchmarks/unet.py [--size mid] [--latent 32] [--batch 4] [--rounds 7]
+    python benchmarks/unet.py [--size mid] [--latent 32] [--batch 4] [--rounds 7] [--result unet-intel]
 
 `limit` is the time that the step's floating-point operations take at the speed of the largest matrix products that
 PyTorch or oneDNN makes here, measured in the same run.
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=sorted(DTYPES))
+    parser.add_argument("--result", default="unet", help="name of what is written: of a second machine, unet-its-name")
     options = parser.parse_args()
     config = blueprint.configs(blueprint.SIZES[options.size])["unet"]
     result: dict[str, Any] = {"command": f"python benchmarks/unet.py --size {options.size} --rounds {options.rounds}"}
@@ -40,7 +41,7 @@ def main() -> None:
             f"{name}: library {found['library']['median']:.3f} s, ours {found['ours']['median']:.3f} s per step, "
             f"{found['speed']['ratio']:.2f} x; {found['of_limit']:.0%} of the limit"
         )
-        common.write("unet", result)
+        common.write(options.result, result)
 
 
 def compare(config: dict[str, Any], dtype: torch.dtype, options: Any, work: float) -> dict[str, Any]:
