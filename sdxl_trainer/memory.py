@@ -14,9 +14,10 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sdxl_trainer import adapters, guards, kernels, model, narrow, optim
 from sdxl_trainer import unet as unets
@@ -214,6 +215,27 @@ class Live(TorchDispatchMode):
         self.now -= self._sizes.pop(key, 0)
 
 
+@contextmanager
+def _wide_norms() -> Iterator[None]:
+    """Norms under autocast as GPUs compute them, and CPUs do not: in fp32, for which what they take is cast and kept.
+    Put in their place, since modes of PyTorch do not reach what a backward pass computes again."""
+    before = {name: getattr(F, name) for name in ("layer_norm", "group_norm")}
+    for name, norm in before.items():
+        setattr(F, name, partial(_in_fp32, norm))
+    try:
+        yield
+    finally:
+        for name, norm in before.items():
+            setattr(F, name, norm)
+
+
+def _in_fp32(norm: Callable[..., Tensor], *given: Any) -> Tensor:
+    if not torch.is_autocast_enabled("cpu"):
+        return norm(*given)
+    with torch.autocast("cpu", enabled=False):
+        return norm(*tree_map_only(Tensor, Tensor.float, given))
+
+
 def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dict[str, float]:
     """Bytes by what they are for, while training; together they are the peak. The model may be on the meta device, and
     what learns in it is marked."""
@@ -256,7 +278,8 @@ def working(config: Config, sdxl: SDXL, setting: Step, workspace: float = 0) -> 
         samples, text = setting.shape[0], _text(fake, setting, inputs)
         noisy = torch.empty(samples, fake.unet.config["in_channels"], *setting.shape[1:], dtype=inputs)
         time_ids = torch.zeros(samples, 6, dtype=torch.int64)
-        with Live([*fake.parameters(), *fake.buffers()]) as live:
+        norms = _wide_norms() if setting.device != "cpu" else nullcontext()
+        with Live([*fake.parameters(), *fake.buffers()]) as live, norms:
             for _ in range(min(setting.micro_batches, 2)):  # from the second on gradients lie there already
                 with torch.autocast("cpu", compute, cache_enabled=False) if mixed else nullcontext():
                     found = fake(noisy, torch.zeros(samples), time_ids, **text)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sdxl_trainer import base as bases
-from sdxl_trainer import blueprint, configfile, memory, model, optim, parameters, presets, setup, text
+from sdxl_trainer import blueprint, configfile, kernels, memory, model, optim, parameters, presets, setup, text
 from sdxl_trainer import unet as unets
 from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError
@@ -96,6 +97,37 @@ def test_a_pass_of_fake_tensors_takes_what_a_real_one_takes(
             loss.backward()
     # What the fake pass is given may count as its own.
     here = sum(t.numel() * t.element_size() for t in (noisy, timesteps, *given.values()))
+    assert 0.99 * live.peak <= found <= 1.01 * (live.peak + here)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_autocast_of_gpus_keeps_what_norms_take_in_fp32(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    chosen = config(train={"gradient_checkpointing": share})
+    sdxl, _ = skeleton(chosen)
+    found = memory.working(chosen, sdxl, memory.Step((2, 32, 24), "bf16", "cuda"))
+    real = model.load(chosen.model, bases.resolve(chosen.model, tmp_path), None, torch.float32, share, False).train()
+
+    def in_fp32(norm: Any) -> Any:
+        def called(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return norm(x.float(), *rest)
+
+        return called
+
+    for name in ("layer_norm", "group_norm"):
+        monkeypatch.setattr(F, name, in_fp32(getattr(F, name)))
+    monkeypatch.setattr(kernels, "stands_for", "cuda")
+    given = {"time_ids": torch.zeros(2, 6, dtype=torch.int64), "pooled": torch.zeros(2, 40)}
+    given |= {"noisy": torch.zeros(2, 4, 32, 24), "timesteps": torch.zeros(2), "prompt_embeds": torch.zeros(2, 77, 64)}
+    with memory.Live([*real.parameters(), *given.values()]) as live:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            prediction = real(**given)
+        loss = prediction.float().square().mean()
+        del prediction
+        loss.backward()
+    here = sum(t.numel() * t.element_size() for t in given.values())
     assert 0.99 * live.peak <= found <= 1.01 * (live.peak + here)
 
 
