@@ -17,8 +17,8 @@ part for that CUDA is wanted:
 
     pip download -d wheels --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
         --platform manylinux_2_24_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-        -c constraints.txt pydantic pydantic_core annotated-types diffusers importlib_metadata lazy-importer \
-        bitsandbytes
+        -c constraints.txt pydantic pydantic_core annotated-types typing-inspection diffusers importlib_metadata \
+        lazy-importer bitsandbytes
     zip -q -d wheels/bitsandbytes-*.whl '*cuda11*' '*cuda12*' '*cuda132*' '*rocm*' '*xpu*'
     pip install --no-index --no-deps --no-compile --target SITE wheels/*.whl      # there, then:
     PYTHONPATH=SITE python benchmarks/gpu.py --results FOLDER
@@ -26,9 +26,12 @@ part for that CUDA is wanted:
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +60,11 @@ FIRST = [
     "full: ours bf16, 1024 px, batch 1",
     "ladder: channels last, 1024 px, batch 8",
     "ladder: flash attention, 1024 px, batch 8",
-    "ladder: compiled blocks, 1024 px, batch 8",
     "drift: fp32",
     "drift: bf16",
     "drift: bf16, by chance",
     "drift: bf16, Adafactor",
+    "ladder: compiled blocks, 1024 px, batch 8",
 ]
 GROUPS = "limits,full,gate,low_memory,adapter,kernels,ladder,drift,vae,graphs,attention,tests,whole"
 # Seconds that a row of a group is given at least, without which it is left out, and at most. Rows bound themselves by
@@ -95,7 +98,7 @@ def main() -> None:
     ends, path, progress = time.monotonic() + 60 * options.minutes, options.results / "gpu.json", 0
     while (left := ends - time.monotonic()) > 0:
         again = ["--call", call, "--minutes", f"{left / 60:.4f}"]
-        with subprocess.Popen([sys.executable, __file__, *arguments, *again]) as process:
+        with subprocess.Popen([sys.executable, __file__, *arguments, *again], start_new_session=True) as process:
             if _watched(process, path, call, ends) == 0:
                 return
         before, progress = progress, len(_of_call(path, call).get("begun", []))
@@ -106,15 +109,19 @@ def main() -> None:
 def _watched(process: "subprocess.Popen[bytes]", path: Path, call: str, ends: float) -> int:
     """How the process ends: by itself, or because a row takes longer than any should."""
     started = time.time()
-    while True:
-        try:
-            return process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            row = _of_call(path, call).get("now")
-            own = row is not None and row["began"] >= started  # not that of the process before
-            long = own and time.time() - row["began"] > MOST.get(row["group"], USUALLY)
-            if long or time.monotonic() > ends + GRACE:
-                process.kill()
+    try:
+        while True:
+            try:
+                return process.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                row = _of_call(path, call).get("now")
+                own = row is not None and row["began"] >= started  # not that of the process before
+                long = own and time.time() - row["began"] > MOST.get(row["group"], USUALLY)
+                if long or time.monotonic() > ends + GRACE:
+                    process.kill()
+    finally:
+        with suppress(ProcessLookupError):  # nothing that a row has started goes on beside the next ones
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _of_call(path: Path, call: str) -> dict[str, Any]:

@@ -21,15 +21,19 @@ TESTS_SECONDS, RUN_SECONDS = 140, 280
 
 def tests(bench: Bench) -> Measures:
     """Whole runs of small models of every kind, which are to be those of a CPU and to wait for nothing."""
-    lacks = next((name for name in ("pytest", "diffusers", "accelerate", "peft") if not find_spec(name)), None)
+    lacks = next(
+        (name for name in ("pytest", "pytest_timeout", "diffusers", "accelerate", "peft") if not find_spec(name)), None
+    )
     if bench.device.type != "cuda":
         return
     yield "on this device", f"no {lacks}" if lacks else _tested
 
 
 def _tested() -> dict[str, Any]:
-    several = ["-n", "4"] if find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *several]
+    # Libraries of other versions may warn, and what was found counts also where time runs out.
+    options = ["-q", "-p", "no:cacheprovider", "--tb=line", "-W", "default", f"--session-timeout={TESTS_SECONDS - 30}"]
+    several = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", *options, *several]
     said = _said([*command, *TESTS], TESTS_SECONDS)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", said[-300:])}
     told = [line[:300] for line in said.splitlines() if re.match(r"(FAILED|ERROR|E |/.*: )", line)]

@@ -28,7 +28,7 @@ aten = torch.ops.aten
 # Operations that wait for their result, or for its size.
 WAITING = {
     aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim,
-    aten.unique_consecutive, aten.unique_dim_consecutive, aten.is_nonzero,
+    aten.unique_consecutive, aten.unique_dim_consecutive, aten.is_nonzero, aten._linalg_check_errors,
 }  # fmt: skip
 # What autocast does in fp32 on CUDA, and not on a CPU.
 WIDE = {"layer_norm", "group_norm"}
@@ -334,11 +334,12 @@ def real_gpu() -> Iterator[list[str]]:
 
     waits.clear()
     AcceleratorState._reset_state(reset_partial_state=True)
-    torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
             warnings.filterwarnings("always", message=".*synchronizing CUDA operation")
             warnings.showwarning = told
+            torch.cuda.set_sync_debug_mode("warn")
             yield waits
     finally:
         torch.cuda.set_sync_debug_mode("default")

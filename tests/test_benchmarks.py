@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -162,7 +163,13 @@ def test_the_tests_of_a_gpu_are_counted_and_those_that_fail_are_told(
 
 def test_what_pytorch_tells_of_waiting_for_a_real_gpu_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     modes = []
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def set_mode(mode: str) -> None:
+        modes.append(mode)
+        if len(modes) == 1:  # PyTorch says it once
+            warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
     with real_gpu() as waits:
         warnings.warn("called a synchronizing CUDA operation (Triggered internally)", UserWarning, stacklevel=1)
     assert len(waits) == 1
@@ -173,12 +180,16 @@ def test_what_pytorch_tells_of_waiting_for_a_real_gpu_is_noted(monkeypatch: pyte
 def test_a_row_that_ends_the_process_or_hangs_has_failed_and_the_others_are_measured(tmp_path: Path) -> None:
     """Rows of a program that stands for `gpu.py`, whose process ends at one and hangs at another."""
     program = f"""
-import os, sys, time
+import os, pathlib, subprocess, sys, time
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import gpu, gpu_rows
 gpu.__file__, gpu.MOST, gpu.USUALLY = __file__, {{"some": 8.0}}, 0.0
 some = {{"ends": lambda: os._exit(3), "is": lambda: {{"value": 1}}}}
-some |= {{"hangs": lambda: time.sleep(60), "is too": lambda: {{"value": 2}}, "raises": lambda: 1 / 0}}
+def hangs():
+    beside = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    pathlib.Path("beside").write_text(str(beside.pid))
+    time.sleep(60)
+some |= {{"hangs": hangs, "is too": lambda: {{"value": 2}}, "raises": lambda: 1 / 0}}
 gpu_rows.BENCHMARKS = {{"some": lambda bench: iter(some.items())}}
 options = gpu.parse(sys.argv[1:])
 gpu.measure(options) if options.call else gpu.main()
@@ -189,6 +200,8 @@ gpu.measure(options) if options.call else gpu.main()
     found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["some"]
     assert [found[name]["value"] for name in ("is", "is too")] == [1, 2]
     assert [name for name, row in found.items() if "failed" in row] == ["ends", "hangs", "raises"]
+    beside = int((tmp_path / "beside").read_text())
+    assert not psutil.pid_exists(beside) or psutil.Process(beside).status() == psutil.STATUS_ZOMBIE
 
 
 def test_layers_like_peft_s_compute_what_peft_s_do(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:

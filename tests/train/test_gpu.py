@@ -72,8 +72,6 @@ STEPS: dict[str, dict[str, Any]] = {
     "DoRA, int8": {"adapter": {"kind": "dora", "rank": 2, "targets": MIDDLE}, "train": {"frozen": "int8"}},
     "LoHa": {"adapter": {"kind": "loha", "rank": 2, "targets": MIDDLE}},
     "LoKr": {"adapter": {"kind": "lokr", "rank": 2, "targets": MIDDLE}},
-    "OFT": {"adapter": {"kind": "oft", "block_size": 8, "targets": MIDDLE + "attn.*"}},
-    "BOFT": {"adapter": {"kind": "boft", "targets": MIDDLE}},
     "new words": {**TOKEN, "adapter": {"rank": 2}, "learn": [{"match": ".*token.*", "until": 0.6}, {"match": ".*"}]},
 }  # fmt: skip
 # What steps do wait for: whether they are finite, where the optimizer's kernels cannot look, and what libraries read.
@@ -91,6 +89,14 @@ WAITING["fused backward, fp16"] = (
     {"train": {"fused_backward": True, "batch_size": 1, "precision": "fp16"}, "optimizer": {"name": "adamw"}},
     ("scaler.get_scale()", "torch.isfinite(norm)", "scaler.step(optimizer)"),
 )
+# peft turns by the solution of linear equations, of which PyTorch looks whether there is one.
+TURNS: dict[str, dict[str, Any]] = {
+    "OFT": {"kind": "oft", "block_size": 8, "targets": MIDDLE + "attn.*"},
+    "BOFT": {"kind": "boft", "targets": MIDDLE},
+}
+WAITING |= {
+    name: ({"adapter": adapter, "optimizer": {"name": "adamw"}}, ("linalg.solve",)) for name, adapter in TURNS.items()
+}
 
 
 @pytest.fixture(scope="session")
