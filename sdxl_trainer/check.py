@@ -28,7 +28,7 @@ from sdxl_trainer import (
 )
 from sdxl_trainer import memory as memories
 from sdxl_trainer.base import Base
-from sdxl_trainer.config import Config
+from sdxl_trainer.config import Config, steps_of
 from sdxl_trainer.data import findings, ledger, mirrored, plan, prepare, problems
 from sdxl_trainer.data.memo import open_memo
 from sdxl_trainer.data.prepare import Stock
@@ -74,7 +74,7 @@ def run(config: Config, *, as_json: bool = False, report: bool = False) -> None:
     free = distributed.free_memory() if config.train.memory == "auto" else 0.0
     config = setup.fitted(config, groups, sdxl, stock, precision, lines.append, alone, free, begin.checkpoint)
     unet = sum(p.numel() for p in sdxl.parameters())
-    need = disk.need(config, base, stock, groups, sdxl, begin)
+    need = disk.need(config, base, stock, order, groups, sdxl, begin)
     words = captions(config, base, stock)
     tables = {
         "what will learn": _learns(config, groups, unet),
@@ -162,8 +162,20 @@ def _data(config: Config, stock: Stock, order: plan.Plan) -> list[tuple[str, str
     rows = [
         ("pictures", f"{len(stock.pictures)}, with {plural(variants, 'crop', 'crops and flips')}"),
         ("steps", f"{order.steps_per_epoch} per epoch; {steps} in all, {order.epochs(steps)}"),
+        *_often(config, order).items(),
     ]
     return rows + ledger.rows(config, stock, order)
+
+
+def _often(config: Config, order: plan.Plan) -> dict[str, str]:
+    """What happens in epochs, in steps."""
+    options = {
+        "checkpoints": config.train.checkpoint_every,
+        "validation pictures": config.train.validate_every,
+        "validation loss": config.validation.loss_every,
+    }
+    epochs = {name: every for name, every in options.items() if isinstance(every, str)}
+    return {name: f"every {every}: {steps_of(every, order.steps_per_epoch)} steps" for name, every in epochs.items()}
 
 
 def _cache(config: Config, base: Base, stock: Stock) -> list[tuple[str, str]]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from sdxl_trainer import checkpoint, files, finish, optim, text
 from sdxl_trainer.base import Base
-from sdxl_trainer.config import OPTIMIZERS, Config
+from sdxl_trainer.config import OPTIMIZERS, Config, steps_of
 from sdxl_trainer.data import prepare
+from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError, plural
@@ -43,11 +44,11 @@ class Need:
         return ", ".join(parts + [f"encoded pictures and captions of {size(self.rows)}"] * bool(self.rows))
 
 
-def need(config: Config, base: Base, stock: Stock, groups: list[Group], sdxl: SDXL, begin: Begin) -> Need:
+def need(config: Config, base: Base, stock: Stock, order: Plan, groups: list[Group], sdxl: SDXL, begin: Begin) -> Need:
     """What a run writes from where it begins to its end."""
     one, result = sizes(config, base, groups, sdxl)
     output, step = Path(config.output_dir).expanduser(), begin.checkpoint.step if begin.checkpoint else 0
-    every, limit = config.train.checkpoint_every, config.train.checkpoints_limit
+    limit, every = config.train.checkpoints_limit, steps_of(config.train.checkpoint_every, order.steps_per_epoch)
     there, new = len(checkpoint.found(output)), begin.steps // every - step // every if every else 0
     # An older checkpoint goes once a newer one is verified; the best one stays beside them.
     kept = there + new if limit is None else min(there + new, limit + config.validation.keep_best)

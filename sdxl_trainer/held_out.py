@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sdxl_trainer import checkpoint, distributed, finish, intervals, keyed, noise, optim
-from sdxl_trainer.config import Objective
+from sdxl_trainer.config import Objective, steps_of
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch, Samples
 from sdxl_trainer.errors import UserError
@@ -65,9 +65,9 @@ class Measure:
 
 
 def due(job: Job) -> bool:
-    """Is it time? Before the first step, every `loss_every` steps, and after the last."""
-    every = job.run.config.validation.loss_every
-    if every is None or not job.measured:
+    """Is it time? Before the first step, as often as `loss_every` says, and after the last."""
+    every = steps_of(job.run.config.validation.loss_every, job.order.steps_per_epoch)
+    if not every or not job.measured:
         return False
     return job.state.step % every == 0 or job.state.step == job.run.steps
 

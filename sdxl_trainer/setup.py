@@ -92,7 +92,7 @@ def prepare_job(config: Config, start: Start) -> Job | None:
     _refuse_early(config, base, accelerator.device, accelerator.num_processes, precision)
     alone = distributed.one_pass(config, accelerator.num_processes, len(present(order.group_of)))
     groups, sdxl = learning(config, base, stock, begin.checkpoint)
-    need = disk.need(config, base, stock, groups, sdxl, begin)
+    need = disk.need(config, base, stock, order, groups, sdxl, begin)
     distributed.decided(accelerator, lambda: disk.look(need, config.output_dir, console.say))
     free = min(distributed.gathered([distributed.free_memory()])) if config.train.memory == "auto" else 0.0
     config = fitted(config, groups, sdxl, stock, precision, console.say, alone, free, begin.checkpoint)

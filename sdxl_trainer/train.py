@@ -23,7 +23,7 @@ from sdxl_trainer import (
     setup,
     wishes,
 )
-from sdxl_trainer.config import Config
+from sdxl_trainer.config import Config, steps_of
 from sdxl_trainer.data import loader
 from sdxl_trainer.data.loader import Batch
 from sdxl_trainer.errors import Interrupted, UserError, shortened
@@ -150,6 +150,7 @@ def _loop(job: Job, stop: Stop) -> None:
     """Steps, and between them what is due: reading losses, checkpoints, pictures."""
     run, state, config, accelerator = job.run, job.state, job.run.config, job.run.accelerator
     read_every = config.log.every or (1 if accelerator.device.type == "cpu" else 10)
+    save_every = steps_of(config.train.checkpoint_every, job.order.steps_per_epoch)
     micro_batch = config.train.micro_batch or config.train.batch_size
     batches = loader.steps(
         job.samples,
@@ -184,7 +185,7 @@ def _loop(job: Job, stop: Stop) -> None:
         done = state.step == run.steps or held_out.enough(job)
         asked = _asked(job, stop) if state.step % read_every == 0 or done else set[str]()
         saving = bool(asked & {"stop", "save", "pause"}) or held_out.new_best(job)
-        saving = saving or bool(config.train.checkpoint_every and state.step % config.train.checkpoint_every == 0)
+        saving = saving or bool(save_every and state.step % save_every == 0)
         if saving or done or state.step % read_every == 0:
             _read(job)
             job.saver.check()

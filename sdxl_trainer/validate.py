@@ -12,7 +12,7 @@ from torch import Tensor
 from sdxl_trainer import distributed, sample
 from sdxl_trainer.base import Base, weights_file
 from sdxl_trainer.chunking import Prompt
-from sdxl_trainer.config import Config
+from sdxl_trainer.config import Config, steps_of
 from sdxl_trainer.data import buckets
 from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.prepare import EMPTY, written
@@ -46,7 +46,7 @@ class Validator:
 
     def due(self, step: int, steps: int, steps_per_epoch: int) -> bool:
         """Is it time after `step` steps?"""
-        options, every = self.config.validation, self.config.train.validate_every
+        options, every = self.config.validation, steps_of(self.config.train.validate_every, steps_per_epoch)
         if not options.prompts:
             return False
         if step in {0, steps}:

@@ -1,11 +1,12 @@
 """Optimizers and learning rates under the names of other trainers."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from sdxl_trainer.arrivals.account import Account
 from sdxl_trainer.config import OPTIMIZERS as OURS
-from sdxl_trainer.errors import UserError, closest
+from sdxl_trainer.errors import UserError, closest, plural
 
 # Name, lower case and without - and _, -> ours, its weight decay there if none is given, and what is different.
 OPTIMIZERS: dict[str, tuple[str, float, str]] = {
@@ -224,3 +225,13 @@ def _taken_out(account: Account, option: str, why: str) -> None:
 def _second(side: int, factor: int | None) -> int:
     """The part of a side that LoKr's second factor has."""
     return side // max(n for n in range(1, min(side, factor or math.isqrt(side)) + 1) if side % n == 0)
+
+
+def interval(account: Account, to: str, names: Mapping[str, bool]) -> None:
+    """How often something is done, where several options may say so, each in epochs or not: the first that is given
+    decides."""
+    first = next((name for name in names if account.has(name)), "")
+    if first:
+        every = int(account.number(first))
+        account.kept(first, to, plural(every, "epoch") if names[first] else every)
+    account.drop_all(dict.fromkeys(names, f"{first} decides: {to} is one interval"))

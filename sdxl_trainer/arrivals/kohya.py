@@ -6,6 +6,7 @@ from typing import Any
 
 from sdxl_trainer.arrivals import common, kohya_data, kohya_network, reading
 from sdxl_trainer.arrivals.account import Account, pairs, plain
+from sdxl_trainer.errors import plural
 
 SCRIPTS = ("sdxl_train.py", "sdxl_train_network.py", "sdxl_train_textual_inversion.py")
 _KEPT = {
@@ -25,15 +26,12 @@ _KEPT = {
     "huber_schedule": "objective.delta_schedule",
     "vae_batch_size": "cache.batch_size",
     "text_encoder_batch_size": "cache.text_batch_size",
-    "sample_every_n_steps": "train.validate_every",
     "sample_at_first": "validation.at_start",
-    "validate_every_n_steps": "validation.loss_every",
     "metadata_author": "export.author",
     "metadata_description": "export.description",
     "metadata_license": "export.license",
     "metadata_trigger_phrase": "export.trigger",
     "huggingface_repo_id": "hub.id",
-    "sample_every_n_epochs": "validation.every_epochs",
 }
 _ALWAYS = "latents and embeddings are always cached on disk, and nothing that is drawn is frozen by it"
 _ANYWAY = {
@@ -65,8 +63,6 @@ _DROPPED = {
     "blocks_to_swap": "not for SDXL there either",
     "save_last_n_epochs_state": "checkpoints always hold the whole state: train.checkpoints_limit",
     "save_last_n_steps_state": "checkpoints always hold the whole state: train.checkpoints_limit",
-    "save_last_n_epochs": "train.checkpoints_limit counts checkpoints: set it yourself",
-    "save_n_epoch_ratio": "set train.checkpoint_every",
     "epoch": "of the window, which makes max_train_steps of it",
     "noise_offset_type": "of the window, which gives the options of that type alone",
     "resume": "a state of sd-scripts cannot be continued; adapter.start begins with an adapter's weights",
@@ -94,7 +90,6 @@ _DROPPED = {
     "ddp_static_graph": "decided by accelerate",
     "deepspeed": "accelerate config decides",
     "max_validation_steps": "all held-out pictures are measured",
-    "validate_every_n_epochs": "set validation.loss_every in steps",
     "async_upload": "uploaded at the end",
     "huggingface_path_in_repo": "the whole result is uploaded",
     "save_state_to_huggingface": "checkpoints stay here",
@@ -126,8 +121,10 @@ def fill(
     _schedule(account, steps)
     _objective(account)
     _computing(account, launcher or {})
-    _saving(account, steps)
+    _saving(account)
     _previews(account)
+    names = {"validate_every_n_steps": False, "validate_every_n_epochs": True}
+    common.interval(account, "validation.loss_every", names)
     account.keep_all(_KEPT)
     account.do_anyway(_ANYWAY)
     account.drop_all(_DROPPED)
@@ -295,19 +292,16 @@ def _computing(account: Account, launcher: dict[str, Any]) -> None:
             account.kept(name, "train.frozen", "fp8")
         else:
             account.drop_all({name: "the whole model learns"})
-    if account.has("max_data_loader_n_workers"):
-        count = int(account.number("max_data_loader_n_workers"))
-        if count > 16:
-            account.changed(
-                "max_data_loader_n_workers", "train.workers", 16, "threads that read cached rows, at most 16"
-            )
-        else:
-            account.kept("max_data_loader_n_workers", "train.workers", count)
+    name = "max_data_loader_n_workers"
+    if account.has(name) and (count := int(account.number(name))) > 16:
+        account.changed(name, "train.workers", 16, "threads that read cached rows, at most 16")
+    elif account.has(name):
+        account.kept(name, "train.workers", count)
     options = account.inner(launcher, "accelerate")
     options.do_anyway(dict.fromkeys(list(options.options), "accelerate launch takes it here too"))
 
 
-def _saving(account: Account, steps: int | None) -> None:
+def _saving(account: Account) -> None:
     """Where results go, and how often."""
     _place(account)
     adapts = "adapter" in account.tree
@@ -321,7 +315,7 @@ def _saving(account: Account, steps: int | None) -> None:
         account.kept("save_precision", "export.dtype", _TYPES[account.text("save_precision")])
     if account.look("no_metadata"):
         account.kept("no_metadata", "export.metadata", "none")
-    _often(account, steps)
+    _often(account)
     if account.has("logging_dir") or account.has("log_with"):
         given = account.text("log_with", "tensorboard")
         account.put("log.trackers", ["tensorboard", "wandb"] if given == "all" else [given])
@@ -352,17 +346,24 @@ def _place(account: Account) -> None:
         account.assumed("output_dir", folder, "no output_dir is given")
 
 
-def _often(account: Account, steps: int | None) -> None:
-    """How often checkpoints are written."""
-    if account.has("save_every_n_steps"):
-        every = int(account.number("save_every_n_steps"))
-        account.kept("save_every_n_steps", "train.checkpoint_every", every)
-        if account.has("save_last_n_steps"):
-            limit = max(1, int(account.number("save_last_n_steps")) // every)
-            account.changed("save_last_n_steps", "train.checkpoints_limit", limit, "as many checkpoints as lie in them")
-    elif account.has("save_every_n_epochs") and steps is None:
-        account.dropped("save_every_n_epochs", "checkpoints are counted in steps: train.checkpoint_every is 500")
-    account.drop_all(dict.fromkeys(("save_every_n_epochs", "save_last_n_steps"), "see train.checkpoint_every"))
+def _often(account: Account) -> None:
+    """How often checkpoints are written, and how many stay."""
+    ratio, epochs = account.number("save_n_epoch_ratio"), account.tree["train"].get("epochs")
+    if ratio and epochs and not account.has("save_every_n_steps"):
+        every = plural(int(epochs // ratio) or 1, "epoch")
+        account.changed("save_n_epoch_ratio", "train.checkpoint_every", every, f"of {epochs}")
+        account.drop_all({"save_every_n_epochs": "save_n_epoch_ratio has the last word"})
+    else:
+        names = {"save_every_n_steps": False, "save_every_n_epochs": True}
+        common.interval(account, "train.checkpoint_every", names)
+    every = account.tree["train"].get("checkpoint_every")
+    if isinstance(every, str):
+        account.keep_all({"save_last_n_epochs": "train.checkpoints_limit"})
+    elif every and account.has("save_last_n_steps"):
+        limit = max(1, int(account.number("save_last_n_steps")) // every)
+        account.changed("save_last_n_steps", "train.checkpoints_limit", limit, "as many checkpoints as lie in them")
+    others = ("save_n_epoch_ratio", "save_last_n_epochs", "save_last_n_steps")
+    account.drop_all(dict.fromkeys(others, "see train.checkpoint_every"))
 
 
 _OPTION = re.compile(r"\s--(\w+)\s+([^-]\S*(?:\s+(?!--)\S+)*|-?\d\S*)")
@@ -394,3 +395,4 @@ def _previews(account: Account) -> None:
         if len(values) == 1 and None not in values:
             value = values.pop()
             account.put(f"validation.{option}", float(value) if option == "guidance" else value)
+    common.interval(account, "train.validate_every", {"sample_every_n_epochs": True, "sample_every_n_steps": False})

@@ -376,13 +376,7 @@ def _results(made: Account, path: Path) -> None:
     made.drop_all({"output_dtype": "files of the run are as trained"})
     if made.look("tensorboard", True) and made.has("tensorboard"):
         made.kept("tensorboard", "log.trackers", ["tensorboard"])
-    for name, unit, option in (
-        ("save_every", "save_every_unit", "checkpoint_every"),
-        ("backup_after", "backup_after_unit", ""),
-    ):
-        if made.has(name) and made.text(unit) == "STEP" and option:
-            made.kept(name, f"train.{option}", int(made.number(name)))
-        made.drop_all({name: "checkpoints are counted in steps (train.checkpoint_every)", unit: "steps"})
+    _interval(made, "train.checkpoint_every", "save_every", "backup_after")
     if made.look("rolling_backup"):
         made.kept("rolling_backup_count", "train.checkpoints_limit", int(made.number("rolling_backup_count", 3)))
     made.drop_all({"rolling_backup_count": "", "rolling_backup": "", "save_skip_first": "", "sample_skip_first": ""})
@@ -391,10 +385,15 @@ def _results(made: Account, path: Path) -> None:
     if prompts:
         made.put("validation.prompts", prompts)
         made.put("validation.images", 1)
-        if made.text("sample_after_unit") == "STEP" and made.has("sample_after"):
-            made.kept("sample_after", "train.validate_every", int(made.number("sample_after")))
-    made.drop_all({"sample_after": "previews are drawn at the end: set train.validate_every", "sample_after_unit": ""})
-    made.drop_all(
-        {"validation": "data.held_out keeps a share of the pictures", "validate_after": "see validation.loss_every"}
-    )
-    made.drop_all({"validate_after_unit": "steps"})
+        _interval(made, "train.validate_every", "sample_after")
+    made.drop_all({"sample_after": "there are no samples", "sample_after_unit": "see sample_after"})
+    made.drop_all({"validation": "data.held_out keeps a share of the pictures"})
+    made.drop_all({"validate_after": "see validation.loss_every", "validate_after_unit": "see validate_after"})
+
+
+def _interval(made: Account, to: str, *names: str) -> None:
+    """How often something is done: by steps or epochs, not by the clock."""
+    units = {name: made.text(f"{name}_unit") for name in names}
+    common.interval(made, to, {name: unit == "EPOCH" for name, unit in units.items() if unit in {"STEP", "EPOCH"}})
+    for name in names:
+        made.drop_all({name: f"set {to}, in steps or epochs", f"{name}_unit": f"see {name}"})

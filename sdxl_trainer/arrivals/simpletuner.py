@@ -21,14 +21,10 @@ _KEPT = {
     "snr_gamma": "objective.snr_gamma",
     "input_perturbation": "objective.input_perturbation",
     "rescale_betas_zero_snr": "objective.zero_terminal_snr",
-    "checkpoint_step_interval": "train.checkpoint_every",
-    "checkpointing_steps": "train.checkpoint_every",
     "checkpoints_total_limit": "train.checkpoints_limit",
     "validation_seed": "validation.seed",
     "validation_num_inference_steps": "validation.steps",
     "validation_negative_prompt": "validation.negative",
-    "validation_step_interval": "train.validate_every",
-    "validation_steps": "train.validate_every",
     "validation_on_startup": "validation.at_start",
     "use_ema": "ema.enabled",
     "ema_decay": "ema.decay",
@@ -48,6 +44,9 @@ _KEPT = {
     "init_lora": "adapter.start",
     "vae_batch_size": "cache.batch_size",
 }
+# How often, and whether in epochs; two of them have older names.
+_SAVED = {"checkpoint_step_interval": False, "checkpointing_steps": False, "checkpoint_epoch_interval": True}
+_DRAWN = {"validation_step_interval": False, "validation_steps": False, "validation_epoch_interval": True}
 _ANYWAY = {
     "model_family": "SDXL",
     "model_flavour": "model.path",
@@ -121,6 +120,7 @@ def account(path: Path, tree: dict[str, Any], command: Command | None, data: Pat
     _method(made, path)
     _objective(made)
     _previews(made)
+    common.interval(made, "train.checkpoint_every", _SAVED)
     if not made.has("output_dir"):
         made.assumed("output_dir", "output/models", "the default there")
     made.keep_all(_KEPT)
@@ -296,14 +296,14 @@ def _previews(made: Account) -> None:
         "validation_resolution",
         "validation_guidance",
         "validation_seed",
-        "validation_steps",
     )
-    names += ("validation_num_inference_steps", "validation_negative_prompt", "validation_step_interval")
+    names += ("validation_num_inference_steps", "validation_negative_prompt", *_DRAWN)
     if not made.has("validation_prompt"):
         made.drop_all(dict.fromkeys((*names, "num_validation_images"), "there is no validation_prompt"))
         return
     made.kept("validation_prompt", "validation.prompts", [made.text("validation_prompt")])
     made.put("validation.images", int(made.number("num_validation_images", 1)))
+    common.interval(made, "train.validate_every", _DRAWN)
     made.part("num_validation_images", "validation.images")
     if made.has("validation_guidance"):
         made.kept("validation_guidance", "validation.guidance", float(made.number("validation_guidance")))

@@ -10,7 +10,7 @@ from sdxl_trainer.config.learning import Adapter, Learn, Token
 from sdxl_trainer.config.model import Cache, Inpainting, Model, TextOptions, UNet
 from sdxl_trainer.config.objective import Objective, Timesteps
 from sdxl_trainer.config.results import Export, Hub, Log, Validation
-from sdxl_trainer.config.section import PathText, Section, Text, option
+from sdxl_trainer.config.section import PathText, Section, Text, option, steps_of
 from sdxl_trainer.config.training import OPTIMIZERS, STEP_APART, Ema, LearningRate, Optimizer, Train
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Train",
     "UNet",
     "Validation",
+    "steps_of",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from sdxl_trainer.config.section import Fraction, InsidePath, PathText, Positive, Section, Side, Text, option
+from sdxl_trainer.config.section import Every, Fraction, InsidePath, PathText, Positive, Section, Side, Text, option
 
 
 class Validation(Section):
@@ -20,8 +20,10 @@ class Validation(Section):
     every_epochs: Positive | None = option(None, "pictures after epochs 0, n, 2n, ... (counted from 0)")
     at_start: bool = option(False, "pictures of the base, before the first step")
     at_end: bool = option(True, "pictures of the final model")
-    loss_every: Positive | None = option(
-        None, "steps between measures of the loss on the held-out pictures and a fixed part of the trained ones"
+    loss_every: Every | None = option(
+        None,
+        'steps, or text such as "2 epochs", between measures of the loss on the held-out pictures and a fixed part of'
+        " the trained ones",
     )
     loss_timesteps: Positive = option(4, "equal parts of the schedule in each of which a picture is measured once")
     trained_pictures: int = option(16, "how many trained pictures are measured too", ge=0)

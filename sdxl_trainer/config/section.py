@@ -1,6 +1,7 @@
 """What sections are made of: types of values, and how a field is declared."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -28,15 +29,30 @@ def _possible(path: str) -> str:
 PathText = Annotated[str, AfterValidator(_possible)]
 
 
-def _some(given: Any, check: Any) -> Any:
+def _either(message: str) -> WrapValidator:
     """One message of a value that may be of two types, for which there would be one of each."""
-    try:
-        return check(given)
-    except ValidationError:
-        raise ValueError("true, false or a number from 0 to 1") from None
+
+    def some(given: Any, check: Callable[[Any], Any]) -> Any:
+        try:
+            return check(given)
+        except ValidationError:
+            raise ValueError(message) from None
+
+    return WrapValidator(some)
 
 
-Share = Annotated[bool | Fraction, WrapValidator(_some)]
+Share = Annotated[bool | Fraction, _either("true, false or a number from 0 to 1")]
+_Epochs = Annotated[str, Field(pattern=r"^[1-9]\d* epochs?$")]
+Every = Annotated[Positive | _Epochs, _either("a number of steps from 1 on, or epochs as text, such as '2 epochs'")]
+EveryOrNever = Annotated[
+    Annotated[int, Field(ge=0)] | _Epochs,
+    _either("a number of steps, 0 for never, or epochs as text, such as '2 epochs'"),
+]
+
+
+def steps_of(every: int | str | None, epoch: int) -> int:
+    """Steps of an interval such as 250 or `2 epochs`, where an epoch has so many; 0: never."""
+    return int(every.split()[0]) * epoch if isinstance(every, str) else every or 0
 
 
 def _below(path: str) -> str:

@@ -5,7 +5,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationInfo, field_validator
 
-from sdxl_trainer.config.section import AmountOrAuto, Fraction, PathText, Positive, Section, Share, option
+from sdxl_trainer.config.section import (
+    AmountOrAuto,
+    Every,
+    EveryOrNever,
+    Fraction,
+    PathText,
+    Positive,
+    Section,
+    Share,
+    option,
+)
 from sdxl_trainer.errors import closest
 
 
@@ -41,12 +51,12 @@ class Train(Section):
         0, "steps that may be skipped because their loss or gradient is not finite, before the run stops", ge=0
     )
     hang_timeout: float = option(3600.0, "seconds after which processes name one that hangs, and all end", gt=0)
-    checkpoint_every: int = option(500, "steps between checkpoints; 0: none", ge=0)
+    checkpoint_every: EveryOrNever = option(500, 'steps between checkpoints, or text such as "2 epochs"; 0: none')
     checkpoints_limit: Positive | None = option(None, "how many checkpoints to keep; default: all")
     checkpoint_mirror: PathText | None = option(
         None, "folder or fsspec address (s3://bucket/run) to which each checkpoint is copied once it is verified"
     )
-    validate_every: Positive | None = option(None, "steps between validation pictures")
+    validate_every: Every | None = option(None, 'steps between validation pictures, or text such as "2 epochs"')
     workers: int | None = option(
         None,
         "threads that read cached rows ahead; default: 1, or 0 on a CPU, all of whose cores a step takes",

@@ -61,10 +61,11 @@ def _section(schema: dict[str, Any], part: dict[str, Any]) -> dict[str, Any] | N
 
 def _field(section: str, name: str, part: dict[str, Any], required: bool) -> dict[str, Any]:
     given = [c for c in part.get("anyOf", ()) if c.get("type") != "null"]
-    plain: dict[str, Any] = {"enum": SHARES} if len(given) > 1 else (given or [part])[0]
+    kinds = {c.get("type") for c in given}
+    plain: dict[str, Any] = {"enum": SHARES} if "boolean" in kinds and len(given) > 1 else (given or [part])[0]
     items = plain.get("items", {})
     simple = items.get("type") in {"string", "number", "integer"}
-    kind = plain.get("type", "object")
+    kind = "steps" if kinds == {"integer", "string"} else plain.get("type", "object")
     if kind == "object" or (kind == "array" and not simple):
         kind = "json"
     return {

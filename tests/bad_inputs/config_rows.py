@@ -69,6 +69,18 @@ ROWS = [
         "true, false or a number from 0 to 1",
         options={"train.gradient_checkpointing": 1.5},
     ),
+    Bad(
+        "an interval of no epochs",
+        'train.checkpoint_every = "0 epochs" is not allowed',
+        "steps, 0 for never, or epochs as text, such as '2 epochs'",
+        options={"train.checkpoint_every": "0 epochs"},
+    ),
+    Bad(
+        "an interval of no steps",
+        "validation.loss_every = 0 is not allowed",
+        "steps from 1 on, or epochs as text, such as '2 epochs'",
+        options={"validation.loss_every": 0},
+    ),
     Bad("not a number", "train.learning_rate = NaN", "finite", make=lambda p: _nan(p)),
     Bad("unknown choice", 'optimizer.name = "adam"', "adamw", options={"optimizer.name": "adam"}),
     Bad("empty path", 'output_dir = ""', "path", options={"output_dir": ""}),

@@ -170,6 +170,8 @@ def test_the_form_has_every_option_of_the_config() -> None:
     assert set(settings.FIRST) <= known
     field = next(f for f in settings.fields() if f["name"] == "gradient_checkpointing")
     assert (field["kind"], field["choices"][:2], field["default"]) == ("json", ["true", "false"], False)
+    field = next(f for f in settings.fields() if f["name"] == "checkpoint_every")
+    assert (field["kind"], field["choices"], field["default"]) == ("steps", None, 500)
 
 
 def test_a_config_is_edited_as_a_form_and_as_text(client: TestClient, opened: str, tmp_path: Path) -> None:

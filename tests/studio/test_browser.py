@@ -144,7 +144,7 @@ def settings(page: Any, home: Path) -> None:
     page.get_by_label("Name of the run").fill("toy")
     looks_right(page, "new")
     page.get_by_role("button", name="Make the config").click()
-    for key, value in {"steps": "120", "checkpoint_every": "40", "validate_every": "", "batch_size": "2"}.items():
+    for key, value in {"steps": "120", "checkpoint_every": "1 epoch", "validate_every": "", "batch_size": "2"}.items():
         field = page.locator(f"#usual-train-{key}")
         field.fill(value)
         field.press("Tab")
@@ -157,6 +157,7 @@ def settings(page: Any, home: Path) -> None:
     looks_right(page, "settings")
     tree = tomllib.loads((home / "runs" / "toy.toml").read_text(encoding="utf-8"))
     assert (tree["train"]["steps"], tree["validation"]["steps"]) == (120, 2)
+    assert tree["train"]["checkpoint_every"] == "1 epoch"
     assert "validate_every" not in tree["train"]
     page.locator("summary", has_text="by section").click()
     page.locator("summary", has_text="[train]").click()

@@ -24,7 +24,7 @@ def predicted(config: Any, output: Path) -> disk.Need:
     groups, sdxl = setup.learning(config, base, stock, None)
     order = prepare.order(config, stock)
     begin = resume.starting_point(config, base, CONTINUE, output, stock, order, lambda line: None)
-    return disk.need(config, base, stock, groups, sdxl, begin)
+    return disk.need(config, base, stock, order, groups, sdxl, begin)
 
 
 def written(*places: Path) -> int:

@@ -178,7 +178,7 @@ const read = (field, text) => {
   const plain = (line) => (line === "" || Number.isNaN(Number(line)) ? line : Number(line));
   if (text === "") return null;
   if (field.kind === "boolean") return text === "true";
-  if (field.kind === "integer" || field.kind === "number") return plain(text);
+  if (["integer", "number", "steps"].includes(field.kind)) return plain(text);
   if (field.kind === "array") return text.split("\n").filter(Boolean).map((line) => (field.items === "string" ? line : plain(line)));
   if (field.kind !== "json") return text;
   try {
