@@ -127,11 +127,16 @@ def save(image: "Image", path: Path, request: Request | None = None, known: dict
 
 def record(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Note pictures in samples.jsonl; pictures of the same file replace an older note."""
-    path = folder / "samples.jsonl"
-    old = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     new = {row["file"] for row in rows}
-    kept = [row for row in old if row["file"] not in new]
-    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows]))
+    kept = [row for row in recorded(folder) if row["file"] not in new]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows])
+    files.write_text(folder / "samples.jsonl", "".join(lines))
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl, none where there is no such file."""
+    path = folder / "samples.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def note(request: Request, file: str, step: int, weights: str) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def _loop(job: Job, stop: Stop) -> None:
         _readers(job),
         pin=accelerator.device.type == "cuda",
     )
-    if state.step == 0 and job.validator.due(0, run.steps, job.order.steps_per_epoch):
+    if _pictures_are_missing(job):
         with job.watch.phase("validation pictures"):
             finish.draw_validation(job)
     if state.step == 0:
@@ -201,6 +201,14 @@ def _loop(job: Job, stop: Stop) -> None:
             finish.write_report(job)
         if "pause" in asked and _held(job, stop):
             return
+
+
+def _pictures_are_missing(job: Job) -> bool:
+    """Whether those of the step to begin after are due: before the first, and where a run ended between its checkpoint
+    and its pictures. Those after the last step are drawn with the result."""
+    step, steps = job.state.step, job.run.steps
+    due = step < steps and job.validator.due(step, steps, job.order.steps_per_epoch)
+    return due and (step == 0 or not job.validator.drawn(step))
 
 
 def _rates(run: Run, before: int) -> dict[str, Any]:

@@ -56,6 +56,11 @@ class Validator:
         epoch, position = divmod(step, steps_per_epoch)
         return bool(options.every_epochs and position == 0 and (epoch - 1) % options.every_epochs == 0)
 
+    def drawn(self, step: int) -> bool:
+        """Are the pictures of this step there? The main process looks."""
+        rows = partial(sample.recorded, Path(self.config.output_dir).expanduser() / "samples")
+        return distributed.decided(self.accelerator, lambda: any(row["step"] == step for row in rows()))
+
     def __call__(self, sdxl: SDXL, step: int, weights: str) -> None:
         """Draw all prompts with the model as it is now into samples/step-N/ and hand them to the trackers."""
         options, accelerator = self.config.validation, self.accelerator

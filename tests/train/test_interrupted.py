@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdxl_trainer import checkpoint, files
@@ -125,6 +126,34 @@ def test_interrupted_runs_end_bitwise_alike(
     assert [step for step, _, _ in losses(broken)] == list(range(1, 13))
     assert result(broken) == result(whole)
     assert not list(broken.glob(".*"))
+
+
+def test_pictures_that_an_interruption_prevented_are_drawn(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint comes before the pictures of its step, and drawing takes minutes where models are large."""
+    small = {"validation": {"prompts": ["a red circle"], "images": 1, "steps": 1, "at_end": False}}
+    small |= {"train": {"steps": 6, "checkpoint_every": 2, "validate_every": 2}}
+    undisturbed = train(config(output_dir=str(tmp_path / "undisturbed"), **small))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(job: Any) -> None:
+        raise Killed
+
+    made = config(output_dir=str(tmp_path / "killed"), **small)
+    with monkeypatch.context() as change:
+        change.setattr("sdxl_trainer.finish.draw_validation", killed)
+        with pytest.raises(Killed):
+            train(made)
+    output = train(made)
+    for step in (2, 4):
+        file = f"samples/step-{step:06}/0-0.png"
+        assert (output / file).is_file(), f"the picture of step {step} is missing"
+        assert Image.open(output / file).tobytes() == Image.open(undisturbed / file).tobytes()
+    rows = [json.loads(line) for line in (output / "samples/samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
 
 
 def test_two_processes_take_the_same_steps(config: Callable[..., Any], tmp_path: Path) -> None:
