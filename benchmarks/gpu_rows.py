@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_drift import drift
 from gpu_ladder import graphs, kernels, ladder
 from gpu_step import (
     Bench,
@@ -300,35 +301,6 @@ def adapter(bench: Bench) -> Measures:
         name = f"{kind} base, batch {samples}" + (", checkpointing" if share else "")
         lacks = kind == "nf4" and not find_spec("bitsandbytes")
         yield name, "no bitsandbytes" if lacks else lambda k=kind, b=samples, s=share: measure(k, b, s)
-
-
-def drift(bench: Bench) -> Measures:
-    """Losses of bf16 weights, rounded by chance, and of fp32 ones on the same random pictures over 150 steps."""
-
-    def measure(dtype: torch.dtype, name: str, master: bool = False) -> dict[str, Any]:
-        model = make_unet(bench, dtype)
-        parameters = list(model.parameters())
-        optimizer = make_optimizer(model, name, RATES[name], master)
-        losses: list[Tensor] = []
-        count = 150 if bench.large else 3
-        sets = [make_inputs(bench, bench.sides[-1], 1, dtype, seed) for seed in range(8)]
-        for number in range(count):
-            losses.append(make_passes(model, *sets[number % 8], dtype)())
-            update(optimizer, parameters)
-            if time.monotonic() > bench.ends:
-                return {"steps": number + 1, "failed": "no time"}
-        values = torch.stack(losses).tolist()
-        return {"first": statistics.mean(values[:8]), "last": statistics.mean(values[-16:])}
-
-    yield "fp32", lambda: measure(torch.float32, "adamw")
-    yield "bf16", lambda: measure(torch.bfloat16, "adamw", master=True)
-    yield "bf16, by chance", lambda: measure(torch.bfloat16, "adamw_bf16")
-    yield "fp32, Adafactor", lambda: measure(torch.float32, "adafactor")
-    yield "bf16, Adafactor", lambda: measure(torch.bfloat16, "adafactor")
-
-
-# Of drift; Adafactor's is relative to each tensor.
-RATES = {"adamw": 1e-5, "adamw_bf16": 1e-5, "adafactor": 1e-3}
 
 
 def vae(bench: Bench) -> Measures:

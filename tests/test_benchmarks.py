@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import warnings
@@ -128,7 +129,7 @@ def test_the_gpu_s_rows_run_on_a_gpu_that_is_made_up(
 
     for name in [name for name in gpu_ladder.CHANGES if "compiled" in name]:  # those are taken on the CPU
         monkeypatch.delitem(gpu_ladder.CHANGES, name)
-    names = set(gpu().GROUPS.split(",")) - {"gate", "tests", "whole"}
+    names = set(gpu().GROUPS.split(",")) - {"gate", "drift", "tests", "whole"}
     monkeypatch.setattr(gpu_step, "find_spec", lambda name: None)
     monkeypatch.setattr(gpu_step.Bench, "seconds", lambda bench, step, warm=3: [(step(), 1.0)[1]])
     for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
@@ -141,6 +142,30 @@ def test_the_gpu_s_rows_run_on_a_gpu_that_is_made_up(
     assert found["full"]["ours fp32, 64 px, batch 1"]["images_per_second"] > 0
     assert names <= found.keys()
     assert '"failed"' not in json.dumps(found)
+
+
+def test_levels_are_as_far_apart_as_their_last_losses(rows: Any) -> None:
+    import gpu_drift
+
+    exact = [2.0] * 40 + [1.0, 1.2] * 5
+    found = gpu_drift.compared({"fp32": exact, "bf16": [loss + 0.1 for loss in exact] + [9.0]})
+    assert found["steps"] == 50
+    error = statistics.stdev([1.0, 1.2] * 5) / 10**0.5
+    levels = found["levels"]
+    assert levels["fp32"]["apart"] == 0
+    assert levels["bf16"]["apart"] == pytest.approx(0.1 / error)
+    assert [levels["bf16"][key] for key in ("first", "last")] == pytest.approx([2.1, 1.2])
+    assert levels["fp32"]["curve"] == [2.0] * 4 + [1.1]
+
+
+def test_levels_begin_alike_and_meet_the_same_noise(rows: Any) -> None:
+    import gpu_drift
+
+    bench = rows.bench(gpu().parse(["--device", "cpu", *SMALL]))
+    exact, other = (gpu_drift.learned(bench, level, 6) for level in ("fp32", "bf16, by chance"))
+    assert len({*exact}) == 6
+    assert exact != other
+    assert other == pytest.approx(exact, rel=0.02)
 
 
 def test_the_tests_of_a_gpu_are_counted_and_those_that_fail_are_told(
@@ -256,10 +281,11 @@ def test_the_page_tells_what_a_gpu_is_to_reach(tmp_path: Path, monkeypatch: pyte
         },
         "low_memory": {"bf16, Adafactor, fused backward": slow, "bf16, Adafactor": fast},
         "adapter": {"fp8 base, batch 1": slow, "bf16 base, batch 4": fast, "nf4 base, batch 1": {"failed": "no"}},
+        "drift": {"AdamW": {"levels": {"fp32": {"apart": 0.0}, "bf16": {"apart": 0.4}}}, "8 bits": {"failed": "no"}},
     }
     (tmp_path / "gpu.json").write_text(json.dumps(found), encoding="utf-8")
     figures = [target.found for target in page.gpu_targets()]
-    assert figures == [30.0, None, 0.75, 1.5, 7.0, pytest.approx(1 / 3), 7.0]
+    assert figures == [30.0, None, 0.75, 1.5, 7.0, pytest.approx(1 / 3), 7.0, 0.4]
 
 
 def test_what_fails_on_a_gpu_is_told_and_leaves_nothing_behind(rows: Any) -> None:
