@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sdxl_trainer import files
@@ -43,13 +43,24 @@ def is_held(folder: Path) -> bool:
     """Whether a run holds the folder, by what its lock says; of another machine's processes nothing more is known."""
     try:
         told = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        if told["host"] == socket.gethostname():
-            os.kill(told["pid"], 0)
-    except PermissionError:  # somebody else's process: it is there
-        return True
+        return told["host"] != socket.gethostname() or _lives(told["pid"], told.get("began"))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return True
+
+
+def _lives(pid: int, began: str | None) -> bool:
+    """Whether a process is there, and not another one that has its number now."""
+    with suppress(PermissionError):  # somebody else's process: it is there
+        os.kill(pid, 0)
+    return None in (began, now := _began(pid)) or began == now
+
+
+def _began(pid: int) -> str | None:
+    """When a process began, in the system's own count; None where it does not tell (macOS)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _acquired(path: Path) -> int:
@@ -70,6 +81,7 @@ def _acquired(path: Path) -> int:
             raise UserError(what, str(path.parent), "wait for it or stop it, or choose another output_dir") from None
         if _is_at(descriptor, path):
             told = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            told["began"] = _began(os.getpid())
             os.truncate(descriptor, 0)
             os.write(descriptor, json.dumps(told).encode())
             return descriptor

@@ -129,6 +129,13 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     (tmp_path / lock.NAME).write_text(json.dumps(gone), encoding="utf-8")
     with pytest.raises(UserError, match="no run is at work"):
         wishes.ask(tmp_path, ["save"])
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as another:
+        # The number of a run that was killed is another process's now.
+        for began, there in (("1", not Path("/proc/self/stat").exists()), (None, True)):
+            told = {**gone, "pid": another.pid, "began": began}
+            (tmp_path / lock.NAME).write_text(json.dumps(told), encoding="utf-8")
+            assert lock.is_held(tmp_path) == there
+        another.communicate(b"\n")
     (tmp_path / lock.NAME).write_text(json.dumps({**gone, "host": "elsewhere"}), encoding="utf-8")
     assert wishes.ask(tmp_path, ["save"])
     assert (tmp_path / wishes.WISHES["save"]).is_file()
