@@ -38,7 +38,7 @@ def collect_garbage(folder: Path, needed: Collection[str]) -> int:
             continue
         if live:
             with safe_open(path, framework="pt") as shard:
-                notes = json.loads(shard.metadata()["notes"])
+                notes = json.loads((shard.metadata() or {}).get("notes", "{}"))  # shards of old have none
                 cache.write_shard(folder, {n: store.get(n) for n in live}, {n: notes[n] for n in live if n in notes})
         path.unlink()
     return before - cache.Store(folder).bytes()

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from sdxl_trainer import files
 from sdxl_trainer.data import cache, places, upkeep
 from sdxl_trainer.errors import UserError
 
@@ -99,6 +101,17 @@ def test_garbage_goes_and_the_rest_stays(tmp_path: Path) -> None:
     assert freed > 0
     assert upkeep.damaged(tmp_path) == []
     assert upkeep.collect_garbage(tmp_path, {"a", "c"}) == 0
+
+
+def test_garbage_goes_from_shards_that_were_written_without_notes(tmp_path: Path) -> None:
+    filled(tmp_path, ["a", "b"])
+    (path,) = tmp_path.glob("*.safetensors")
+    save_file(load_file(path), path)
+    path.rename(path.with_stem(files.sha256(path)[: len(path.stem)]))
+    assert upkeep.collect_garbage(tmp_path, {"a"}) > 0
+    store = cache.open_store(tmp_path)
+    assert [name for name in "ab" if name in store] == ["a"]
+    assert upkeep.damaged(tmp_path) == []
 
 
 def test_values_that_do_not_fit_are_refused_by_name() -> None:
