@@ -16,6 +16,7 @@ from sdxl_trainer.config import Config
 from sdxl_trainer.data.plan import Plan
 from sdxl_trainer.data.prepare import Stock
 from sdxl_trainer.errors import UserError, shortened
+from sdxl_trainer.formats import WORD_FILES
 from sdxl_trainer.run import Start
 
 # Options that may change when a run continues: they do not decide what a step computes.
@@ -70,6 +71,8 @@ def starting_point(
         mirror.newest(config.train.checkpoint_mirror, output, say)
     if start.mode == "continue" and last and last.get("finished") and last["steps"] >= steps:
         _refuse_another(last["config"], last["data_hash"], config, data_hash, str(output))
+        for line in _too_late(last["config"], config, output):
+            say(line)
         return Begin(None, steps, True, data_hash)
     chosen = _named(output, start, say) if start.mode == "checkpoint" else _newest(output, say)
     if chosen is None:
@@ -103,6 +106,23 @@ def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any
     then, now = configfile.flat(_completed(old)), configfile.flat(config.model_dump(mode="json"))
     keys = [k for k in {**then, **now} if not k.startswith(FREE) and not PLACE.fullmatch(k)]
     return [(k, then.get(k), now.get(k)) for k in keys if then.get(k) != now.get(k)]
+
+
+def _too_late(old: dict[str, Any], config: Config, output: Path) -> list[str]:
+    """What was asked for after the end of a run and so is not done, with the commands that do it."""
+    then, now = configfile.flat(_completed(old)), configfile.flat(config.model_dump(mode="json"))
+    changed = [key for key in now if key.startswith("export.") and then.get(key) != now[key]]
+    lines = []
+    if changed:
+        name, dtype = config.export.name or output.resolve().name, config.export.dtype
+        words = f"sdxl convert {output / WORD_FILES[0]} {name}_emb.safetensors"
+        whole = f"sdxl convert {output} {name}.safetensors" + (f" --dtype {dtype}" if dtype else "")
+        commands = [words if kind == "embeddings" else whole for kind in dict.fromkeys(config.export.formats)]
+        fix = "; ".join(commands) or "what is there stays as it is"
+        lines.append(f"the run had ended when {shortened(changed)} changed, and writes no more files: {fix}")
+    if config.hub.push and not then.get("hub.push"):
+        lines.append(f"the run had ended when hub.push changed: sdxl push {output}")
+    return lines
 
 
 def _completed(old: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a run leaves for other programs: read by them, with the effect of the result, and saying what is true."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.formats import folder, header, lora, single_file
 from sdxl_trainer.train import train
+from tests.bad_inputs.place import run_here
 from tests.train.test_adapters import stock_picture
 
 VALIDATION = {"prompts": ["a red circle"], "images": 1, "steps": 2, "seed": 5}
@@ -100,6 +102,25 @@ def test_a_whole_model_in_one_file(config: Callable[..., Any], base: Path, tmp_p
     for part, weights in single_file.read(tmp_path / "run/mine.safetensors").items():
         trained = folder.read_weights(part, tmp_path / "run")
         assert all(torch.equal(weights[name], tensor) for name, tensor in trained.items())
+
+
+def test_files_that_are_asked_for_too_late_are_written_by_another_command(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    words = [{"name": "<toy>", "init": "circle"}]
+    sections = {"adapter": {"rank": 2}, "token": words, "data": [{"caption_prefix": "<toy> "}], "train": {"steps": 1}}
+    output = train(config(**sections, export={"formats": ["kohya"]}))
+    train(config(**sections, export={"formats": ["kohya"]}))
+    assert "ended" not in capfd.readouterr().err
+    export = {"formats": ["kohya", "embeddings"], "name": "mine", "dtype": "bf16"}
+    train(config(**sections, export=export, hub={"push": True}))
+    said = capfd.readouterr().err
+    assert "the run had ended when export.formats, export.name, export.dtype changed, and writes no more files" in said
+    assert f"the run had ended when hub.push changed: sdxl push {output}" in said
+    monkeypatch.chdir(tmp_path)
+    for command in re.findall(r"sdxl (convert \S+ \S+\.safetensors(?: --dtype bf16)?)", said):
+        assert run_here(command.split(), monkeypatch) == 0
+    assert {path.name for path in tmp_path.glob("mine*")} == {"mine.safetensors", "mine_emb.safetensors"}
 
 
 @pytest.mark.parametrize(
