@@ -1,7 +1,8 @@
 """The run: set up, step, loop. A run is a value: what step k trains on depends on (config, data, k) alone."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from time import sleep
@@ -13,6 +14,7 @@ from torch import Tensor
 from sdxl_trainer import (
     checkpoint,
     distributed,
+    files,
     finish,
     guards,
     held_out,
@@ -34,6 +36,7 @@ from sdxl_trainer.run import CONTINUE, Job, Run, Start, State, Stop, Unread, sto
 from sdxl_trainer.threads import keep_freed_memory
 
 BETWEEN_LOOKS = 0.5  # seconds in which a paused run asks whether it may go on
+LITTLE = 1_000_000  # bytes: what is noted of some thousand pictures
 
 
 def train_step(run: Run, state: State, batches: list[Batch], images: int) -> tuple[Tensor, Tensor]:
@@ -110,6 +113,8 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
     Raises UserError for what the user can fix and Interrupted after a signal, when everything is saved.
     """
     output = Path(config.output_dir).expanduser()
+    with files.explained(output):
+        new = not output.exists()
     with (
         stopping() as stop,
         lock.held(output, distributed.leads()),
@@ -119,7 +124,8 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
         if distributed.leads():
             wishes.forget(output)  # those of an earlier run, which ended before it saw them
         keep_freed_memory()
-        job = setup.prepare_job(config, start)
+        with _leaving_little(output, new):
+            job = setup.prepare_job(config, start)
         if job is None:
             return output
         stop.gently = True
@@ -144,6 +150,19 @@ def train(config: Config, start: Start = CONTINUE) -> Path:
             raise Interrupted(stop.signal)
         finish.conclude(job)
     return job.output
+
+
+@contextmanager
+def _leaving_little(output: Path, new: bool) -> Iterator[None]:
+    """A run that is refused takes its `new` folder away again, where there is little and nothing but a cache in it."""
+    try:
+        yield
+    except UserError:
+        there = [path for path in output.rglob("*") if path.is_file() and path.name != lock.NAME]
+        little = sum(path.stat().st_size for path in there) < LITTLE
+        if new and distributed.leads() and little and all(output / "cache" in path.parents for path in there):
+            files.remove(output)
+        raise
 
 
 def _loop(job: Job, stop: Stop) -> None:

@@ -10,10 +10,12 @@ import pytest
 
 from sdxl_trainer import base as bases
 from sdxl_trainer import check, disk, resume, setup
+from sdxl_trainer import train as runs
 from sdxl_trainer.data import prepare
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.run import CONTINUE
 from sdxl_trainer.train import train
+from tests.conftest import draw_folder
 
 TRAIN = {"steps": 4, "checkpoint_every": 1, "checkpoints_limit": 2}
 
@@ -94,4 +96,27 @@ def test_too_little_for_all_is_said_and_too_little_for_one_refused(
     room = int(need.certain) - 1
     with pytest.raises(UserError, match=r"a checkpoint takes .* and the disk has .* free"):
         train(made)
-    assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock", "logs"}
+    assert not (tmp_path / "run").exists(), "what is refused leaves nothing behind"
+
+
+def test_a_run_that_is_refused_leaves_no_folder_of_its_own(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it noted of a few pictures is found again in no time; much of it stays, and so does what was there."""
+    (tmp_path / "pictures").mkdir()
+    made = config(data=[{"path": str(draw_folder(tmp_path / "pictures", [(64, 64)] * 3))}], cache={"path": None})
+    (tmp_path / "pictures" / "1.png").write_bytes(b"no picture")
+    output = tmp_path / "run"
+
+    def refused() -> list[str]:
+        with pytest.raises(UserError, match="not a picture that can be read"):
+            train(made)
+        return sorted(path.name for path in output.iterdir()) if output.exists() else []
+
+    assert not refused()
+    assert not output.exists()
+    output.mkdir()
+    assert refused() == ["cache"]
+    shutil.rmtree(output)
+    monkeypatch.setattr(runs, "LITTLE", 10)
+    assert refused() == ["cache"]
