@@ -186,7 +186,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
         (
             "model",
             str | None,
-            typer.Argument(help="diffusers folder, hub id, .safetensors file, or folder of a run"),
+            typer.Argument(help="diffusers folder, hub id, .safetensors file, folder of a run, or micro"),
             None,
         ),
         ("prompt", several, option(help="what to draw; may be given several times"), None),

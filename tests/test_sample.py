@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from sdxl_trainer import sample
-from sdxl_trainer.sampling import order
+from sdxl_trainer.errors import UserError
+from sdxl_trainer.formats.folder import MICRO
+from sdxl_trainer.sampling import models, order
 from sdxl_trainer.train import train
 
 
@@ -67,3 +69,11 @@ def test_pictures_from_disk_are_noted_with_their_settings(base: Path, tmp_path: 
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == [7, 8, 7, 8]
     assert all(row["negative"] == "a blue square" and row["steps"] == 2 for row in rows)
+
+
+def test_the_shipped_model_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert models.find("micro").folder == MICRO
+    (tmp_path / "micro").mkdir()
+    with pytest.raises(UserError, match="no diffusers model here"):
+        models.find("micro")

@@ -16,6 +16,7 @@ from sdxl_trainer.config import Model, TextOptions, Token
 from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.errors import UserError, closest, plural
 from sdxl_trainer.formats import pretrained
+from sdxl_trainer.formats.folder import MICRO
 from sdxl_trainer.sampling import checkpoints, draw
 from sdxl_trainer.sampling.draw import Embedded
 from sdxl_trainer.sampling.request import Request
@@ -48,8 +49,10 @@ def side(of: Base) -> int:
 
 
 def find(name: str, where: str = "MODEL") -> Base:
-    """The model on disk or on the hub; the cache holds what is unpacked from single files, and links that make models
-    of checkpoints."""
+    """The model on disk or on the hub, or micro, the shipped one; the cache holds what is unpacked from single files,
+    and links that make models of checkpoints."""
+    if name == MICRO.name and not Path(name).exists():
+        return base.resolve(Model(path=str(MICRO)), CACHE)
     checkpoint = checkpoints.assembled(Path(name).expanduser(), CACHE)
     return base.resolve(Model(path=str(checkpoint or name)), CACHE)
 
