@@ -129,7 +129,10 @@ def memory(
     """Bytes of weights, gradients, optimizer, averages and activations while training."""
     step = memories.step(config, setup.shapes(stock), precision, distributed.device_type())
     parts = memories.parts(config, sdxl, groups, step)
-    return [(name, dataset.size(value)) for name, value in {**parts, "together": sum(parts.values())}.items() if value]
+    rows = {**parts, "together": sum(parts.values())}
+    # Beside a GPU that is memory of the host, which is not what runs out.
+    process = [("not counted", "Python with its libraries, about half a GB")] if step.device == "cpu" else []
+    return [(name, dataset.size(value)) for name, value in rows.items() if value] + process
 
 
 def _learns(config: Config, groups: list[parameters.Group], unet: int) -> list[tuple[str, str]]:

@@ -381,3 +381,4 @@ def test_check_tells_it(config: Callable[..., Any], capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "activations and workspace" in printed
     assert "together" in printed
+    assert "not counted                Python with its libraries" in printed, "a CPU's memory holds them too"
