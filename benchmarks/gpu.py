@@ -54,6 +54,8 @@ FIRST = [
     "low_memory: bf16, Adafactor",
     "adapter: bf16 base, batch 1, checkpointing",
     "gate: 512 px",
+    "attention: cudnn_attention, 20 heads, 988 x 988",
+    "attention: cudnn_attention, 10 heads, 3952 x 77",
     "tests: on this device",
     "kernels: 1024 px, batch 8",
     "kernels: 512 px, batch 16",

@@ -20,7 +20,8 @@ from sdxl_trainer.errors import UserError
 
 # A loss is a spike from this many robust standard deviations above the median of the losses before it.
 SPIKE, WINDOW, ENOUGH = 8.0, 200, 20
-_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+# What PyTorch says, and of GPUs' libraries for products, which ask for memory of their own.
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED", re.IGNORECASE)
 # What the libraries by which processes talk say when another one is gone (gloo, NCCL).
 _GONE = re.compile(r"closed by peer|reset by peer|broken pipe|remote process (exited|has)", re.IGNORECASE)
 _EXIT = 75  # EX_TEMPFAIL: launchers that restart may

@@ -16,7 +16,8 @@ from sdxl_trainer.model import SDXL
 # What training reaches of the rate at which the device multiplies matrices. A rule of thumb: the rest is memory
 # traffic, small kernels and waiting.
 SHARE = 0.4
-_SIDE, _SECONDS = 1024, 0.3
+# Side of the matrices on a CPU, and elsewhere: products of small ones are over before a GPU is told of the next.
+_SIDE, _LARGE, _SECONDS = 1024, 4096, 0.3
 
 
 def estimate(
@@ -60,7 +61,8 @@ def _earlier(path: Path) -> float | None:
 
 def _matmul(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of square matrix products."""
-    a = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
+    side = _SIDE if device.type == "cpu" else _LARGE
+    a = torch.ones(side, side, device=device, dtype=dtype)
 
     def run(times: int) -> float:
         began = time.perf_counter()
@@ -72,4 +74,4 @@ def _matmul(device: torch.device, dtype: torch.dtype) -> float:
 
     run(1)
     times = max(1, round(_SECONDS / max(run(1), 1e-5)))
-    return times * 2 * _SIDE**3 / run(times)
+    return times * 2 * side**3 / run(times)

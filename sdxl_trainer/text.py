@@ -230,10 +230,15 @@ def encode(text: TextEncoders, prompts: Sequence[Prompt], options: TextOptions) 
 
 @torch.no_grad()
 def encode_tokens(
-    text: TextEncoders, tokens: Sequence[Tokens], options: TextOptions, size: int | None = None
+    text: TextEncoders,
+    tokens: Sequence[Tokens],
+    options: TextOptions,
+    size: int | None = None,
+    device: torch.device | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """As `encode`, of what is tokenized; `size` as in `weighted`."""
-    device = next(text.encoders[1].parameters()).device
+    """As `encode`, of what is tokenized; `size` as in `weighted`. `device`: where the encoders compute, if their
+    weights do not lie there."""
+    device = device or next(text.encoders[1].parameters()).device
     empty = tokenize(text.tokenizers, [Prompt("")], options)[0].ids[:1]
     heavy = any(found.weights is not None for found in tokens)
     ids = torch.cat([empty, *(found.ids for found in tokens)] if heavy else [found.ids for found in tokens])

@@ -294,6 +294,9 @@ def attach(pipeline: Any, paths: Sequence[str]) -> list[Token]:
             encoder, tokenizer = getattr(pipeline, part), getattr(pipeline, part.replace("text_encoder", "tokenizer"))
             modules = [m for m in encoder.modules() if isinstance(m, Extended)]
             table = modules[0] if modules else extended(encoder, len(tokenizer))
+            if table.weight.is_meta:
+                what = "--offload sequential keeps no weights with the text encoders, beside which new words would lie"
+                raise UserError(what, given, "use --offload model")
             find_end_by_id(encoder, tokenizer.eos_token_id)
             for word, rows in found.items():
                 if rows[key].shape[1] != table.weight.shape[1]:

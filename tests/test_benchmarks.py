@@ -106,6 +106,16 @@ def test_the_gpu_s_measures_first_what_counts(rows: Any) -> None:
     assert labels[: len(there)] == there
 
 
+def test_attention_whose_gradients_are_no_numbers_is_not_finite(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attended(function: Any, inputs: Any, up: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.ones(1), torch.full((1,), torch.nan if up.dtype == torch.bfloat16 else 1.0), torch.ones(1)]
+
+    monkeypatch.setattr(rows, "_attended", attended)
+    (row, *_) = dict(rows.attention(rows.bench(gpu().parse(["--device", "cpu", *SMALL])))).values()
+    assert row()["finite"] is False
+    assert rows._largest([0.1, float("nan"), 0.2]) != rows._largest([0.1, 0.2]) == 0.2
+
+
 class Stands:
     """For streams and graphs of CUDA: what is captured takes place at once, and once more when it is replayed."""
 

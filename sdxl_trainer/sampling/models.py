@@ -177,5 +177,5 @@ def _embedded(loaded: Loaded, request: Request, first: str, second: str | None) 
                 f"'{cut.prompt.text[:40]}' loses its last {plural(cut.tokens, 'token')}: {cut.text[:80]}",
                 file=sys.stderr,
             )
-        loaded.known[key] = text.encode_tokens(encoding, read, options)[0]
+        loaded.known[key] = text.encode_tokens(encoding, read, options, device=_device(loaded))[0]
     return loaded.known[key]

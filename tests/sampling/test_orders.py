@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdxl_trainer import cli, sample
 from sdxl_trainer.errors import UserError
-from sdxl_trainer.sampling import grid, order, prompts, samplers
+from sdxl_trainer.sampling import grid, models, order, prompts, samplers
+from sdxl_trainer.sampling.request import Request
 
 LINES = """# two pictures
 a cat --w 832 --h 1216 --d 7 --s 30 --l 6.5 --n blurry, dark --ss euler_a
@@ -172,6 +174,24 @@ def test_offloading_on_a_cpu_is_refused(base: Path, tmp_path: Path) -> None:
         pytest.skip("there is a device to offload from")
     with pytest.raises(UserError, match="has no effect"):
         list(sample.run(order.made(str(base), {}, ["x"]), tmp_path, offload="model"))
+
+
+def test_encoders_whose_weights_are_elsewhere(base: Path, tmp_path: Path) -> None:
+    """As `--offload sequential` leaves them between their calls."""
+    from accelerate import cpu_offload
+    from safetensors.torch import save_file
+
+    loaded = models.load(str(base))
+    request = Request("a (red:1.3) circle", seed=0, emphasis="a1111")
+    expected = models.conditions(loaded, request)
+    loaded.known.clear()
+    for part in ("vae", "unet", "text_encoder", "text_encoder_2"):
+        cpu_offload(getattr(loaded.pipeline, part), torch.device("cpu"))
+    for name, tensor in models.conditions(loaded, request).items():
+        assert torch.equal(tensor, expected[name])
+    save_file({"clip_l": torch.zeros(1, 32), "clip_g": torch.zeros(1, 32)}, tmp_path / "word.safetensors")
+    with pytest.raises(UserError, match="sequential keeps no weights"):
+        models.dress(loaded, (), (str(tmp_path / "word.safetensors"),))
 
 
 def test_the_command(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -18,6 +18,8 @@ from sdxl_trainer.config import Config
 from sdxl_trainer.errors import UserError
 from sdxl_trainer.log import read_metrics
 from sdxl_trainer.run import CONTINUE, Stop
+from sdxl_trainer.sampling import models
+from sdxl_trainer.sampling.request import Request
 from tests.conftest import CAPTIONS
 from tests.made_up_gpu import DEVICE, REAL, a_gpu
 
@@ -221,6 +223,17 @@ def test_whole_runs(made: Callable[..., Config], pictures: Path, tmp_path: Path,
     assert found == []
     assert (output / "samples" / "step-000002" / "0-0.png").is_file()
     assert all(np.isfinite(row["loss"]) for row in read_metrics(output / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("offload", [None, "model", *(["sequential"] if REAL else [])])
+def test_prompts_are_read_on_a_gpu_that_has_not_all_weights(base: Path, offload: str | None) -> None:
+    request = Request("a (red:1.3) circle", seed=0, emphasis="a1111")
+    plain = models.conditions(models.load(str(base)), request) if not REAL else {}
+    with a_gpu():
+        found = models.conditions(models.load(str(base), offload), request)
+        assert all(tensor.is_cuda for tensor in found.values())
+        for name, tensor in plain.items():
+            torch.testing.assert_close(found[name].cpu(), tensor, atol=0.05, rtol=0.05)  # in bf16
 
 
 def test_class_pictures_are_drawn_on_a_gpu(made: Callable[..., Config], tmp_path: Path) -> None:
