@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -39,7 +39,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise _of_others(path)
     for text in overrides:
         override(tree, text)
-    return validated(tree, str(path))
+    return validated(tree, str(path), {text.partition("=")[0].strip() for text in overrides})
 
 
 def _of_others(path: Path) -> UserError:
@@ -49,10 +49,11 @@ def _of_others(path: Path) -> UserError:
     return UserError(what, str(path), f"sdxl convert {path} ours.toml")
 
 
-def validated(tree: dict[str, Any], where: str) -> Config:
-    """A checked config from plain data; `where` names its origin in messages."""
+def validated(tree: dict[str, Any], where: str, overridden: Collection[str] = ()) -> Config:
+    """A checked config from plain data; `where` names its origin in messages, but for options that the command line has
+    `overridden`."""
     whole = presets.under(tree, where)
-    config = _parsed(whole, where)
+    config = _parsed(whole, where, overridden)
     # A preset is written for no file in particular: what of it does nothing beside the file's own is left out.
     idle = [option for option, _ in refusals.inert(config) if not refusals.is_default(config, option)]
     unasked = [option for option in idle if not _given(tree, option)]
@@ -63,12 +64,12 @@ def validated(tree: dict[str, Any], where: str) -> Config:
     return config
 
 
-def _parsed(tree: dict[str, Any], where: str) -> Config:
+def _parsed(tree: dict[str, Any], where: str, overridden: Collection[str] = ()) -> Config:
     try:
         # Through JSON, since strict types there allow a list where the config holds a tuple.
         return Config.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        raise _user_error(error, where) from None
+        raise _user_error(error, where, overridden) from None
 
 
 def _given(tree: dict[str, Any], option: str) -> bool:
@@ -214,14 +215,19 @@ _DERIVED = {
 }
 
 
-def _user_error(error: ValidationError, where: str) -> UserError:
+def _user_error(error: ValidationError, where: str, overridden: Collection[str]) -> UserError:
     # A list whose entries are wrong is said to be empty too. An unknown key comes first: it may be what is missing.
     found = [e for e in error.errors(include_url=False) if e["type"] != "too_short" or not e["input"]]
     first = min(found, key=lambda e: e["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     others = len(found) - 1
     more = f" ({others} more {'problem' if others == 1 else 'problems'} after this one)" if others else ""
-    if first["type"] == "extra_forbidden":
+    unknown = first["type"] == "extra_forbidden"
+    here = {option for option in overridden if f"{key}.".startswith(f"{option}.")}
+    made = unknown or first["type"].endswith("_type")  # what `put` made a section of, to hold the option
+    above = {option for option in overridden if made and option.startswith(f"{key}.")}
+    where = "command line" if here or above else where
+    if unknown:
         name, fields = str(first["loc"][-1]), _fields(first["loc"][:-1])
         return UserError(f"unknown key '{key}'{more}", where, _DERIVED.get(key) or closest(name, fields))
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
@@ -233,6 +239,16 @@ def _user_error(error: ValidationError, where: str) -> UserError:
         return UserError(f"'{key}' is missing{more}", where, f"add {first['loc'][-1]} = ... {_section(first['loc'])}")
     what = f"{key} = {shown(first['input'])} is not allowed{more}"
     return UserError(what, where, _fix(first))
+
+
+# What kinds of values are called.
+_TYPES = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text, in quotes",
+}
 
 
 def _fix(error: Any) -> str:
@@ -253,7 +269,9 @@ def _fix(error: Any) -> str:
         return f"it should be a section: [{section}], then its options, one per line"
     if kind == "tuple_type" and name in {"data", "learn", "token"}:
         return f"it should be a list of sections: write [[{name}]] above each"
-    allowed = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if kind == "tuple_type" and not isinstance(given, dict):
+        return f"it should be a list: [{shown(given)}]"
+    allowed = _TYPES.get(kind) or error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"it should be {allowed}"
 
 

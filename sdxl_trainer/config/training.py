@@ -87,7 +87,7 @@ STEP_APART = ("adafactor", "adamw", "adamw8bit", "adamw_bf16", "came", "lion", "
 
 def _optimizer(name: str) -> str:
     if name not in OPTIMIZERS and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
-        raise ValueError(f"module:Class, or one of: {closest(name, OPTIMIZERS)}")
+        raise ValueError(f"the name of an optimizer ({closest(name, OPTIMIZERS)}) or module:Class")
     return name
 
 

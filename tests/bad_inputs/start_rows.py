@@ -33,7 +33,7 @@ ROWS = [
     Bad("unknown preset shown", "no preset 'lora'", "sdxl presets", command=("presets", "lora")),
     Bad("unknown preset in the config", "no preset 'x@1'", "dreambooth, full", "preset", options={"preset": "x@1"}),
     Bad("preset without version", "'full' has no version", 'preset = "full@1"', "preset", options={"preset": "full"}),
-    Bad("preset that is a number", "preset = 1 is not allowed", "string", options={"preset": 1}),
+    Bad("preset that is a number", "preset = 1 is not allowed", "text, in quotes", options={"preset": 1}),
     Bad(
         "neither captions nor a trigger",
         "6 pictures have no caption",
