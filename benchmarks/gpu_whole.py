@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,16 @@ def tests(bench: Bench) -> Measures:
     )
     if bench.device.type != "cuda":
         return
-    yield "on this device", f"no {lacks}" if lacks else _tested
+    yield "on this device", f"no {lacks}" if lacks else lambda: _tested(bench.ends - time.monotonic())
 
 
-def _tested() -> dict[str, Any]:
+def _tested(left: float) -> dict[str, Any]:
+    most = min(TESTS_SECONDS, left + 15.0)
     # Libraries of other versions may warn, and what was found counts also where time runs out.
-    options = ["-q", "-p", "no:cacheprovider", "--tb=line", "-W", "default", f"--session-timeout={TESTS_SECONDS - 30}"]
+    options = ["-q", "-p", "no:cacheprovider", "--tb=line", "-W", "default", f"--session-timeout={most - 25:.0f}"]
     several = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", *options, *several]
-    said = _said([*command, *TESTS], TESTS_SECONDS)
+    said = _said([*command, *TESTS], most)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", said[-300:])}
     told = [line[:300] for line in said.splitlines() if re.match(r"(FAILED|ERROR|E |/.*: )", line)]
     return {"counts": counts, "told": told[:40]} if counts else {"failed": said[-1500:]}

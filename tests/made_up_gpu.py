@@ -30,6 +30,8 @@ WAITING = {
     aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim,
     aten.unique_consecutive, aten.unique_dim_consecutive, aten.is_nonzero, aten._linalg_check_errors,
 }  # fmt: skip
+# Optimizers' kernels that read weights, gradients and state by one number: their layouts have to be the same.
+FUSED = {aten._fused_adamw_, aten._fused_adam_, aten._fused_sgd_}
 # What autocast does in fp32 on CUDA, and not on a CPU.
 WIDE = {"layer_norm", "group_norm"}
 # What makes tensors, out of nothing or of numbers of the host.
@@ -74,6 +76,8 @@ class OnGpu(Tensor):
                 wait(f"{function} by a mask, or by indices of the host")
         if function.overloadpacket is aten.repeat_interleave and kwargs.get("output_size") is None:
             wait(f"{function} without output_size")
+        if function.overloadpacket in FUSED:
+            _refuse_other_layouts(function, args)
         own = {id(leaf.host): leaf for leaf in leaves if on_gpu(leaf)}
         plain = tree_map_only(OnGpu, lambda t: t.host, (args, kwargs))
         found = function(*plain[0], **plain[1])
@@ -101,6 +105,16 @@ def _refuse_mixed(function: Any, args: Any, leaves: list[Any]) -> None:
     # A single number of the host becomes an argument of the kernel; lists of tensors are not that kind.
     if any(t.dim() or "foreach" in str(function) for t in beside):
         raise RuntimeError(f"{function}: expected all tensors to be on the same device, found cuda:0 and cpu")
+
+
+def _refuse_other_layouts(function: Any, args: Any) -> None:
+    lists = [given for given in args if isinstance(given, list) and given and given[0].dim()]
+    for alike in zip(*lists, strict=True):
+        layouts = {
+            (tuple(step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1), t.dtype) for t in alike
+        }
+        if len(layouts) > 1:
+            raise RuntimeError(f"{function}: params, grads and state must have same dtype and layout, found {layouts}")
 
 
 def _copied(target: Any, source: Any, non_blocking: bool) -> None:

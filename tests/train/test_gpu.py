@@ -263,6 +263,14 @@ def test_what_lies_on_a_gpu_is_copied_into_few_large_pieces_of_memory(
     assert sizes == [256, 9 * 30 * 4]
 
 
+def test_fused_kernels_want_gradients_laid_out_as_their_weights() -> None:
+    with a_gpu():
+        weight = torch.nn.Parameter(torch.zeros(2, 3, 4, 4, device=DEVICE))
+        weight.grad = torch.zeros(2, 4, 4, 3, device=DEVICE).permute(0, 3, 1, 2)
+        with pytest.raises(RuntimeError, match="must have same dtype"):
+            torch.optim.AdamW([weight], fused=True).step()
+
+
 def test_bf16_weights_are_refused_where_a_gpu_has_no_bf16(
     config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
