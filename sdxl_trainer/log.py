@@ -41,7 +41,7 @@ class Console:
             self._bar.update(self._task, completed=done, detail=detail)
         elif done == total or time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            print(f"{what} {done}/{total}{self._pace(done, total)} {detail}".rstrip(), file=sys.stderr, flush=True)
+            print(f"{what} {done}/{total}{self._pace(done, total)}  {detail}".rstrip(), file=sys.stderr, flush=True)
         if done >= total:
             self.end()
 

@@ -98,6 +98,24 @@ def test_every_picture_is_accounted_for(
     assert facts["time"]["seconds"] > 0
 
 
+@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
+def test_animations_are_named(
+    config: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Of their frames all but the first are left out, which is not to be silent; a still picture is none."""
+    (tmp_path / "set").mkdir()
+    frames = [scene(i, 80, 80) for i in range(3)]
+    frames[0].save(tmp_path / f"set/moving.{kind}", save_all=True, append_images=frames[1:])
+    scene(3, 80, 80).save(tmp_path / f"set/still.{kind}")
+    frames[1].save(tmp_path / "set/phone.jpg", "MPO", save_all=True, append_images=[frames[2]])
+    for name, text in (("moving", "a red circle"), ("still", "a blue square"), ("phone", "green")):
+        (tmp_path / f"set/{name}.txt").write_text(text)
+    check.run(config(data=[{"path": str(tmp_path / "set")}]), as_json=True)
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert (finding["name"], finding["count"], finding["level"]) == ("animations", 1, "look")
+    assert finding["examples"] == [[f"moving.{kind}", ""]]
+
+
 def test_nothing_is_found_in_good_pictures(
     config: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

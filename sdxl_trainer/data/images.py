@@ -33,6 +33,7 @@ DECODER = "1" if features.check("littlecms2") else "1 without ICC"
 MAX_PIXELS = 178_956_970
 # Only what training pictures come in: other plug-ins of Pillow start programs (EPS) or are seldom looked after.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF") + (("AVIF",) if features.check("avif") else ())
+ANIMATIONS = {"GIF", "PNG", "WEBP", "AVIF"}  # several pictures in a JPEG or TIFF are sizes or pages
 # Photographs of phones, with an extra: its plug-in is asked for these alone, and only once there is one.
 HEIC = find_spec("pillow_heif") is not None
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
@@ -111,6 +112,16 @@ def small(content: bytes, name: str, side: int) -> Image.Image:
     made = _upright(content, name, _rgb, side)
     made.thumbnail((side, side), Image.Resampling.BOX)
     return made
+
+
+def animated(content: bytes, name: str) -> bool:
+    """Are there frames after the first, which is the one that is read? UserError as `decode`."""
+    _quiet()
+    image = _open(content, name)
+    try:
+        return image.format in ANIMATIONS and bool(getattr(image, "is_animated", False))
+    except DAMAGED:
+        return True  # there is a second one, damaged
 
 
 def opacity(content: bytes, name: str) -> Image.Image:

@@ -34,6 +34,7 @@ def pictures(config: Config, found: Pictures, notes: Notes, seen: Survey) -> lis
         fix = next(iter(seen.broken.values())).fix
         stops.append(Finding("damaged", "pictures are damaged", len(seen.broken), fix, shown, "stops"))
     made = [_doubles(found), _near(found, seen), _cut(config, found), _enlarged(config, found), _flat(found, seen)]
+    made.append(_moving(found, seen))
     return [*stops, *(finding for finding in made if finding is not None)]
 
 
@@ -109,6 +110,15 @@ def _enlarged(config: Config, found: Pictures) -> Finding | None:
     what = f"pictures are enlarged more than {MUCH_ENLARGED:g} times: blur is learned"
     fix = "use larger originals, a lower resolution, or no_upscale = true with buckets"
     return Finding("enlarged", what, len(worst), fix, shown[:EXAMPLES], "harms")
+
+
+def _moving(found: Pictures, seen: Survey) -> Finding | None:
+    numbers = [number for number, one in seen.looks.items() if one.moving]
+    if not numbers:
+        return None
+    shown = tuple((found[n].name, "") for n in numbers[:EXAMPLES])
+    fix = "save the frames that shall be trained as pictures, if others than the first are meant"
+    return Finding("animations", "pictures are animations: the first frame is trained", len(numbers), fix, shown)
 
 
 def _flat(found: Pictures, seen: Survey) -> Finding | None:

@@ -5,7 +5,7 @@ its headers and hashes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -29,11 +29,12 @@ FLAT = 2.0
 @dataclass(frozen=True)
 class Look:
     """What one picture looks like: a hash of 128 bits as two words, and how much its grey values differ, as standard
-    deviations: those of its tiles, and of its pixels."""
+    deviations: those of its tiles, and of its pixels. `moving`: it is the first frame of an animation."""
 
     bits: tuple[int, int]
     tiles: float
     pixels: float
+    moving: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ def survey(pictures: Pictures, progress: Callable[[int, int, str], None]) -> Sur
     def one(number: int) -> Look | UserError:
         picture = pictures[number]
         try:
-            return look(images.small(picture.record.read(), picture.name, 64))
+            content = picture.record.read()
+            seen = look(images.small(content, picture.name, 64))
+            return replace(seen, moving=images.animated(content, picture.name))
         except UserError as error:
             return error
 
