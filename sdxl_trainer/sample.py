@@ -129,14 +129,25 @@ def record(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Note pictures in samples.jsonl; pictures of the same file replace an older note."""
     new = {row["file"] for row in rows}
     kept = [row for row in recorded(folder) if row["file"] not in new]
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows])
-    files.write_text(folder / "samples.jsonl", "".join(lines))
+    files.write_text(folder / "samples.jsonl", "".join(_lines([*kept, *rows])))
 
 
 def recorded(folder: Path) -> list[dict[str, Any]]:
     """The lines of samples.jsonl, none where there is no such file."""
     path = folder / "samples.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def forget(folder: Path, after: int) -> None:
+    """Take the pictures of steps later than `after` out of samples.jsonl, before the first step all: another run drew
+    them. The files stay until this one draws its own."""
+    if old := recorded(folder):
+        kept = [row for row in old if after and row["step"] <= after]
+        files.write_text(folder / "samples.jsonl", "".join(_lines(kept)))
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    return (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def note(request: Request, file: str, step: int, weights: str) -> dict[str, Any]:

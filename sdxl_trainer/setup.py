@@ -30,6 +30,7 @@ from sdxl_trainer import (
     parameters,
     presets,
     resume,
+    sample,
     schedule,
     text,
     timesteps,
@@ -105,6 +106,8 @@ def prepare_job(config: Config, start: Start) -> Job | None:
         job = _assemble(config, base, stock, order, begin, accelerator, precision, console, watch, output)
     if accelerator.is_main_process:
         manifest.begin(job, stock)
+        if start.mode in {"restart", "checkpoint"}:
+            sample.forget(output / "samples", job.state.step)
     if config.log.trackers:
         job.trackers.start(manifest.flat(config), continues=job.state.step > 0)
     return job

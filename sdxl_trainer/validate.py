@@ -16,6 +16,7 @@ from sdxl_trainer.config import Config, steps_of
 from sdxl_trainer.data import buckets
 from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.prepare import EMPTY, written
+from sdxl_trainer.errors import plural
 from sdxl_trainer.formats import pretrained
 from sdxl_trainer.model import SDXL
 from sdxl_trainer.sampling import draw as drawing
@@ -82,7 +83,7 @@ class Validator:
             rows = [sample.note(request, f"step-{step:06}/{name}", step, weights) for name, request in named]
             sample.record(folder, rows)
             self._track(folder, rows, step)
-            self.say(f"step {step}: {len(rows)} validation pictures in {folder / f'step-{step:06}'}")
+            self.say(f"step {step}: {plural(len(rows), 'validation picture')} in {folder / f'step-{step:06}'}")
 
     def _pipeline(self, unet: Any) -> Any:
         from diffusers import AutoencoderKL

@@ -101,6 +101,20 @@ def test_resuming_changes_nothing_and_starting_anew_replaces(data: list[str], tm
     assert steps(two) == [1, 2, 3]
 
 
+def test_pictures_of_the_run_before_are_not_taken_for_this_ones(data: list[str], tmp_path: Path) -> None:
+    """Its card, its report and its copy on the hub show what its own weights draw."""
+    drawing = ["--validation_prompt=a dog", "--num_validation_images=1"]
+    argv = [*data, *COMMON, f"--output_dir={tmp_path}", "--seed=0", "--checkpointing_steps=2"]
+    assert main([*argv, *drawing, "--max_train_steps=4"]) == 0
+    assert "Drawn after 4 steps" in (tmp_path / "README.md").read_text()
+    again = "--resume_from_checkpoint=checkpoint-2"
+    assert main([*argv, "--max_train_steps=3", again]) == 0
+    drawn = [json.loads(line)["step"] for line in (tmp_path / "samples/samples.jsonl").read_text().splitlines()]
+    assert set(drawn) <= {1, 2}
+    assert main([*argv, "--max_train_steps=1"]) == 0
+    assert "Drawn after" not in (tmp_path / "README.md").read_text()
+
+
 def test_latest_without_a_checkpoint_begins(
     data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
