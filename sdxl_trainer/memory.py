@@ -47,6 +47,19 @@ class Step:
     micro_batches: int = 1
 
 
+class Pass(NamedTuple):
+    """All that a step's passes through a model depend on; other settings change what lies beside them."""
+
+    setting: Step
+    narrow: bool  # weights in bf16
+    beside: bool  # an adapter or new words learn, not the weights
+    checkpointing: float
+    workspace: int | None  # of the optimizer, in bytes, where it steps during the backward pass
+
+
+Count = Callable[[SDXL, Pass], int]
+
+
 def step(config: Config, shapes: Iterable[tuple[int, int]], precision: str, device: str) -> Step:
     """The step of a run: micro-batches of the largest of the pictures' shapes."""
     height, width = max(shapes, key=lambda sides: sides[0] * sides[1])
@@ -121,10 +134,11 @@ def fit(
     auto, every = config.train.memory == "auto", setting.shape[0]
     room = SHARE * free if auto else bytes_of(config.train.memory)
     given = f"{room / 1e9:.2f} GB of {free / 1e9:.2f} GB that are free" if auto else config.train.memory
+    together = partial(_together, cache(_count), sdxl, groups, setting)  # many settings make the same pass
 
     @cache
     def takes(way: Way, samples: int) -> float:
-        return _together(_with(config, train=way.options), sdxl, groups, setting, samples)
+        return together(_with(config, train=way.options), samples)
 
     def smallest(way: Way) -> float:
         return takes(way, way.least(every))
@@ -158,7 +172,7 @@ def fit(
         other = _with(config, **change)
         lowest = Way(1.0, _may_fuse(other, setting, alone))
         other = _with(other, train=lowest.options)
-        costs.append(f"{name}: {_together(other, sdxl, groups, setting, lowest.least(every)) / 1e9:.2f} GB")
+        costs.append(f"{name}: {together(other, lowest.least(every)) / 1e9:.2f} GB")
     what = f"the smallest step takes {smallest(way) / 1e9:.2f} GB: {way.least(every)} per pass{way.told()[0]}"
     raise UserError(what, f"train.memory = {given}", f"these change what is computed: {'; '.join(costs)}")
 
@@ -179,11 +193,11 @@ def _with(config: Config, **sections: dict[str, Any]) -> Config:
     return config.model_copy(update=changed)
 
 
-def _together(config: Config, sdxl: SDXL, groups: list[Group], setting: Step, samples: int) -> float:
+def _together(count: Count, sdxl: SDXL, groups: list[Group], setting: Step, config: Config, samples: int) -> float:
     passes = -(-setting.shape[0] * setting.micro_batches // samples)
     precision = "bf16" if config.train.weights == "bf16" and setting.device != "cpu" else setting.precision
     changed = replace(setting, shape=(samples, *setting.shape[1:]), micro_batches=passes, precision=precision)
-    return sum(parts(config, sdxl, groups, changed).values())
+    return sum(parts(config, sdxl, groups, changed, count).values())
 
 
 class Live(TorchDispatchMode):
@@ -236,9 +250,11 @@ def _in_fp32(norm: Callable[..., Tensor], *given: Any) -> Tensor:
         return norm(*tree_map_only(Tensor, Tensor.float, given))
 
 
-def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dict[str, float]:
+def parts(
+    config: Config, sdxl: SDXL, groups: list[Group], setting: Step, count: Count | None = None
+) -> dict[str, float]:
     """Bytes by what they are for, while training; together they are the peak. The model may be on the meta device, and
-    what learns in it is marked."""
+    what learns in it is marked. `count` may know passes from before."""
     learns = sum(group.size for group in groups)
     beside = bool(config.adapter or config.token)
     weight = 4 if beside else DTYPES[config.train.weights].itemsize
@@ -251,7 +267,7 @@ def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dic
     shapes = [p.shape for g in groups for p in g.parameters]
     most = learns / backward.PARTS + max(shape.numel() for shape in shapes) if freed else float("inf")
     workspace = optim.workspace_bytes(config.optimizer, shapes, weight, most)
-    pass_, stepping = working(config, sdxl, setting, workspace) - wider, gradients + workspace
+    pass_, stepping = working(config, sdxl, setting, workspace, count) - wider, gradients + workspace
     # Pictures are drawn and losses measured with averages, narrow weights being kept beside; there are no gradients.
     judged = bool(config.ema.enabled and (config.validation.prompts or config.validation.loss_every))
     aside = learns * weight if judged and weight < 4 else 0
@@ -267,14 +283,25 @@ def parts(config: Config, sdxl: SDXL, groups: list[Group], setting: Step) -> dic
     }
 
 
-def working(config: Config, sdxl: SDXL, setting: Step, workspace: float = 0) -> int:
+def working(config: Config, sdxl: SDXL, setting: Step, workspace: float = 0, count: Count | None = None) -> int:
     """Bytes that the passes of a step take at most beside the weights, gradients included; and the optimizer's
     workspace, where the backward pass takes its steps."""
-    compute = DTYPES[setting.precision]
-    beside = bool(config.adapter or config.token)
-    mixed = setting.precision != "fp32" and config.train.weights == "fp32"
+    beside, fused = bool(config.adapter or config.token), config.train.fused_backward
+    kept = Pass(
+        setting,
+        narrow=config.train.weights != "fp32",
+        beside=beside,
+        checkpointing=float(config.train.gradient_checkpointing),
+        workspace=int(workspace) if fused else None,
+    )
+    return (count or _count)(sdxl, kept)
+
+
+def _count(sdxl: SDXL, given: Pass) -> int:
+    setting, compute = given.setting, DTYPES[given.setting.precision]
+    mixed = setting.precision != "fp32" and not given.narrow
     inputs = torch.float32 if mixed else compute
-    with _fake(sdxl, torch.float32 if mixed and not beside else compute, config, setting.device) as fake:
+    with _fake(sdxl, torch.float32 if mixed and not given.beside else compute, given) as fake:
         samples, text = setting.shape[0], _text(fake, setting, inputs)
         noisy = torch.empty(samples, fake.unet.config["in_channels"], *setting.shape[1:], dtype=inputs)
         time_ids = torch.zeros(samples, 6, dtype=torch.int64)
@@ -285,9 +312,9 @@ def working(config: Config, sdxl: SDXL, setting: Step, workspace: float = 0) -> 
                     found = fake(noisy, torch.zeros(samples), time_ids, **text)
                 loss = found.float().square().mean()
                 del found
-                if config.train.fused_backward:
+                if given.workspace is not None:
                     learning = [p for p in fake.parameters() if p.requires_grad]
-                    backward.step(_Stepping(workspace), learning, loss, None, loss.backward)
+                    backward.step(_Stepping(given.workspace), learning, loss, None, loss.backward)
                 else:
                     loss.backward()
     return live.peak
@@ -296,8 +323,8 @@ def working(config: Config, sdxl: SDXL, setting: Step, workspace: float = 0) -> 
 class _Stepping:
     """An optimizer that holds so many bytes for a moment, and does nothing."""
 
-    def __init__(self, workspace: float) -> None:
-        self.workspace = int(workspace)
+    def __init__(self, workspace: int) -> None:
+        self.workspace = workspace
 
     def step(self) -> None:
         torch.empty(self.workspace, dtype=torch.uint8)
@@ -317,26 +344,26 @@ def _text(fake: SDXL, setting: Step, inputs: torch.dtype) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _fake(sdxl: SDXL, dtype: torch.dtype, config: Config, device: str) -> Iterator[Any]:
-    """A copy of the model with fake weights, which stands for one on `device`; what is injected stays in fp32."""
+def _fake(sdxl: SDXL, dtype: torch.dtype, given: Pass) -> Iterator[Any]:
+    """A copy of the model with fake weights, which stands for one on the pass's device; what is injected stays in
+    fp32."""
     from torch._subclasses import FakeTensorMode
 
     made: Any = copy.deepcopy(sdxl).to("meta")
-    beside = bool(config.adapter or config.token)
-    before, kernels.stands_for = kernels.stands_for, device
+    before, kernels.stands_for = kernels.stands_for, given.setting.device
     try:
         with FakeTensorMode():
             for module in made.modules():
                 for name, p in module.named_parameters(recurse=False):
-                    kind = torch.float32 if beside and p.requires_grad else dtype
+                    kind = torch.float32 if given.beside and p.requires_grad else dtype
                     fake = nn.Parameter(torch.empty(p.shape, dtype=kind), requires_grad=p.requires_grad)
                     module._parameters[name] = fake
                 for name, b in module.named_buffers(recurse=False):
                     module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
-            if config.train.gradient_checkpointing:
-                model.checkpoint_activations(made, config.train.gradient_checkpointing)
+            if given.checkpointing:
+                model.checkpoint_activations(made, given.checkpointing)
             made.train()
-            for layer in adapters.layers(made) if config.adapter else ():
+            for layer in adapters.layers(made) if given.beside else ():
                 layer.eval()  # what they drop is drawn, and here nothing has a value; a mask is small
             yield made
     finally:
