@@ -1,5 +1,6 @@
 """The model card of a finished run, and its way to the Hugging Face hub."""
 
+import glob
 import json
 import re
 import shlex
@@ -78,7 +79,7 @@ def planned(run_dir: Path, repo_id: str | None = None, private: bool | None = No
     """What an upload of a finished run would do; what is not given is as its config says. UserError if it has left no
     result."""
     config, target = _target(run_dir, repo_id, private)
-    return hub.planned(run_dir, target, hub.left_out(config, run_dir))
+    return hub.planned(run_dir, target, _left_out(run_dir, config))
 
 
 def push(run_dir: Path, repo_id: str | None = None, private: bool | None = None) -> str:
@@ -91,7 +92,14 @@ def upload(run_dir: Path, config: Config, target: Hub) -> str:
     as those who find it have to."""
     own = (run_dir / "README.md").read_text(encoding="utf-8") == card(run_dir, config)
     named = partial(card, run_dir, config) if own else lambda repo_id: None
-    return hub.push(run_dir, target, hub.left_out(config, run_dir), named)
+    return hub.push(run_dir, target, _left_out(run_dir, config), named)
+
+
+def _left_out(run_dir: Path, config: Config) -> list[str]:
+    """What serves only to continue the run, and pictures that another run drew in this folder before."""
+    folder, own = run_dir / "samples", {row["file"] for row in _samples(run_dir)}
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    return hub.left_out(config, run_dir) + [f"samples/{glob.escape(name)}" for name in found if name not in own]
 
 
 def _target(run_dir: Path, repo_id: str | None, private: bool | None) -> tuple[Config, Hub]:
@@ -314,10 +322,14 @@ def _manifest(run_dir: Path) -> dict[str, Any]:
 
 def last_samples(run_dir: Path) -> list[dict[str, Any]]:
     """The pictures of the last step for which there are any; of the averaged weights, if it has those."""
-    path = run_dir / "samples" / "samples.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    rows = _samples(run_dir)
     last = [row for row in rows if row["step"] == max(other["step"] for other in rows)]
     return [row for row in last if row["weights"] == "ema"] or last
+
+
+def _samples(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "samples" / "samples.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def _linked(path: str | None, kind: str = "") -> str:

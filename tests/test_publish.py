@@ -312,8 +312,10 @@ def test_the_card_on_the_hub_names_its_repository_in_full(run_dir: Path, hub: st
     """The account is known from the token alone; here the folder's own name loads it."""
     (run_dir / "config.toml").write_text(configfile.dumps(config()))
     (run_dir / "README.md").write_text(card(run_dir, config()))
+    Image.new("RGB", (8, 8)).save(run_dir / "samples/step-000250/[9]-9.png")  # of a run before, not in samples.jsonl
     before = files_of(run_dir)
     publish.push(run_dir)
+    assert sum(name.endswith(".png") for name in hub.repositories["me/my-model"]) == 6
     arrived = hub.repositories["me/my-model"]["README.md"]
     assert b'from_pretrained("me/my-model"' in arrived
     assert b"sdxl train 'my run.toml'" in arrived, "without where this machine has its files"
