@@ -70,15 +70,16 @@ def described(job: Job) -> dict[str, str]:
         told |= {f"ss_network_{name}": str(value) for name, value in network.items()}
     if config.adapter or config.token:
         told |= {"ss_output_name": export.name or job.output.resolve().name} | metadata.SDXL_ADAPTER
-    told |= _settings(config) | _data(cast(Pictures, job.samples.pictures), config) | _course(job)
+    told |= _settings(job) | _data(cast(Pictures, job.samples.pictures), config) | _course(job)
     given = {"author": export.author, "description": export.description, "license": export.license}
     given |= {"trigger_phrase": publish.trigger(config)}
     # What the user wrote to be read stays, however little is said of the rest.
     return metadata.reduced(told, export.metadata) | {f"modelspec.{key}": text for key, text in given.items() if text}
 
 
-def _settings(config: Config) -> dict[str, str]:
+def _settings(job: Job) -> dict[str, str]:
     """Options of the run, by kohya's names for them."""
+    config = job.run.config
     text = [rule for rule in config.learn if "text_encoder" in rule.match]
     values = {
         "sd_model_name": Path(config.model.path).name if Path(config.model.path).exists() else config.model.path,
@@ -91,7 +92,7 @@ def _settings(config: Config) -> dict[str, str]:
         "total_batch_size": config.train.batch_size,
         "max_grad_norm": config.train.max_grad_norm,
         "gradient_checkpointing": config.train.gradient_checkpointing,
-        "mixed_precision": config.train.precision,
+        "mixed_precision": job.run.precision,
         "seed": config.seed,
         "min_snr_gamma": config.objective.snr_gamma,
         "noise_offset": config.objective.noise_offset or None,

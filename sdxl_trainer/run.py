@@ -15,6 +15,7 @@ from sdxl_trainer.base import Base
 from sdxl_trainer.config import Config
 from sdxl_trainer.data.loader import Samples
 from sdxl_trainer.data.plan import Plan
+from sdxl_trainer.dtypes import DTYPES
 from sdxl_trainer.ema import Ema
 from sdxl_trainer.errors import Interrupted
 from sdxl_trainer.guards import Pulse, Spikes
@@ -60,6 +61,12 @@ class Run:
     dtype: torch.dtype
     steps: int
     prior: Prior | None = None  # where samples are to stay what the base predicts
+
+    @property
+    def precision(self) -> str:
+        """What it computes in: fp32, fp16 or bf16. Under autocast `dtype` is that of the inputs alone."""
+        asked: str = self.accelerator.mixed_precision
+        return next(name for name, kind in DTYPES.items() if kind == self.dtype) if asked == "no" else asked
 
 
 @dataclass(frozen=True)

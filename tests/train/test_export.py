@@ -78,6 +78,20 @@ def test_what_an_adapter_says_of_its_run(config: Callable[..., Any], tmp_path: P
     assert dtypes == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    ("asked", "used"), [({}, "fp32"), ({"precision": "bf16"}, "bf16"), ({"weights": "bf16"}, "bf16")]
+)
+def test_the_precision_that_was_used_is_told(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], used: str
+) -> None:
+    """Not the 'auto' of the config, which is another one on another machine."""
+    monkeypatch.setattr("sdxl_trainer.distributed._cpu_has_bf16", lambda: True)
+    kind: dict[str, Any] = {"optimizer": {"name": "adamw_bf16"}} if "weights" in asked else {"adapter": {"rank": 2}}
+    export = {"formats": ["single" if "weights" in asked else "kohya"]}
+    train(config(**kind, export=export, train={"steps": 1, "precision": "auto", **asked}))
+    assert told(tmp_path / "run/run.safetensors")["ss_mixed_precision"] == used
+
+
 def test_minimal_metadata_keeps_captions_private(config: Callable[..., Any], tmp_path: Path) -> None:
     train(
         config(
