@@ -47,6 +47,13 @@ def test_checkpoints_of_kohya(here: Path, options: dict[str, Any], every: int | 
         assert not value or any(f" {name} = " in line for line in lines), f"nothing is said of {name}"
 
 
+def test_a_share_of_a_run_in_steps_is_said_to_be_dropped(here: Path) -> None:
+    """How many epochs the steps are is known from the data alone."""
+    _, lines = of_kohya(save_n_epoch_ratio=4, max_train_epochs=0, max_train_steps=100)
+    said = "save_n_epoch_ratio = 4: a share of max_train_epochs; set train.checkpoint_every"
+    assert said in lines_of("dropped", lines)
+
+
 def test_pictures_and_measures_of_kohya(here: Path) -> None:
     config, lines = of_kohya(sample_every_n_epochs=2, sample_every_n_steps=10, validate_every_n_epochs=3)
     assert (config.train.validate_every, config.validation.every_epochs) == ("2 epochs", None)

@@ -356,13 +356,14 @@ def _often(account: Account) -> None:
     else:
         names = {"save_every_n_steps": False, "save_every_n_epochs": True}
         common.interval(account, "train.checkpoint_every", names)
+        account.drop_all({"save_n_epoch_ratio": "a share of max_train_epochs; set train.checkpoint_every"})
     every = account.tree["train"].get("checkpoint_every")
     if isinstance(every, str):
         account.keep_all({"save_last_n_epochs": "train.checkpoints_limit"})
     elif every and account.has("save_last_n_steps"):
         limit = max(1, int(account.number("save_last_n_steps")) // every)
         account.changed("save_last_n_steps", "train.checkpoints_limit", limit, "as many checkpoints as lie in them")
-    others = ("save_n_epoch_ratio", "save_last_n_epochs", "save_last_n_steps")
+    others = ("save_last_n_epochs", "save_last_n_steps")
     account.drop_all(dict.fromkeys(others, "see train.checkpoint_every"))
 
 
