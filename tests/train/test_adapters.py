@@ -158,12 +158,25 @@ def test_only_what_the_rules_name_moves(config: Callable[..., Any]) -> None:
 
 
 def test_sample_draws_with_adapters_by_weight(
-    config: Callable[..., Any], base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config: Callable[..., Any],
+    base: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Twice half of an adapter is the adapter; weight 0 is the base."""
     from sdxl_trainer import sample
-    from sdxl_trainer.sampling import order
+    from sdxl_trainer.sampling import models, order
 
+    def unlearning(*given: Any) -> models.Loaded:
+        """As with an adapter: by weights that could learn PyTorch multiplies in another way, with other last bits."""
+        loaded = load(*given)
+        for part in ("unet", "text_encoder", "text_encoder_2"):
+            getattr(loaded.pipeline, part).requires_grad_(False)
+        return loaded
+
+    load = models.load
+    monkeypatch.setattr(models, "load", unlearning)
     output = train(config(adapter={"rank": 2, "alpha": 3.0}, train=TRAIN, validation=VALIDATION))
     settings = {"steps": 3, "guidance": 4.0, "height": 64, "width": 64, "seed": 5}
     file = str(output / RESULTS[0])
