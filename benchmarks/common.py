@@ -3,11 +3,12 @@
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,6 +41,11 @@ def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> dict[str,
     of_rounds = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
     low, _, high = statistics.quantiles(of_rounds, n=4) if len(of_rounds) > 1 else of_rounds * 3
     return {"ratio": statistics.median(seconds[slow]) / statistics.median(seconds[fast]), "quartiles": [low, high]}
+
+
+def largest(numbers: Sequence[float]) -> float:
+    """What is no number, if it is among them: `max` passes it over."""
+    return max(numbers, key=lambda number: (math.isnan(number), number))
 
 
 def job(folder: Path, options: argparse.Namespace, sections: dict[str, Any], data: Path | None = None) -> Any:

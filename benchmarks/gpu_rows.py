@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import torch.nn.functional as F
 from gpu_drift import drift
@@ -135,7 +136,11 @@ def attention(bench: Bench) -> Measures:
             return {"not_here": str(error).splitlines()[0][:120]}
         off = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
         work = 3.5 * 4 * 4 * heads * length * seen * 64
-        return {"operations_per_second": work / statistics.median(seconds), "off": off, "finite": _largest(off) < 0.02}
+        return {
+            "operations_per_second": work / statistics.median(seconds),
+            "off": off,
+            "finite": common.largest(off) < 0.02,
+        }
 
     for place in places:
         heads, length, seen = place
@@ -149,11 +154,6 @@ def _attended(function: Any, inputs: Any, up: Tensor) -> list[Tensor]:
     out = function(*leaves)
     out.backward(up)
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-
-
-def _largest(numbers: list[float]) -> float:
-    """What is no number, if it is among them: `max` passes it over."""
-    return max(numbers, key=lambda number: (math.isnan(number), number))
 
 
 def full(bench: Bench) -> Measures:
@@ -217,7 +217,7 @@ def gate(bench: Bench) -> Measures:
         losses = {name: _losses(bench, name, weights, side) for name in ("reference", *GATED)}
         expected = losses["reference"]
         off = {
-            name: _largest([abs(a - b) / b for a, b in zip(found, expected, strict=True)])
+            name: common.largest([abs(a - b) / b for a, b in zip(found, expected, strict=True)])
             for name, found in losses.items()
         }
         return {"losses": losses, "off": off}

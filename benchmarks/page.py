@@ -126,10 +126,11 @@ def gpu_targets() -> Iterator[Target]:
     yield Target(f"{label}: speed, of that of the next", ratio(*speeds), 0.65, "", True)
     lora = min((row["peak_bytes"] for row in adapters.values() if "peak_bytes" in row), default=None)
     yield Target("LoRA of rank 16 at 1024 px, one picture: memory", lora and lora / 1e9, 5, " GB")
-    kept = [level for row in found.get("drift", {}).values() for level in row.get("levels", {}).values()]
-    apart = max((level["apart"] for level in kept), default=None)
-    label = "losses after 500 steps, low-memory levels and fp32 weights: furthest apart"
-    yield Target(label, apart, 1, " standard errors of fp32's mean")
+    drifts = [row for row in found.get("drift", {}).values() if "levels" in row]
+    apart = [level["apart"] for row in drifts for level in row["levels"].values()]
+    steps = min((row["steps"] for row in drifts), default=500)
+    label = f"losses after {steps} steps, low-memory levels and fp32 weights: furthest apart"
+    yield Target(label, common.largest(apart) if apart else None, 1, " standard errors of fp32's mean")
 
 
 def compared(found: dict[str, Any], show: Callable[[float], str] = seconds) -> tuple[str, str, str]:

@@ -36,16 +36,16 @@ def onednn() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., I] times weight [O, I] transposed, plus bias [O]."""
-    if _is_slow(x, weight) and (x.dtype != torch.float32 or (_MULTIPLIES_FP32 and onednn())):
+    if _is_slow(x, weight):
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def _is_slow(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's own operation may not be the fastest there is: in fp32, and in bf16 on CPUs without it."""
-    kinds = (torch.float32, torch.bfloat16) if _LACKS_BF16 else (torch.float32,)
+    """Whether a matrix product of PyTorch's own is not the fastest that there is."""
+    kinds = {torch.float32: _MULTIPLIES_FP32 and onednn(), torch.bfloat16: _LACKS_BF16}
     on = on_cpu(x) and weight.is_cpu and not torch.is_autocast_enabled("cpu")
-    return on and x.dtype == weight.dtype and x.dtype in kinds
+    return on and x.dtype == weight.dtype and kinds.get(x.dtype, False)
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

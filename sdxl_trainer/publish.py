@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdxl_trainer import configfile, hub, lock
+from sdxl_trainer import configfile, hub, lock, sample
 from sdxl_trainer.config import Adapter, Config, Data, Hub, Model
 from sdxl_trainer.errors import UserError, plural
 from sdxl_trainer.formats import WORD_FILES
@@ -97,7 +97,7 @@ def upload(run_dir: Path, config: Config, target: Hub) -> str:
 
 def _left_out(run_dir: Path, config: Config) -> list[str]:
     """What serves only to continue the run, and pictures that another run drew in this folder before."""
-    folder, own = run_dir / "samples", {row["file"] for row in _samples(run_dir)}
+    folder, own = run_dir / "samples", {row["file"] for row in sample.recorded(run_dir / "samples")}
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
     return hub.left_out(config, run_dir) + [f"samples/{glob.escape(name)}" for name in found if name not in own]
 
@@ -322,14 +322,9 @@ def _manifest(run_dir: Path) -> dict[str, Any]:
 
 def last_samples(run_dir: Path) -> list[dict[str, Any]]:
     """The pictures of the last step for which there are any; of the averaged weights, if it has those."""
-    rows = _samples(run_dir)
+    rows = sample.recorded(run_dir / "samples")
     last = [row for row in rows if row["step"] == max(other["step"] for other in rows)]
     return [row for row in last if row["weights"] == "ema"] or last
-
-
-def _samples(run_dir: Path) -> list[dict[str, Any]]:
-    path = run_dir / "samples" / "samples.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def _linked(path: str | None, kind: str = "") -> str:

@@ -107,13 +107,15 @@ def test_the_gpu_s_measures_first_what_counts(rows: Any) -> None:
 
 
 def test_attention_whose_gradients_are_no_numbers_is_not_finite(rows: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import common
+
     def attended(function: Any, inputs: Any, up: torch.Tensor) -> list[torch.Tensor]:
         return [torch.ones(1), torch.full((1,), torch.nan if up.dtype == torch.bfloat16 else 1.0), torch.ones(1)]
 
     monkeypatch.setattr(rows, "_attended", attended)
     (row, *_) = dict(rows.attention(rows.bench(gpu().parse(["--device", "cpu", *SMALL])))).values()
     assert row()["finite"] is False
-    assert rows._largest([0.1, float("nan"), 0.2]) != rows._largest([0.1, 0.2]) == 0.2
+    assert common.largest([0.1, float("nan"), 0.2]) != common.largest([0.1, 0.2]) == 0.2
 
 
 class Stands:
@@ -291,7 +293,10 @@ def test_the_page_tells_what_a_gpu_is_to_reach(tmp_path: Path, monkeypatch: pyte
         },
         "low_memory": {"bf16, Adafactor, fused backward": slow, "bf16, Adafactor": fast},
         "adapter": {"fp8 base, batch 1": slow, "bf16 base, batch 4": fast, "nf4 base, batch 1": {"failed": "no"}},
-        "drift": {"AdamW": {"levels": {"fp32": {"apart": 0.0}, "bf16": {"apart": 0.4}}}, "8 bits": {"failed": "no"}},
+        "drift": {
+            "AdamW": {"steps": 500, "levels": {"fp32": {"apart": 0.0}, "bf16": {"apart": 0.4}}},
+            "8 bits": {"failed": "no"},
+        },
     }
     (tmp_path / "gpu.json").write_text(json.dumps(found), encoding="utf-8")
     figures = [target.found for target in page.gpu_targets()]
